@@ -1,0 +1,3 @@
+//! The first process in a ring3 guest.
+
+fn main() {}

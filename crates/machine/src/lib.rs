@@ -1,0 +1,1 @@
+//! A small modern PC around a software processor.

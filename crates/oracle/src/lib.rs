@@ -1,0 +1,1 @@
+//! Random instructions and the host CPU's answer to them.

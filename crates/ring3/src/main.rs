@@ -1,0 +1,3 @@
+//! Linux's virtualization stack in user space.
+
+fn main() {}
