@@ -45,6 +45,7 @@ mod ept;
 mod fault;
 mod format;
 mod memory;
+mod nested;
 mod pdptr;
 mod permission;
 mod state;
@@ -57,6 +58,9 @@ pub use ept::{EptFeatures, InvalidEptPointer};
 pub use fault::WalkFault;
 pub use format::{PageFormat, PageSize, PagingMode};
 pub use memory::PageTableMemory;
+pub use nested::{
+    HostFault, HostFaultKind, HostStage, NestedFault, NestedPdptrFault, NestedTranslation, NestedWalk,
+};
 pub use pdptr::{ReservedBits, check_pdptrs, load_pdptrs};
 pub use permission::{PageRights, Permissions};
 pub use state::{PagingFeatures, PagingState, cr0, cr4, efer};

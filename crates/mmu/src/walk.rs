@@ -34,7 +34,7 @@ use std::convert::Infallible;
 use crate::fault::{Cause, Refusal, WalkFault};
 use crate::format::{KEY_SHIFT, PRESENT, PageFormat, PageSize, PagingMode};
 use crate::permission::{PageRights, Permissions};
-use crate::{Access, Gpa, Gva, PageTableMemory, PagingState};
+use crate::{Access, Gpa, Gva, PageTableMemory, PagingFeatures, PagingState, cr4, efer};
 
 /// What a walk found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -160,11 +160,10 @@ impl PageWalk {
     /// The walk of AMD nested page tables in the format that the host's registers say, whose CR3 is nCR3
     /// (APM vol. 2, 15.25.3). The host is taken to be in long mode; CR0 and the keys are not looked at.
     pub fn npt(host: &PagingState) -> Self {
-        let features = crate::PagingFeatures::GIB_PAGES;
         let format = PageFormat::npt(
-            host.cr4(crate::cr4::LA57),
-            host.efer(crate::efer::NXE),
-            host.features.contains(features),
+            host.cr4(cr4::LA57),
+            host.efer(efer::NXE),
+            host.features.contains(PagingFeatures::GIB_PAGES),
             host.maxphyaddr,
         );
         let root = host.cr3 & format.table_address;
