@@ -1,0 +1,11 @@
+//! Integer, string, stack and near-branch instructions.
+
+use iced_x86::Instruction;
+
+use crate::insn::{Handler, Insn};
+use crate::state::CodeMode;
+
+/// Chooses the handler of an integer instruction.
+pub(super) fn select(_i: &Instruction, _mode: CodeMode, _insn: &mut Insn) -> Option<Handler> {
+    None
+}

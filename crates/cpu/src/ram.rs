@@ -1,0 +1,304 @@
+//! Guest RAM as the processor sees it, and the watch on pages that hold decoded code.
+//!
+//! # Theory of operation
+//! Decoded blocks are valid as long as the bytes they came from. Each 4 KiB page of RAM has a *stamp*:
+//! bit 0 says that some vCPU has decoded code from the page, the other bits count how often the page
+//! was written while so watched. A block remembers its page's stamp and is dropped when they differ.
+//!
+//! Writers are made to notice: a vCPU never has a writable TLB entry for a watched page, so that its
+//! stores to it take the slow path, which calls [`PageStamps::note_write`]; devices write through
+//! `vm-memory`, whose dirty-bitmap hook does the same. When a page becomes watched, other vCPUs may still
+//! hold writable TLB entries for it; [`WatchGroup`] makes them drop these before the page is decoded.
+
+use std::fmt;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use mmu::Gpa;
+use vm_memory::bitmap::{Bitmap, NewBitmap, RefSlice, WithBitmapSlice};
+use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryMmap, GuestMemoryRegion};
+
+use crate::attention::{self, Attention};
+use crate::data::Data;
+use crate::hostmem;
+
+/// Guest memory: `vm-memory` with [`PageStamps`] as its dirty-bitmap hook.
+pub type GuestRam = GuestMemoryMmap<PageStamps>;
+
+const WATCHED: u32 = 1;
+const PAGE: usize = 4096;
+
+/// The stamps of the pages of one memory region.
+#[derive(Clone, Default)]
+pub struct PageStamps {
+    stamps: Arc<[AtomicU32]>,
+}
+
+impl fmt::Debug for PageStamps {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "PageStamps({} pages)", self.stamps.len())
+    }
+}
+
+impl PageStamps {
+    /// Notes that page `page` of the region was written: decoded code from it is invalid from now on.
+    #[inline]
+    pub fn note_write(&self, page: usize) {
+        if let Some(stamp) = self.stamps.get(page) {
+            note_write(stamp);
+        }
+    }
+}
+
+#[inline]
+fn note_write(stamp: &AtomicU32) {
+    let seen = stamp.load(Ordering::Acquire);
+    if seen & WATCHED != 0 {
+        // Clears the mark and counts one write. Losing the race means that another writer did it.
+        let _ = stamp.compare_exchange(seen, seen.wrapping_add(1), Ordering::AcqRel, Ordering::Acquire);
+    }
+}
+
+impl<'a> WithBitmapSlice<'a> for PageStamps {
+    type S = RefSlice<'a, Self>;
+}
+
+impl Bitmap for PageStamps {
+    fn mark_dirty(&self, offset: usize, len: usize) {
+        if len > 0 {
+            for page in offset / PAGE..=offset.saturating_add(len - 1) / PAGE {
+                self.note_write(page);
+            }
+        }
+    }
+
+    fn dirty_at(&self, offset: usize) -> bool {
+        self.stamps.get(offset / PAGE).is_some_and(|s| s.load(Ordering::Acquire) & WATCHED == 0)
+    }
+
+    fn slice_at(&self, offset: usize) -> RefSlice<'_, Self> {
+        RefSlice::new(self, offset)
+    }
+}
+
+impl NewBitmap for PageStamps {
+    fn with_len(len: usize) -> Self {
+        Self { stamps: (0..len.div_ceil(PAGE)).map(|_| AtomicU32::new(0)).collect() }
+    }
+}
+
+/// One page of guest RAM.
+#[derive(Clone, Copy)]
+pub(crate) struct RamPage<'a> {
+    /// Where the page starts in the host's address space.
+    pub(crate) host: usize,
+    stamp: &'a AtomicU32,
+}
+
+impl RamPage<'_> {
+    /// The page's stamp.
+    #[inline(always)]
+    pub(crate) fn stamp(&self) -> u32 {
+        self.stamp.load(Ordering::Acquire)
+    }
+
+    /// Whether code was decoded from the page.
+    pub(crate) fn is_watched(&self) -> bool {
+        self.stamp() & WATCHED != 0
+    }
+
+    /// Notes a write, see [`PageStamps::note_write`].
+    pub(crate) fn note_write(&self) {
+        note_write(self.stamp);
+    }
+
+    fn watch(&self) {
+        self.stamp.fetch_or(WATCHED, Ordering::AcqRel);
+    }
+}
+
+struct Region {
+    start: u64,
+    len: u64,
+    host: usize,
+    stamps: PageStamps,
+}
+
+/// Guest RAM with the tables that the processor's fast paths need.
+pub struct Ram {
+    regions: Vec<Region>,
+    /// Keeps the mappings behind `Region::host` alive.
+    memory: GuestRam,
+    group: WatchGroup,
+}
+
+impl fmt::Debug for Ram {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Ram").field("memory", &self.memory).finish_non_exhaustive()
+    }
+}
+
+impl Ram {
+    /// Takes `memory`, whose regions start and end on 4 KiB boundaries (a ragged end is left out).
+    pub fn new(memory: GuestRam) -> Self {
+        let regions = memory
+            .iter()
+            .map(|r| Region {
+                start: r.start_addr().0,
+                len: r.len() & !(PAGE as u64 - 1),
+                host: r.as_ptr() as usize,
+                stamps: vm_memory::MmapRegion::bitmap(r).clone(),
+            })
+            .collect();
+        Self { regions, memory, group: WatchGroup::default() }
+    }
+
+    /// The memory, for whoever accesses it as devices do.
+    pub fn memory(&self) -> &GuestRam {
+        &self.memory
+    }
+
+    /// The vCPUs that share this RAM.
+    pub fn group(&self) -> &WatchGroup {
+        &self.group
+    }
+
+    /// The page that holds `gpa`, if it is RAM.
+    #[inline]
+    pub(crate) fn page(&self, gpa: Gpa) -> Option<RamPage<'_>> {
+        for region in &self.regions {
+            let offset = gpa.0.wrapping_sub(region.start);
+            if offset < region.len {
+                let page = (offset as usize) / PAGE;
+                return Some(RamPage {
+                    host: region.host + page * PAGE,
+                    stamp: region.stamps.stamps.get(page)?,
+                });
+            }
+        }
+        None
+    }
+
+    /// Reads a naturally aligned `T`, or `None` where there is no RAM.
+    #[inline]
+    pub(crate) fn read<T: Data>(&self, gpa: Gpa) -> Option<T> {
+        let page = self.page(gpa)?;
+        debug_assert!(gpa.0.is_multiple_of(T::SIZE));
+        // SAFETY: needed to read RAM that others write; `page` is mapped as long as `memory` lives, and an
+        // aligned `T` does not leave the page.
+        Some(unsafe { hostmem::load(page.host + (gpa.page_offset() & !(T::SIZE - 1)) as usize) })
+    }
+
+    /// Replaces a naturally aligned `T` if it is `old` still; says whether it was.
+    pub(crate) fn compare_exchange<T: Data>(&self, gpa: Gpa, old: T, new: T) -> Option<bool> {
+        let page = self.page(gpa)?;
+        let address = page.host + (gpa.page_offset() & !(T::SIZE - 1)) as usize;
+        // SAFETY: as in `read`.
+        let seen = unsafe { hostmem::compare_exchange(address, old, new) };
+        page.note_write();
+        Some(seen == old)
+    }
+
+    /// Copies from RAM; `false`, with `buffer` partly filled, where the range leaves RAM.
+    pub fn copy_from(&self, gpa: Gpa, buffer: &mut [u8]) -> bool {
+        use vm_memory::Bytes as _;
+        self.memory.read_slice(buffer, GuestAddress(gpa.0)).is_ok()
+    }
+}
+
+/// The vCPUs that share one RAM and must agree on which pages are watched.
+///
+/// The hand-shake: the vCPU that wants to decode a page queues the page for every other vCPU, raises
+/// [`attention::WATCH`] there, and waits until each has dropped its writable TLB entries for the page or
+/// is found outside the engine (it then does so before it runs guest code again). A vCPU that waits
+/// serves its own queue meanwhile, so that two can wait for each other.
+#[derive(Debug, Default)]
+pub struct WatchGroup {
+    peers: Mutex<Vec<Arc<WatchPeer>>>,
+    /// Held during a locked operation that crosses a page.
+    split: Mutex<()>,
+}
+
+/// One vCPU's part in a [`WatchGroup`].
+#[derive(Debug)]
+pub struct WatchPeer {
+    attention: Arc<Attention>,
+    /// Host addresses of pages to drop from the TLB's writable entries.
+    queue: Mutex<Vec<usize>>,
+}
+
+impl WatchPeer {
+    /// Hands each queued page to `drop_page` and acknowledges.
+    pub(crate) fn serve(&self, mut drop_page: impl FnMut(usize)) {
+        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        for host in queue.drain(..) {
+            drop_page(host);
+        }
+        // Under the lock: a page queued after this raises the bit again.
+        self.attention.take(attention::WATCH);
+    }
+}
+
+impl WatchGroup {
+    /// Adds a vCPU.
+    pub(crate) fn join(&self, attention: Arc<Attention>) -> Arc<WatchPeer> {
+        let peer = Arc::new(WatchPeer { attention, queue: Mutex::default() });
+        self.peers.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&peer));
+        peer
+    }
+
+    /// Excludes the other vCPUs' locked operations that cross a page.
+    pub(crate) fn split_lock(&self) -> std::sync::MutexGuard<'_, ()> {
+        self.split.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes `page` watched: returns when no vCPU but `own` can write it unnoticed. The caller drops its
+    /// own writable TLB entries, and serves its own queue when `serve` is called.
+    pub(crate) fn watch(&self, own: &Arc<WatchPeer>, page: RamPage<'_>, mut serve: impl FnMut()) {
+        page.watch();
+        let peers: Vec<_> = {
+            let all = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
+            if all.len() == 1 {
+                return;
+            }
+            all.iter().filter(|p| !Arc::ptr_eq(p, own)).cloned().collect()
+        };
+        for peer in &peers {
+            let mut queue = peer.queue.lock().unwrap_or_else(PoisonError::into_inner);
+            queue.push(page.host);
+            peer.attention.raise(attention::WATCH);
+        }
+        for peer in &peers {
+            let mut spins = 0u32;
+            while peer.attention.is_inside() && peer.attention.peek() & attention::WATCH != 0 {
+                serve();
+                spins += 1;
+                if spins.is_multiple_of(64) {
+                    std::thread::yield_now();
+                } else {
+                    std::hint::spin_loop();
+                }
+            }
+        }
+    }
+}
+
+impl mmu::PageTableMemory for Ram {
+    #[inline]
+    fn read_u32(&self, gpa: Gpa) -> Option<u32> {
+        self.read(gpa)
+    }
+
+    #[inline]
+    fn read_u64(&self, gpa: Gpa) -> Option<u64> {
+        self.read(gpa)
+    }
+
+    fn compare_exchange_u32(&self, gpa: Gpa, old: u32, new: u32) -> Option<bool> {
+        self.compare_exchange(gpa, old, new)
+    }
+
+    fn compare_exchange_u64(&self, gpa: Gpa, old: u64, new: u64) -> Option<bool> {
+        self.compare_exchange(gpa, old, new)
+    }
+}

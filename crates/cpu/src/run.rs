@@ -1,0 +1,453 @@
+//! The interpreter's loop.
+//!
+//! # Theory of operation
+//! Before each block the loop looks at two words: the attention word, which other threads set, and
+//! `CpuState::slow`, which holds the vCPU's own reasons to go slowly (single-step, interrupt shadows,
+//! breakpoints, HLT). If both are zero it finds the block for the present physical address, decoding it if
+//! need be, and runs its instructions one after the other. An instruction that cannot simply complete
+//! returns a [`Stop`]; faults are delivered here and nowhere else.
+//!
+//! When there is a reason to go slowly, one instruction is run as a block of its own, and what must happen
+//! between instructions happens in `service`.
+
+use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction};
+use mmu::{AccessKind, Gpa, Gva, Privilege};
+
+use crate::attention;
+use crate::block::BlockCache;
+use crate::event::Event;
+use crate::exit::Exit;
+use crate::fault::{Exec, Fault, Stop, fault};
+use crate::flags;
+use crate::insn::Insn;
+use crate::state::{CodeMode, Segment, seg, slow};
+use crate::vcpu::Vcpu;
+
+/// The longest block, in instructions.
+const BLOCK_LENGTH: usize = 48;
+/// The longest instruction, in bytes.
+const INSTRUCTION_LENGTH: usize = 15;
+
+/// Why [`Interpreter::run`] returned.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Outcome {
+    /// The vCPU sleeps: call again when its attention word is set.
+    Halted,
+    /// [`attention::KICK`] was raised (it is cleared).
+    Kicked,
+    /// A triple fault: the vCPU has shut down.
+    TripleFault,
+}
+
+/// The engine *interpret*: decodes, caches and executes.
+pub struct Interpreter {
+    blocks: BlockCache,
+}
+
+impl std::fmt::Debug for Interpreter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Interpreter")
+    }
+}
+
+impl Default for Interpreter {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// What `service` decided.
+enum Next {
+    /// Run a block.
+    Run,
+    /// Run one instruction.
+    Step,
+    /// Leave the loop.
+    Leave(Outcome),
+}
+
+impl Interpreter {
+    /// An engine without decoded code.
+    pub fn new() -> Self {
+        Self { blocks: BlockCache::new() }
+    }
+
+    /// Runs `vcpu` until something needs its caller.
+    pub fn run(&mut self, vcpu: &mut Vcpu) -> Outcome {
+        vcpu.attention.set_inside(true);
+        let outcome = self.run_inside(vcpu);
+        vcpu.attention.set_inside(false);
+        outcome
+    }
+
+    /// Executes exactly one instruction (or delivers one event), as debuggers and tests want it. `None` if
+    /// the vCPU goes on.
+    pub fn step(&mut self, vcpu: &mut Vcpu) -> Option<Outcome> {
+        vcpu.attention.set_inside(true);
+        let outcome = match service(vcpu) {
+            Next::Leave(outcome) => Some(outcome),
+            Next::Run | Next::Step => self.step_inside(vcpu),
+        };
+        vcpu.attention.set_inside(false);
+        outcome
+    }
+
+    fn run_inside(&mut self, vcpu: &mut Vcpu) -> Outcome {
+        loop {
+            if vcpu.attention.peek() | vcpu.state.slow != 0 {
+                match service(vcpu) {
+                    Next::Run => {}
+                    Next::Step => {
+                        if let Some(outcome) = self.step_inside(vcpu) {
+                            return outcome;
+                        }
+                        continue;
+                    }
+                    Next::Leave(outcome) => return outcome,
+                }
+            }
+            let result = match self.block(vcpu) {
+                Ok(Some(insns)) => execute(vcpu, insns),
+                Ok(None) => self.uncached(vcpu),
+                Err(stop) => Err(stop),
+            };
+            if let Err(stop) = result
+                && let Some(outcome) = stopped(vcpu, *stop)
+            {
+                return outcome;
+            }
+        }
+    }
+
+    /// One instruction outside the cache, with what belongs to single-stepping around it.
+    fn step_inside(&mut self, vcpu: &mut Vcpu) -> Option<Outcome> {
+        let shadows = slow::STI_SHADOW | slow::SS_SHADOW;
+        let before = vcpu.state.slow & shadows;
+        let trap = vcpu.state.slow & slow::SINGLE_STEP != 0;
+        let instructions = vcpu.stats.instructions;
+        let result = self.uncached(vcpu);
+        // A shadow lasts for one instruction; the instruction may have begun one of its own.
+        let begun = vcpu.state.slow & shadows & !before;
+        vcpu.state.slow = vcpu.state.slow & !shadows | begun;
+        let completed = match &result {
+            Ok(()) => true,
+            Err(stop) => matches!(**stop, Stop::Halt),
+        };
+        if completed && vcpu.stats.instructions != instructions {
+            vcpu.set_rflags(flags::RF, 0);
+            if trap {
+                vcpu.state.pending_dr6 |= 1 << 14;
+                vcpu.state.slow |= slow::DEBUG_TRAP;
+            }
+        }
+        match result {
+            Ok(()) => None,
+            Err(stop) => stopped(vcpu, *stop),
+        }
+    }
+
+    /// The instructions at the present RIP: from the cache, or decoded now. `None` if they cannot be cached.
+    fn block(&mut self, vcpu: &mut Vcpu) -> Exec<Option<&[Insn]>> {
+        let gva = code_address(vcpu)?;
+        let gpa = fetch(vcpu, gva)?;
+        let mode = vcpu.state.code_mode;
+        // Once for the borrow checker's sake; the second look-up below is the one that returns.
+        let Some(stamp) = vcpu.ram.page(gpa).map(|p| p.stamp()) else { return Ok(None) };
+        if self.blocks.get(gpa, mode, stamp).is_some() {
+            return Ok(self.blocks.get(gpa, mode, stamp).map(|b| &b.insns[..]));
+        }
+        self.decode(vcpu, gpa, mode)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn decode(&mut self, vcpu: &mut Vcpu, gpa: Gpa, mode: CodeMode) -> Exec<Option<&[Insn]>> {
+        let ram = std::sync::Arc::clone(&vcpu.ram);
+        let Some(page) = ram.page(gpa) else { return Ok(None) };
+        if !page.is_watched() {
+            vcpu.tlb.write_protect(page.host);
+            let peer = std::sync::Arc::clone(&vcpu.peer);
+            ram.group().watch(&peer, page, || vcpu.serve_watch());
+        }
+        let stamp = page.stamp();
+        let offset = gpa.page_offset() as usize;
+        let mut bytes = [0; 4096];
+        if !ram.copy_from(gpa, &mut bytes[offset..]) {
+            return Ok(None);
+        }
+        // Relative to the page, so that nothing in a block depends on where the page is mapped.
+        let mut decoder =
+            Decoder::with_ip(mode.bitness(), &bytes[offset..], offset as u64, DecoderOptions::NONE);
+        let mut insns = Vec::with_capacity(16);
+        let mut i = Instruction::default();
+        while insns.len() < BLOCK_LENGTH && decoder.can_decode() {
+            let left = bytes.len() - (offset + decoder.position());
+            decoder.decode_out(&mut i);
+            if i.is_invalid() && left < INSTRUCTION_LENGTH {
+                // It may go on in the next page, which may be anywhere.
+                break;
+            }
+            insns.push(Insn::lower(vcpu, &i, mode));
+            if ends_block(&i) {
+                break;
+            }
+        }
+        if insns.is_empty() {
+            return Ok(None);
+        }
+        vcpu.stats.blocks_decoded += 1;
+        if page.stamp() != stamp {
+            // Written while it was decoded: run what is there now, once.
+            return Ok(None);
+        }
+        Ok(Some(&self.blocks.insert(gpa, mode, stamp, insns.into_boxed_slice()).insns))
+    }
+
+    /// Decodes and executes one instruction without the cache: one that crosses a page, lies outside RAM, or
+    /// is stepped.
+    #[cold]
+    #[inline(never)]
+    fn uncached(&mut self, vcpu: &mut Vcpu) -> Exec {
+        let gva = code_address(vcpu)?;
+        let breakpoints = vcpu.instruction_breakpoint(gva.0);
+        if breakpoints != 0 && vcpu.state.flags.system() & flags::RF == 0 {
+            return fault(Fault::db(breakpoints, false));
+        }
+        let mut bytes = [0; INSTRUCTION_LENGTH];
+        let mut len = (0x1000 - gva.page_offset() as usize).min(INSTRUCTION_LENGTH);
+        read_code(vcpu, gva, &mut bytes[..len])?;
+        let mode = vcpu.state.code_mode;
+        let mut i = Instruction::default();
+        Decoder::with_ip(mode.bitness(), &bytes[..len], gva.0, DecoderOptions::NONE).decode_out(&mut i);
+        if i.is_invalid() && len < INSTRUCTION_LENGTH {
+            let next = gva.wrapping_add(len as u64);
+            read_code(vcpu, next, &mut bytes[len..])?;
+            len = INSTRUCTION_LENGTH;
+            Decoder::with_ip(mode.bitness(), &bytes[..len], gva.0, DecoderOptions::NONE).decode_out(&mut i);
+        }
+        let insn = Insn::lower(vcpu, &i, mode);
+        execute(vcpu, std::slice::from_ref(&insn))
+    }
+}
+
+/// Runs the instructions of a block.
+#[inline(always)]
+fn execute(vcpu: &mut Vcpu, insns: &[Insn]) -> Exec {
+    vcpu.state.block_end = insns.len() as u32;
+    let mut done = 0;
+    for insn in insns {
+        let rip = vcpu.state.rip();
+        vcpu.state.set_rip(rip.wrapping_add(u64::from(insn.len)));
+        done += 1;
+        if let Err(stop) = (insn.run)(vcpu, insn) {
+            vcpu.stats.instructions += done;
+            if matches!(*stop, Stop::Restart | Stop::Fault(Fault { trap: false, .. })) {
+                vcpu.stats.instructions -= 1;
+                vcpu.state.set_rip(rip);
+            }
+            return Err(stop);
+        }
+        if done >= u64::from(vcpu.state.block_end) {
+            break;
+        }
+    }
+    vcpu.stats.instructions += done;
+    Ok(())
+}
+
+/// Acts on an instruction that did not simply complete.
+#[cold]
+fn stopped(vcpu: &mut Vcpu, stop: Stop) -> Option<Outcome> {
+    match stop {
+        Stop::Restart => None,
+        Stop::Halt => {
+            vcpu.stats.halts += 1;
+            vcpu.state.slow |= slow::HALTED;
+            None
+        }
+        Stop::TripleFault => Some(Outcome::TripleFault),
+        Stop::Fault(f) => {
+            vcpu.stats.exceptions += 1;
+            deliver(vcpu, Event::Fault(f))
+        }
+    }
+}
+
+fn deliver(vcpu: &mut Vcpu, event: Event) -> Option<Outcome> {
+    match vcpu.deliver(event) {
+        Ok(()) => None,
+        Err(_) => Some(Outcome::TripleFault),
+    }
+}
+
+/// What must happen between two instructions, in the order of Intel SDM vol. 3, table 6-2.
+#[cold]
+#[inline(never)]
+fn service(vcpu: &mut Vcpu) -> Next {
+    let word = vcpu.attention.peek();
+    if word & attention::WATCH != 0 {
+        vcpu.serve_watch();
+    }
+    if word & attention::FLUSH_TLB != 0 && vcpu.attention.take(attention::FLUSH_TLB) != 0 {
+        vcpu.tlb.flush_all();
+    }
+    if word & attention::KICK != 0 && vcpu.attention.take(attention::KICK) != 0 {
+        return Next::Leave(Outcome::Kicked);
+    }
+    if word & attention::INIT != 0 && vcpu.attention.take(attention::INIT) != 0 {
+        vcpu.state.init();
+        vcpu.state.slow |= slow::WAIT_FOR_SIPI;
+        vcpu.refresh();
+    }
+    if vcpu.state.slow & slow::WAIT_FOR_SIPI != 0 {
+        if vcpu.attention.take(attention::SIPI) == 0 {
+            return Next::Leave(Outcome::Halted);
+        }
+        let vector = vcpu.attention.take_sipi();
+        vcpu.state.slow &= !slow::WAIT_FOR_SIPI;
+        vcpu.state.set_real_mode_cs(u16::from(vector) << 8);
+        vcpu.state.seg_base[usize::from(seg::CS)] = u64::from(vector) << 12;
+        vcpu.state.set_rip(0);
+        vcpu.refresh();
+    } else if word & attention::SIPI != 0 {
+        // Not waiting for it: ignored.
+        vcpu.attention.take(attention::SIPI);
+    }
+    let state = &mut vcpu.state;
+    if state.slow & slow::DEBUG_TRAP != 0 && state.slow & slow::SS_SHADOW == 0 {
+        state.slow &= !(slow::DEBUG_TRAP | slow::HALTED);
+        let dr6 = std::mem::take(&mut state.pending_dr6);
+        vcpu.stats.exceptions += 1;
+        if let Some(outcome) = deliver(vcpu, Event::Fault(Fault::db(dr6, true))) {
+            return Next::Leave(outcome);
+        }
+        return Next::Step;
+    }
+    if vcpu.attention.take(attention::NMI) != 0 {
+        vcpu.state.slow |= slow::NMI_PENDING;
+    }
+    let shadow = vcpu.state.slow & (slow::STI_SHADOW | slow::SS_SHADOW) != 0;
+    if vcpu.state.slow & slow::NMI_PENDING != 0 && !shadow && vcpu.state.slow & slow::NMI_BLOCKED == 0 {
+        vcpu.state.slow &= !(slow::NMI_PENDING | slow::HALTED);
+        vcpu.state.slow |= slow::NMI_BLOCKED;
+        vcpu.stats.interrupts += 1;
+        if let Some(outcome) = deliver(vcpu, Event::Nmi) {
+            return Next::Leave(outcome);
+        }
+    } else if word & attention::INTERRUPT != 0 && !shadow && vcpu.state.flags.system() & flags::IF != 0 {
+        // Cleared before the controller is asked, so that an interrupt that arrives now raises it again.
+        vcpu.attention.take(attention::INTERRUPT);
+        if let Some(vector) = vcpu.platform.acknowledge_interrupt() {
+            if vcpu.platform.interrupt_pending() {
+                vcpu.attention.raise(attention::INTERRUPT);
+            }
+            vcpu.state.slow &= !slow::HALTED;
+            vcpu.stats.interrupts += 1;
+            if let Some(outcome) = deliver(vcpu, Event::Interrupt(vector)) {
+                return Next::Leave(outcome);
+            }
+        }
+    }
+    if vcpu.state.slow & slow::HALTED != 0 {
+        return Next::Leave(Outcome::Halted);
+    }
+    // NMI_BLOCKED and a latched NMI behind it are no reason to step.
+    let step = slow::SINGLE_STEP | slow::STI_SHADOW | slow::SS_SHADOW | slow::BREAKPOINTS | slow::DEBUG_TRAP;
+    if vcpu.state.slow & step != 0 { Next::Step } else { Next::Run }
+}
+
+/// The linear address of the present RIP.
+#[inline(always)]
+fn code_address(vcpu: &mut Vcpu) -> Exec<Gva> {
+    if vcpu.state.code_mode == CodeMode::Bits64 {
+        return Ok(Gva(vcpu.state.rip()));
+    }
+    code_address_segmented(vcpu)
+}
+
+#[cold]
+fn code_address_segmented(vcpu: &mut Vcpu) -> Exec<Gva> {
+    let cs = &vcpu.state.segments[usize::from(seg::CS)];
+    let mask = if vcpu.state.code_mode == CodeMode::Bits16 && !cs.has(Segment::DEFAULT_BIG) {
+        // IP wraps at 64 KiB unless the limit says that it is wider.
+        if cs.limit > 0xffff { 0xffff_ffff } else { 0xffff }
+    } else {
+        0xffff_ffff
+    };
+    let ip = vcpu.state.rip() & mask;
+    let limit = u64::from(cs.limit);
+    vcpu.state.set_rip(ip);
+    if ip > limit {
+        return fault(Fault::gp(0));
+    }
+    Ok(Gva(vcpu.state.seg_base[usize::from(seg::CS)].wrapping_add(ip) & 0xffff_ffff))
+}
+
+/// Translates the address of an instruction.
+#[inline(always)]
+fn fetch(vcpu: &mut Vcpu, gva: Gva) -> Exec<Gpa> {
+    // Fetches do not depend on SMAP: one table for each privilege serves.
+    let base = if vcpu.state.cpl == 3 { 0 } else { crate::tlb::Table::Supervisor.base() };
+    match vcpu.tlb.fetch(base, vcpu.state.tlb_tag, gva.0) {
+        Some(gpa) => Ok(gpa),
+        None => fetch_slow(vcpu, gva, base),
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn fetch_slow(vcpu: &mut Vcpu, gva: Gva, base: u64) -> Exec<Gpa> {
+    if vcpu.state.code_mode == CodeMode::Bits64 && !vcpu.walk.canonical(gva) {
+        return fault(Fault::gp(0));
+    }
+    if vcpu.tlb.adopt_global(base, vcpu.state.tlb_tag, gva)
+        && let Some(gpa) = vcpu.tlb.fetch(base, vcpu.state.tlb_tag, gva.0)
+    {
+        return Ok(gpa);
+    }
+    // `Implicit` fills the table with SMAP in force, where `fetch` looks; for fetches it means the same.
+    let privilege = if vcpu.state.cpl == 3 { Privilege::User } else { Privilege::Implicit };
+    Ok(vcpu.translate(gva, AccessKind::Fetch, privilege)?.0)
+}
+
+/// Reads instruction bytes that lie in one page.
+fn read_code(vcpu: &mut Vcpu, gva: Gva, bytes: &mut [u8]) -> Exec {
+    let gpa = fetch(vcpu, gva)?;
+    if !vcpu.ram.copy_from(gpa, bytes) {
+        vcpu.exit(Exit::MmioRead { gpa, data: bytes });
+    }
+    Ok(())
+}
+
+/// Whether nothing may follow `i` in its block: it branches, or what follows may have to be decoded, or
+/// interrupted, differently.
+fn ends_block(i: &Instruction) -> bool {
+    use iced_x86::Mnemonic as M;
+    i.flow_control() != FlowControl::Next && i.flow_control() != FlowControl::XbeginXabortXend
+        || matches!(
+            i.mnemonic(),
+            M::Sti
+                | M::Popf
+                | M::Popfd
+                | M::Popfq
+                | M::Hlt
+                | M::Wrmsr
+                | M::Lmsw
+                | M::Xsetbv
+                | M::Invlpg
+                | M::Invpcid
+                | M::Clac
+                | M::Stac
+                | M::Wrpkru
+                | M::Mwait
+                | M::Cpuid
+                | M::Out
+                | M::In
+                | M::Outsb
+                | M::Outsw
+                | M::Outsd
+        )
+        || matches!(i.op0_register(), iced_x86::Register::SS)
+        || i.op0_register().is_cr()
+        || i.op0_register().is_dr()
+}
