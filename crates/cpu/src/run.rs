@@ -346,7 +346,10 @@ fn service(vcpu: &mut Vcpu) -> Next {
             }
         }
     }
-    if vcpu.state.slow & slow::HALTED != 0 && vcpu.attention.take(attention::UNHALT) != 0 {
+    if word & attention::UNHALT != 0 && vcpu.attention.take(attention::UNHALT) != 0 {
+        vcpu.state.unhalted = true;
+    }
+    if vcpu.state.slow & slow::HALTED != 0 && std::mem::take(&mut vcpu.state.unhalted) {
         vcpu.state.slow &= !slow::HALTED;
     }
     if vcpu.state.slow & slow::HALTED != 0 {
@@ -368,7 +371,8 @@ impl Vcpu {
 
     /// The attention bits that end the sleep of a vCPU that [`Outcome::Halted`] was returned for.
     pub fn wake_mask(&self) -> u32 {
-        let always = attention::KICK | attention::INIT | attention::WATCH | attention::FLUSH_TLB;
+        // WATCH and FLUSH_TLB can wait until the vCPU runs again.
+        let always = attention::KICK | attention::INIT;
         if self.state.slow & slow::WAIT_FOR_SIPI != 0 {
             return always | attention::SIPI;
         }
