@@ -1,1 +1,3 @@
 //! A small modern PC around a software processor.
+
+pub mod clock;
