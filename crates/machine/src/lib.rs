@@ -1,1 +1,4 @@
 //! A small modern PC around a software processor.
+
+pub mod apic;
+pub mod clock;
