@@ -1,1 +1,7 @@
 //! A small modern PC around a software processor.
+
+pub mod bus;
+pub mod layout;
+pub mod power;
+pub mod rtc;
+pub mod serial;
