@@ -2,6 +2,7 @@
 
 pub mod bus;
 pub mod layout;
+pub mod loader;
 pub mod power;
 pub mod rtc;
 pub mod serial;

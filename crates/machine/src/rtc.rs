@@ -82,7 +82,7 @@ impl PortDevice for Rtc {
 
 /// Two decimal digits, one in each half.
 fn bcd(value: u8) -> u8 {
-    (value / 10) << 4 | value % 10
+    ((value / 10) << 4) | (value % 10)
 }
 
 /// A time in UTC as the clock's registers have it.
@@ -146,13 +146,17 @@ mod tests {
         assert_eq!(read(&rtc, 0x0f), 0, "no memory");
     }
 
+    fn is_leap(year: u64) -> bool {
+        year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400))
+    }
+
     #[test]
     fn dates_follow_each_other() {
         let mut previous = Date::from_unix(0);
         assert_eq!((previous.year, previous.month, previous.day, previous.weekday), (1970, 1, 1, 5));
         for day in 1..=200 * 366 {
             let date = Date::from_unix(day * 86400);
-            let leap = previous.year % 4 == 0 && (previous.year % 100 != 0 || previous.year % 400 == 0);
+            let leap = is_leap(previous.year);
             let last = match previous.month {
                 2 => 28 + u8::from(leap),
                 4 | 6 | 9 | 11 => 30,
