@@ -50,7 +50,7 @@ pub use timer::TIMER_HZ;
 /// IA32_APIC_BASE (SDM vol. 3, 12.4.4).
 pub const MSR_APIC_BASE: u32 = 0x1b;
 /// IA32_TSC_DEADLINE (SDM vol. 3, 12.5.4.1).
-pub const MSR_TSC_DEADLINE: u32 = 0x6e;
+pub const MSR_TSC_DEADLINE: u32 = 0x6e0;
 /// First MSR of the x2APIC range (SDM vol. 3, 12.12.1.2).
 pub const MSR_X2APIC_FIRST: u32 = 0x800;
 /// Last MSR of the x2APIC range.
