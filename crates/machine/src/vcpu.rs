@@ -87,7 +87,7 @@ impl Platform for VcpuPlatform {
             Exit::ReadCr8 { value } => *value = self.apic.cr8(),
             Exit::WriteCr8 { value } => return answer(self.apic.set_cr8(value)),
             Exit::Hypercall { number, args, cpl, result } => {
-                *result = lock(&self.kvm).hypercall(kvm::Hypercall { number, args, cpl });
+                *result = lock(&self.kvm).hypercall(&kvm::Hypercall { number, args, long_mode: true, cpl });
             }
         }
         Answer::Done
