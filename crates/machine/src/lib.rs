@@ -8,3 +8,4 @@ pub mod loader;
 pub mod power;
 pub mod rtc;
 pub mod serial;
+pub mod kvm;

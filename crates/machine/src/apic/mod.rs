@@ -18,6 +18,8 @@
 //!
 //! NMI, INIT and SIPI do not touch the IRR: they go straight to the vCPU through [`VcpuSignals`].
 //!
+//! Section numbers are those of the Intel SDM since 2024, where the APIC is chapter 12 (10 before 2022).
+//!
 //! # Timer
 //!
 //! The timer keeps no thread. It is a deadline: whoever runs the vCPU asks [`LocalApic::next_deadline`]
@@ -37,6 +39,8 @@ mod local;
 mod message;
 mod msi;
 mod registers;
+#[cfg(test)]
+pub(crate) mod testing;
 mod timer;
 mod vectors;
 
