@@ -49,6 +49,8 @@ mod nested;
 mod pdptr;
 mod permission;
 mod state;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod walk;
 
 pub use access::{Access, AccessKind, Privilege};
