@@ -11,9 +11,9 @@ use crate::queue::Virtq;
 ///
 /// An `Arc<GuestMemoryMmap<B>>` is one, with any dirty bitmap `B`: everything a device writes to guest memory
 /// marks it.
-pub trait GuestMem: GuestAddressSpace + Clone + Send + Sync + 'static {}
+pub trait GuestMem: GuestAddressSpace<T: Send> + Clone + Send + Sync + 'static {}
 
-impl<M: GuestAddressSpace + Clone + Send + Sync + 'static> GuestMem for M {}
+impl<M: GuestAddressSpace<T: Send> + Clone + Send + Sync + 'static> GuestMem for M {}
 
 /// Everything that a device needs to run, from the driver's DRIVER_OK until reset.
 pub struct Activation<M: GuestMem> {

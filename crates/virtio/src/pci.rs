@@ -31,9 +31,9 @@ use virtio_bindings::virtio_config::{
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemory};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::device::{Activation, GuestMem, VirtioDevice, feature};
+use crate::event::Event;
 use crate::interrupt::{Interrupts, STATUS_NEEDS_RESET};
 use crate::msix::{IntxLine, MsiSink, MsixLayout};
 use crate::pci_config::{Bar, BarKind, ConfigError, PciConfig, PciIds};
@@ -129,7 +129,7 @@ struct QueueSetup {
     desc: u64,
     driver: u64,
     device: u64,
-    kick: Arc<EventFd>,
+    kick: Arc<Event>,
 }
 
 impl QueueSetup {
@@ -214,7 +214,7 @@ impl<M: GuestMem> VirtioPci<M> {
             .ok_or(PciError::Queues(queue_count))?;
         let queues = device.queue_sizes().iter().map(|&max_size| {
             Queue::new(max_size).map_err(|_| PciError::QueueSize(max_size))?;
-            let kick = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+            let kick = Arc::new(Event::new()?);
             let size = max_size;
             Ok(QueueSetup { max_size, size, enabled: false, desc: 0, driver: 0, device: 0, kick })
         });
@@ -338,7 +338,7 @@ impl<M: GuestMem> VirtioPci<M> {
         if may_start && self.activated {
             // The driver may have rung while the device could not look.
             for queue in &self.queues {
-                ring(&queue.kick);
+                queue.kick.signal();
             }
         }
     }
@@ -368,7 +368,7 @@ impl<M: GuestMem> VirtioPci<M> {
                 (NOTIFY_PAGE, at) => {
                     let queue = usize::try_from(at / u64::from(NOTIFY_MULTIPLIER)).unwrap_or(usize::MAX);
                     if let Some(queue) = self.queues.get(queue) {
-                        ring(&queue.kick);
+                        queue.kick.signal();
                     }
                 }
                 _ => {}
@@ -391,7 +391,7 @@ impl<M: GuestMem> VirtioPci<M> {
         for queue in &mut self.queues {
             queue.reset();
             // A doorbell of the past must not start the next driver's queue.
-            let _ = queue.kick.read();
+            queue.kick.clear();
         }
         self.device_feature_select = 0;
         self.driver_feature_select = 0;
@@ -593,9 +593,4 @@ fn touches(offset: u16, len: usize, field: u16, field_len: usize) -> bool {
 
 fn copy_out(image: &[u8], offset: u64, data: &mut [u8]) {
     crate::device::read_config_bytes(image, offset, data);
-}
-
-fn ring(kick: &EventFd) {
-    // It can only fail when the counter is full, and then the worker has a wake-up waiting.
-    let _ = kick.write(1);
 }

@@ -22,9 +22,9 @@ use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::bitmap::{BitmapSlice, MS};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, VolatileSlice};
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::device::GuestMem;
+use crate::event::Event;
 use crate::interrupt::Interrupts;
 
 /// Bytes of a descriptor (virtio 1.2, section 2.7.5).
@@ -213,7 +213,7 @@ pub struct Virtq<M: GuestMem> {
     index: u16,
     queue: Queue,
     mem: M,
-    kick: Arc<EventFd>,
+    kick: Arc<Event>,
     interrupts: Arc<Interrupts>,
     indirect: bool,
     broken: bool,
@@ -226,7 +226,7 @@ impl<M: GuestMem> Virtq<M> {
         index: u16,
         queue: Queue,
         mem: M,
-        kick: Arc<EventFd>,
+        kick: Arc<Event>,
         interrupts: Arc<Interrupts>,
         indirect: bool,
     ) -> Self {
@@ -241,7 +241,7 @@ impl<M: GuestMem> Virtq<M> {
 
     /// Signalled when the driver made buffers available; non-blocking.
     #[must_use]
-    pub fn kick(&self) -> &EventFd {
+    pub fn kick(&self) -> &Event {
         &self.kick
     }
 
@@ -316,8 +316,7 @@ impl<M: GuestMem> Virtq<M> {
 
     /// Clears the eventfd.
     pub fn clear_kick(&self) {
-        // Non-blocking: an error only says that it was clear already.
-        let _ = self.kick.read();
+        self.kick.clear();
     }
 
     /// Calls `handle` with each available chain, gives it back with the length returned, and interrupts the

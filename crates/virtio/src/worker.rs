@@ -5,15 +5,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use crate::event::Event;
 
 /// Tells a worker to end. Cheap to ask, and an eventfd to wait for.
 #[derive(Debug, Clone)]
-pub(crate) struct Stop(Arc<(AtomicBool, EventFd)>);
+pub(crate) struct Stop(Arc<(AtomicBool, Event)>);
 
 impl Stop {
     fn new() -> io::Result<Self> {
-        Ok(Stop(Arc::new((AtomicBool::new(false), EventFd::new(EFD_NONBLOCK)?))))
+        Ok(Stop(Arc::new((AtomicBool::new(false), Event::new()?))))
     }
 
     /// The worker was asked to end.
@@ -22,15 +22,13 @@ impl Stop {
     }
 
     /// Readable from the request on; the worker does not read it.
-    pub(crate) fn event(&self) -> &EventFd {
+    pub(crate) fn event(&self) -> &Event {
         &self.0.1
     }
 
     fn request(&self) {
         self.0.0.store(true, Ordering::SeqCst);
-        if let Err(error) = self.0.1.write(1) {
-            tracing::error!(%error, "cannot wake a device thread");
-        }
+        self.0.1.signal();
     }
 }
 
