@@ -12,9 +12,10 @@ use std::thread;
 
 use cpu::{Cpuid, GuestRam, Ram, Vcpu, VcpuConfig, VcpuStats, attention};
 use mmu::Gpa;
-use virtio::{MsiSink, PciError, VirtioDevice, VirtioPci};
+use virtio::device::VirtioDevice;
+use virtio::pci::VirtioPci;
 
-use crate::acpi;
+use crate::acpi::{self, AcpiConfig, AcpiError};
 use crate::apic::{ApicBus, ApicBusConfig, IOAPIC_BASE, IOAPIC_SIZE, IoApic};
 use crate::boot;
 use crate::bus::{Bus, BusError, MmioDevice, Unclaimed};
@@ -23,11 +24,12 @@ use crate::kvm::{KvmVcpu, KvmVm};
 use crate::layout;
 use crate::loader::{self, BootProtocol, BootRequest, BootState, KernelImage, LoadError};
 use crate::memory::{self, MemoryError};
-use crate::pci::{self, PciRoot};
+use crate::pci::{PciError, PciRoot};
 use crate::power::{self, PowerEvent, PowerSignal};
 use crate::rtc::Rtc;
 use crate::serial::{InterruptLine, Serial};
 use crate::signals::Signals;
+use crate::virtio_pci::{Msi, VirtioFunction};
 use crate::vcpu::{VcpuPlatform, VcpuThread, lock};
 
 /// What a machine is made of.
@@ -67,13 +69,13 @@ pub enum MachineError {
     Bus(#[from] BusError),
     /// The ACPI tables do not fit.
     #[error("cannot describe the machine to the guest")]
-    Acpi(#[from] acpi::AcpiError),
+    Acpi(#[from] AcpiError),
     /// A PCI function could not be added.
     #[error("cannot add a PCI device")]
-    Pci(#[from] pci::PciError),
+    Pci(#[from] PciError),
     /// A virtio device could not be made.
     #[error("cannot add a virtio device")]
-    Virtio(#[from] PciError),
+    Virtio(#[from] virtio::pci::PciError),
     /// The host refused a thread or executable memory.
     #[error("cannot start a vCPU")]
     Vcpu(#[source] io::Error),
@@ -141,7 +143,7 @@ pub struct Machine {
     config: Sizes,
     memory: Arc<GuestRam>,
     bus: Bus,
-    pci: Arc<PciRoot>,
+    pci: PciRoot,
     apics: Arc<ApicBus>,
     signals: Arc<Signals>,
     kvm: Arc<KvmVm>,
@@ -198,8 +200,7 @@ impl Machine {
         bus.add_ports("serial port", layout::SERIAL_PORT, 8, Arc::clone(&serial) as _)?;
         bus.add_ports("real-time clock", layout::RTC_PORT, 2, Arc::new(Rtc::new()))?;
         power::attach(&mut bus, &power)?;
-        let pci = PciRoot::new(layout::mmio64_window(bytes));
-        pci::attach(&mut bus, &pci, &power)?;
+        let pci = PciRoot::new(layout::MMIO32, layout::mmio64_window(bytes));
 
         Ok(Self {
             config: Sizes { memory: bytes, cpus: config.cpus },
@@ -237,9 +238,9 @@ impl Machine {
     /// # Errors
     /// When the slots are taken, or the host is out of descriptors.
     pub fn add_virtio(&mut self, device: Box<dyn VirtioDevice<Arc<GuestRam>>>) -> Result<(), MachineError> {
-        let msi: Arc<dyn MsiSink> = Arc::new(Msi(Arc::clone(&self.apics)));
+        let msi = Arc::new(Msi(Arc::clone(&self.apics)));
         let function = VirtioPci::new(device, Arc::clone(&self.memory), msi, None)?;
-        self.pci.add(Arc::new(Mutex::new(function)))?;
+        self.pci.add_next(Arc::new(Mutex::new(VirtioFunction(function))))?;
         Ok(())
     }
 
@@ -254,7 +255,9 @@ impl Machine {
         initramfs: Option<&[u8]>,
         cmdline: &str,
     ) -> Result<(), MachineError> {
-        let rsdp = acpi::write(&*self.memory, &acpi::Config { cpus: self.config.cpus, ram: self.config.memory })?;
+        let acpi_config =
+            AcpiConfig { cpus: self.config.cpus, mmio64: layout::mmio64_window(self.config.memory) };
+        let rsdp = acpi::write(&*self.memory, &acpi_config)?;
         let memory_map = layout::memory_map(self.config.memory);
         let request = BootRequest { protocol, initramfs, cmdline, memory_map: &memory_map, rsdp };
         self.boot = Some(loader::load(&*self.memory, kernel, &request)?);
@@ -265,9 +268,11 @@ impl Machine {
     ///
     /// # Errors
     /// When the host refuses threads or executable memory.
-    pub fn run(self) -> Result<(Ended, MachineStats), MachineError> {
+    pub fn run(mut self) -> Result<(Ended, MachineStats), MachineError> {
+        self.pci.assign_bars()?;
+        Arc::new(self.pci).attach(&mut self.bus, &self.power)?;
         let ram = Arc::new(Ram::new((*self.memory).clone()));
-        let bus = Arc::new(self.bus);
+        let bus = Arc::new(std::mem::take(&mut self.bus));
         let mut threads = Vec::new();
         for (index, attention) in self.signals.attentions().iter().enumerate() {
             let Some(apic) = self.apics.local(index) else { continue };
@@ -331,15 +336,6 @@ impl Machine {
             cpuid.set_leaf(leaf.leaf, leaf.subleaf, [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx]);
         }
         cpuid
-    }
-}
-
-/// Message-signalled interrupts of devices.
-struct Msi(Arc<ApicBus>);
-
-impl MsiSink for Msi {
-    fn signal(&self, address: u64, data: u32) {
-        self.0.deliver_msi(address, data);
     }
 }
 
