@@ -29,8 +29,8 @@ use crate::power::{self, PowerEvent, PowerSignal};
 use crate::rtc::Rtc;
 use crate::serial::{InterruptLine, Serial};
 use crate::signals::Signals;
-use crate::virtio_pci::{Msi, VirtioFunction};
 use crate::vcpu::{VcpuPlatform, VcpuThread, lock};
+use crate::virtio_pci::{Msi, VirtioFunction};
 
 /// What a machine is made of.
 pub struct MachineConfig {
@@ -194,8 +194,13 @@ impl Machine {
 
         let mut bus = Bus::new();
         let io_apic = IoApic::new(&apics);
-        bus.add_mmio("I/O APIC", IOAPIC_BASE, IOAPIC_SIZE, Arc::new(IoApicRegisters(Arc::clone(&io_apic))))?;
-        let line = Box::new(Pin { io_apic, pin: layout::SERIAL_IRQ as usize });
+        bus.add_mmio(
+            "I/O APIC",
+            Gpa(IOAPIC_BASE),
+            IOAPIC_SIZE,
+            Arc::new(IoApicRegisters(Arc::clone(&io_apic))),
+        )?;
+        let line = Box::new(Pin { io_apic, pin: layout::SERIAL_GSI as usize });
         let serial = Arc::new(Serial::new(line, config.serial));
         bus.add_ports("serial port", layout::SERIAL_PORT, 8, Arc::clone(&serial) as _)?;
         bus.add_ports("real-time clock", layout::RTC_PORT, 2, Arc::new(Rtc::new()))?;
@@ -270,7 +275,8 @@ impl Machine {
     /// When the host refuses threads or executable memory.
     pub fn run(mut self) -> Result<(Ended, MachineStats), MachineError> {
         self.pci.assign_bars()?;
-        Arc::new(self.pci).attach(&mut self.bus, &self.power)?;
+        let pci = std::mem::replace(&mut self.pci, PciRoot::new(layout::MMIO32, 0..0));
+        Arc::new(pci).attach(&mut self.bus, &self.power)?;
         let ram = Arc::new(Ram::new((*self.memory).clone()));
         let bus = Arc::new(std::mem::take(&mut self.bus));
         let mut threads = Vec::new();
@@ -283,9 +289,8 @@ impl Machine {
                 cpuid: self.cpuid(index as u32),
                 tsc_offset: self.clock.host_tsc_offset().unwrap_or(0),
             };
-            let mut vcpu =
-                Vcpu::new(config, Arc::clone(&ram), Box::new(platform), Arc::clone(attention))
-                    .map_err(MachineError::Vcpu)?;
+            let mut vcpu = Vcpu::new(config, Arc::clone(&ram), Box::new(platform), Arc::clone(attention))
+                .map_err(MachineError::Vcpu)?;
             match &self.boot {
                 Some(boot) if index == 0 => boot::apply(&mut vcpu, boot),
                 _ => vcpu.wait_for_sipi(),

@@ -1,4 +1,5 @@
 //! The host's time stamp counter.
+#![allow(unsafe_code, reason = "the only place that reads the time-stamp counter")]
 
 /// Reads the host's TSC.
 #[inline(always)]
