@@ -170,6 +170,7 @@ fn msi_to_8_bit_and_15_bit_ids() {
     assert_eq!(rig.drain(), all([2], 0x41));
     let rig = Rig::new(&[0, 255, 256], true);
     assert_eq!(rig.bus.deliver_msi(0xfeef_f000, 0x41), 3, "xAPICs cannot have the id");
+    assert_eq!(rig.bus.deliver_msi(0xfee0_0020, 0x41), 0, "nor one of 9 bits");
 }
 
 #[test]
