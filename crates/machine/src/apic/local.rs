@@ -134,7 +134,7 @@ impl LocalApic {
         Identity::unpack(self.identity.load(Ordering::Acquire))
     }
 
-    /// Disabled, xAPIC or x2APIC. CPUID.1:EDX[9] (APIC) reads 0 while disabled.
+    /// Disabled, xAPIC or x2APIC. CPUID leaf 1 clears bit 9 (APIC) of EDX while disabled.
     pub fn mode(&self) -> ApicMode {
         self.identity().mode
     }

@@ -58,7 +58,7 @@ fn plausible(khz: u32) -> Option<u32> {
     (near_base && (100_000..=20_000_000).contains(&khz)).then_some(khz)
 }
 
-/// SDM vol. 3, 19.17.1: CPUID.80000007H:EDX[8], the TSC runs at one rate in all states.
+/// SDM vol. 3, 19.17.1: CPUID leaf 8000_0007H, bit 8 of EDX: the TSC runs at one rate in all states.
 fn is_invariant() -> bool {
     __cpuid(0x8000_0000).eax >= 0x8000_0007 && __cpuid(0x8000_0007).edx & 1 << 8 != 0
 }
