@@ -1,3 +1,2 @@
-//! Linux's virtualization stack in user space.
-
+//! ring3.
 fn main() {}

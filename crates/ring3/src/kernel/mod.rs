@@ -1,0 +1,3 @@
+//! Which kernel a run boots, and where its modules are.
+
+pub mod image;
