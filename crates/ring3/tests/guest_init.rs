@@ -122,14 +122,13 @@ impl Guest {
         let mut ended =
             Ended { messages: vec![], stdout: vec![], stderr: vec![], console: String::new() };
         std::thread::scope(|scope| {
-            scope.spawn(move || {
+            scope.spawn(|| {
                 // The command may end without reading all. Only half is closed: QEMU drops what it has not read
                 // yet when the whole socket is.
-                if let Some(stdin) = stdin.as_mut() {
+                if let Some(stdin) = &mut stdin {
                     let _ = stdin.write_all(input);
                     let _ = stdin.shutdown(std::net::Shutdown::Write);
                 }
-                stdin
             });
             let out = scope.spawn(move || read_all(&mut stdout));
             let err = scope.spawn(move || read_all(&mut stderr));
@@ -189,4 +188,16 @@ fn streams_environment_and_status() {
     assert_eq!(ended.messages, [FromGuest::Ready, FromGuest::Exit(7)], "{}", ended.console);
     assert_eq!(String::from_utf8_lossy(&ended.stdout), "out a b\n300000\n");
     assert_eq!(String::from_utf8_lossy(&ended.stderr), "err\nagain\n");
+}
+
+#[test]
+fn debug_loss() {
+    let Some(kernel) = test_kernel() else { return };
+    let input: Vec<u8> = (0..100_000_u32).flat_map(|i| i.to_be_bytes()).collect();
+    let ended = Guest::boot(&kernel, &shell("cat"), &[]).finish(&input);
+    let words: Vec<u32> = ended.stdout.chunks_exact(4).map(|c| u32::from_be_bytes(c.try_into().unwrap())).collect();
+    eprintln!("{} bytes, last {:?}", ended.stdout.len(), words.last());
+    for (i, pair) in words.windows(2).enumerate() {
+        if pair[1] != pair[0] + 1 { eprintln!("gap at {}: {} {}", i * 4, pair[0], pair[1]); }
+    }
 }
