@@ -12,7 +12,8 @@ use std::process::{Command, exit};
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 fn main() {
-    let path = |name: &str| PathBuf::from(env::var_os(name).unwrap_or_else(|| fail(&format!("{name} is not set"))));
+    let path =
+        |name: &str| PathBuf::from(env::var_os(name).unwrap_or_else(|| fail(&format!("{name} is not set"))));
     let workspace = path("CARGO_MANIFEST_DIR").join("../..");
     let source = workspace.join("crates/guest-init");
     let target_dir = path("OUT_DIR").join("guest-init");

@@ -119,8 +119,7 @@ impl Guest {
     fn finish(mut self, input: &[u8]) -> Ended {
         let mut stdin = self.stdin.take();
         let (mut stdout, mut stderr) = (self.stdout.try_clone().unwrap(), self.stderr.try_clone().unwrap());
-        let mut ended =
-            Ended { messages: vec![], stdout: vec![], stderr: vec![], console: String::new() };
+        let mut ended = Ended { messages: vec![], stdout: vec![], stderr: vec![], console: String::new() };
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 // The command may end without reading all. Only half is closed: QEMU drops what it has not read
@@ -163,7 +162,9 @@ fn append() -> String {
 fn add_program(archive: &mut initramfs::Archive, name: &str) {
     let path = ["/bin", "/usr/bin"].iter().map(|dir| Path::new(dir).join(name)).find(|p| p.exists()).unwrap();
     let libraries = Command::new("ldd").arg(&path).output().unwrap();
-    for library in String::from_utf8(libraries.stdout).unwrap().split_whitespace().filter(|w| w.starts_with('/')) {
+    for library in
+        String::from_utf8(libraries.stdout).unwrap().split_whitespace().filter(|w| w.starts_with('/'))
+    {
         archive.file_once(library, 0o755, || fs::read(library).unwrap());
     }
     archive.file_once(Path::new("/bin").join(name), 0o755, || fs::read(&path).unwrap());
@@ -195,9 +196,12 @@ fn debug_loss() {
     let Some(kernel) = test_kernel() else { return };
     let input: Vec<u8> = (0..100_000_u32).flat_map(|i| i.to_be_bytes()).collect();
     let ended = Guest::boot(&kernel, &shell("cat"), &[]).finish(&input);
-    let words: Vec<u32> = ended.stdout.chunks_exact(4).map(|c| u32::from_be_bytes(c.try_into().unwrap())).collect();
+    let words: Vec<u32> =
+        ended.stdout.chunks_exact(4).map(|c| u32::from_be_bytes(c.try_into().unwrap())).collect();
     eprintln!("{} bytes, last {:?}", ended.stdout.len(), words.last());
     for (i, pair) in words.windows(2).enumerate() {
-        if pair[1] != pair[0] + 1 { eprintln!("gap at {}: {} {}", i * 4, pair[0], pair[1]); }
+        if pair[1] != pair[0] + 1 {
+            eprintln!("gap at {}: {} {}", i * 4, pair[0], pair[1]);
+        }
     }
 }

@@ -106,8 +106,9 @@ mod tests {
         let start = bytes.len();
         loop {
             assert_eq!(&bytes[..6], b"070701");
-            let field =
-                |i: usize| u32::from_str_radix(std::str::from_utf8(&bytes[6 + 8 * i..14 + 8 * i]).unwrap(), 16);
+            let field = |i: usize| {
+                u32::from_str_radix(std::str::from_utf8(&bytes[6 + 8 * i..14 + 8 * i]).unwrap(), 16)
+            };
             let (mode, size, name_size) =
                 (field(1).unwrap(), field(6).unwrap() as usize, field(11).unwrap() as usize);
             let name = String::from_utf8(bytes[110..110 + name_size - 1].to_vec()).unwrap();
@@ -134,7 +135,13 @@ mod tests {
         let names: Vec<_> = entries.iter().map(|(name, mode, _)| (name.as_str(), *mode)).collect();
         assert_eq!(
             names,
-            [("init", 0o100_755), ("a", 0o40_755), ("a/b", 0o40_755), ("a/b/c", 0o100_600), ("a/link", 0o120_777)]
+            [
+                ("init", 0o100_755),
+                ("a", 0o40_755),
+                ("a/b", 0o40_755),
+                ("a/b/c", 0o100_600),
+                ("a/link", 0o120_777)
+            ]
         );
         assert_eq!(entries[3].2, b"12345");
         assert_eq!(entries[4].2, b"b/c");

@@ -155,7 +155,12 @@ impl ModuleTree {
     }
 
     /// Depth first; a cycle, which no real tree has, ends at the module already seen.
-    fn visit(&self, name: &str, seen: &mut BTreeSet<String>, order: &mut Vec<String>) -> Result<(), ModuleError> {
+    fn visit(
+        &self,
+        name: &str,
+        seen: &mut BTreeSet<String>,
+        order: &mut Vec<String>,
+    ) -> Result<(), ModuleError> {
         if !seen.insert(name.to_owned()) {
             return Ok(());
         }
@@ -218,7 +223,8 @@ impl ModuleTree {
         // A real tree is seven deep.
         const DEEPEST: usize = 32;
         let here = self.dir.join(below);
-        let entries = fs::read_dir(&here).map_err(|source| ModuleError::Read { path: here.clone(), source })?;
+        let entries =
+            fs::read_dir(&here).map_err(|source| ModuleError::Read { path: here.clone(), source })?;
         for entry in entries.flatten() {
             let path = below.join(entry.file_name());
             match entry.file_type() {

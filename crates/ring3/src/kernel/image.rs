@@ -58,9 +58,7 @@ pub fn identify(path: &Path, bytes: &[u8]) -> Result<Identity, ImageError> {
     }
     if bytes.starts_with(b"\x7fELF") {
         let banner = b"Linux version ";
-        let release = find(bytes, banner)
-            .and_then(|at| bytes.get(at + banner.len()..))
-            .and_then(first_word);
+        let release = find(bytes, banner).and_then(|at| bytes.get(at + banner.len()..)).and_then(first_word);
         return Ok(Identity { release, elf: true });
     }
     Err(ImageError::NotAKernel { path: path.to_owned() })
