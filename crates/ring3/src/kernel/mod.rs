@@ -20,7 +20,7 @@ use apt::AptError;
 use deb::DebError;
 use image::ImageError;
 use progress::Progress;
-use store::{Store, StoreError};
+use store::{Store, StoreError, Writer};
 
 /// Where a kernel comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -102,7 +102,7 @@ pub fn choose(named: Option<&Path>) -> Result<Kernel, KernelError> {
     }
     match installed() {
         Ok(Some(kernel)) => Ok(kernel),
-        Ok(None) => fetch(None).map_err(|error| match error {
+        Ok(None) => fetch_if_none().map_err(|error| match error {
             KernelError::Apt(error) => KernelError::CannotFetch(error),
             other => other,
         }),
@@ -169,12 +169,20 @@ fn modules_beside(image: &Path, release: &str) -> Option<PathBuf> {
 pub fn fetch(wanted: Option<&str>) -> Result<Kernel, KernelError> {
     let store = Store::of_user()?;
     let writer = store.lock()?;
-    // Another ring3 may have fetched it while this one waited for the lock.
-    if wanted.is_none() {
-        if let Some(kernel) = store.list()?.pop() {
-            return Ok(kernel);
-        }
+    fetch_into(&writer, wanted)
+}
+
+/// Fetches the default kernel, unless another ring3 did while this one waited for the cache's lock.
+fn fetch_if_none() -> Result<Kernel, KernelError> {
+    let store = Store::of_user()?;
+    let writer = store.lock()?;
+    match store.list()?.pop() {
+        Some(kernel) => Ok(kernel),
+        None => fetch_into(&writer, None),
     }
+}
+
+fn fetch_into(writer: &Writer<'_>, wanted: Option<&str>) -> Result<Kernel, KernelError> {
     let progress = Progress::on_stderr();
     let scratch = writer.stage()?;
     let downloaded = apt::download(wanted, scratch.path(), &progress)?;
