@@ -219,8 +219,10 @@ impl<M: GuestMem> VirtioDevice<M> for Console {
     }
 
     fn reset(&mut self) {
-        if let Ports::Running(worker) = std::mem::replace(&mut self.ports, Ports::Idle(Vec::new())) {
-            self.ports = Ports::Idle(worker.join().unwrap_or_default());
-        }
+        let ports = std::mem::replace(&mut self.ports, Ports::Idle(Vec::new()));
+        self.ports = Ports::Idle(match ports {
+            Ports::Idle(ports) => ports,
+            Ports::Running(worker) => worker.join().unwrap_or_default(),
+        });
     }
 }
