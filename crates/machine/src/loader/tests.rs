@@ -228,6 +228,10 @@ fn what_does_not_fit_is_named() {
     };
     let message = attempt(&at(0x1f0_0000, 0x20_0000), plain);
     assert!(message.contains("0x1f00000..0x2100000") && message.contains("33 MiB"), "{message}");
+    let mut hungry = bzimage(&payload(Compression::None, &vmlinux()));
+    hungry[0x260..0x264].copy_from_slice(&0x300_0000u32.to_le_bytes());
+    let message = attempt(&KernelImage::from_bytes(hungry).unwrap(), plain);
+    assert!(message.contains("0x200000..0x3200000") && message.contains("50 MiB"), "{message}");
     assert!(attempt(&at(0x8000, 16), plain).contains("0x8000, below 1 MiB"));
     assert!(attempt(&at(0xfee0_0000, 16), plain).contains("has none there"));
     let message = attempt(&at(0x20_0000, 16), BootRequest { protocol: BootProtocol::Pvh, ..plain });
