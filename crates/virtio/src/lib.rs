@@ -1,6 +1,7 @@
 //! Virtio devices over PCI.
 #![forbid(unsafe_code)]
 
+pub mod block;
 pub mod console;
 pub mod device;
 pub mod event;
@@ -9,5 +10,7 @@ pub mod msix;
 pub mod pci;
 pub mod pci_config;
 pub mod queue;
+pub mod rng;
+mod serve;
 mod warn;
 mod worker;
