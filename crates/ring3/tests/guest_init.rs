@@ -13,8 +13,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use guest_init::control::{FromGuest, ToGuest};
-use guest_init::spec::{Root, Spec, ports};
+use guest_init::spec::{Root, Spec, Stream, ports};
 use ring3::initramfs::{self, ModuleTree};
+use ring3::kernel::{self, Kernel};
 
 const QEMU: &str = "qemu-system-x86_64";
 
@@ -29,12 +30,14 @@ fn test_kernel() -> Option<TestKernel> {
         eprintln!("SKIPPED: no {QEMU}");
         return None;
     }
-    let Some(image) = std::env::var_os("RING3_TEST_KERNEL").map(PathBuf::from) else {
-        eprintln!("SKIPPED: RING3_TEST_KERNEL is not set");
+    let kernel = match std::env::var_os("RING3_TEST_KERNEL").map(PathBuf::from) {
+        Some(file) => Some(kernel::choose(Some(&file)).unwrap()),
+        None => kernel::installed().unwrap_or_default(),
+    };
+    let Some(Kernel { image, modules: Some(modules), .. }) = kernel else {
+        eprintln!("SKIPPED: no kernel with modules: set RING3_TEST_KERNEL, or run `ring3 kernel fetch`");
         return None;
     };
-    let release = image.file_name()?.to_str()?.strip_prefix("vmlinuz-")?.to_owned();
-    let modules = image.parent()?.parent()?.join("lib/modules").join(release);
     Some(TestKernel { image, modules: ModuleTree::open(&modules).unwrap() })
 }
 
@@ -42,6 +45,7 @@ struct Guest {
     qemu: Child,
     virtiofsd: Option<Child>,
     dir: tempfile::TempDir,
+    terminal: UnixStream,
     control: BufReader<UnixStream>,
     stdin: Option<UnixStream>,
     stdout: UnixStream,
@@ -64,7 +68,7 @@ impl Guest {
             .unwrap();
         let mut archive = initramfs::build(spec, &modules).unwrap();
         if spec.root == Root::Initramfs {
-            for program in ["sh", "cat", "head", "wc", "seq", "sleep", "stat", "tty", "stty", "id"] {
+            for program in ["sh", "cat", "wc", "sleep", "tty", "stty"] {
                 add_program(&mut archive, program);
             }
         }
@@ -94,23 +98,26 @@ impl Guest {
             .arg("-serial")
             .arg(format!("file:{}", dir.path().join("serial").display()))
             .args(["-device", "virtio-serial-pci"])
-            .args(["-chardev", &format!("file,id=hvc,path={}", dir.path().join("hvc").display())])
-            .args(["-device", "virtconsole,chardev=hvc"])
             .args(extra);
         let virtiofsd = (spec.root == Root::Virtiofs).then(|| share_root(&mut command, dir.path()));
         let mut listeners = Vec::new();
-        for name in [ports::STDIN, ports::STDOUT, ports::STDERR, ports::CONTROL] {
+        for name in ["terminal", ports::STDIN, ports::STDOUT, ports::STDERR, ports::CONTROL] {
             let path = dir.path().join(name);
             listeners.push(UnixListener::bind(&path).unwrap());
-            command
-                .args(["-chardev", &format!("socket,id={name},path={}", path.display())])
-                .args(["-device", &format!("virtserialport,chardev={name},name={name}")]);
+            command.args(["-chardev", &format!("socket,id={name},path={}", path.display())]).args([
+                "-device",
+                &match name {
+                    "terminal" => format!("virtconsole,chardev={name}"),
+                    _ => format!("virtserialport,chardev={name},name={name}"),
+                },
+            ]);
         }
         let qemu = command.stdin(Stdio::null()).spawn().unwrap();
         let mut ends = listeners.iter().map(|listener| listener.accept().unwrap().0);
         let mut end = || ends.next().unwrap();
-        let (stdin, stdout, stderr, control) = (Some(end()), end(), end(), BufReader::new(end()));
-        Self { qemu, virtiofsd, dir, control, stdin, stdout, stderr }
+        let (terminal, stdin) = (end(), Some(end()));
+        let (stdout, stderr, control) = (end(), end(), BufReader::new(end()));
+        Self { qemu, terminal, virtiofsd, dir, control, stdin, stdout, stderr }
     }
 
     /// Reads messages until one that is not a stage.
@@ -211,6 +218,17 @@ fn add_program(archive: &mut initramfs::Archive, name: &str) {
     archive.file_once(Path::new("/bin").join(name), 0o755, || fs::read(&path).unwrap());
 }
 
+/// Reads a stream up to the end of its next line.
+fn line(mut stream: &UnixStream) -> String {
+    let mut line = Vec::new();
+    let mut byte = [0];
+    while line.last() != Some(&b'\n') {
+        stream.read_exact(&mut byte).unwrap();
+        line.extend(byte);
+    }
+    String::from_utf8_lossy(&line).into_owned()
+}
+
 fn shell(script: &str) -> Spec {
     Spec {
         argv: ["sh", "-c", script].map(Into::into).to_vec(),
@@ -257,4 +275,77 @@ fn the_hosts_root_is_under_an_overlay() {
     );
     assert_eq!(fs::read_to_string(dir.path().join("old")).unwrap(), "host");
     assert!(!dir.path().join("new").exists());
+}
+
+#[test]
+fn a_command_that_cannot_run_is_told_apart() {
+    let Some(kernel) = test_kernel() else { return };
+    for (command, status, words) in
+        [("nosuch", 127, "nosuch: command not found"), ("/dev/null", 126, "denied")]
+    {
+        let spec = Spec { argv: vec![command.into()], ..shell("") };
+        let ended = Guest::boot(&kernel, &spec, &[]).finish(b"");
+        match ended.messages.as_slice() {
+            [FromGuest::Ready, FromGuest::NotRun(code, why)] if *code == status && why.contains(words) => {}
+            other => panic!("{other:?}: {}", ended.console),
+        }
+    }
+}
+
+#[test]
+fn a_terminal_has_size_echo_and_signals() {
+    let Some(kernel) = test_kernel() else { return };
+    let script = "tty; stty size; read x; echo got $x; trap 'echo int' INT; trap 'stty size; exit 5' WINCH; \
+                  echo set; while :; do sleep 0.1; done";
+    let spec = Spec { streams: [Stream::Terminal; 3], winsize: Some((30, 100)), ..shell(script) };
+    let mut guest = Guest::boot(&kernel, &spec, &[]);
+    assert_eq!(guest.next_message(), Some(FromGuest::Ready));
+    assert_eq!(line(&guest.terminal), "/dev/hvc0\r\n");
+    assert_eq!(line(&guest.terminal), "30 100\r\n");
+    guest.terminal.write_all(b"hello\r").unwrap();
+    assert_eq!(line(&guest.terminal), "hello\r\n");
+    assert_eq!(line(&guest.terminal), "got hello\r\n");
+    assert_eq!(line(&guest.terminal), "set\r\n");
+    guest.terminal.write_all(b"\x03").unwrap();
+    assert_eq!(line(&guest.terminal), "^Cint\r\n");
+    guest.send(ToGuest::Winsize(40, 120));
+    assert_eq!(line(&guest.terminal), "40 120\r\n");
+    assert_eq!(guest.finish(b"").messages, [FromGuest::Exit(5)]);
+}
+
+#[test]
+fn signals_reach_the_commands_group() {
+    let Some(kernel) = test_kernel() else { return };
+    let script = "trap 'echo caught; exit 3' USR1; echo set; while :; do sleep 0.1; done";
+    let mut guest = Guest::boot(&kernel, &shell(script), &[]);
+    assert_eq!(line(&guest.stdout), "set\n");
+    guest.send(ToGuest::Signal(10));
+    let ended = guest.finish(b"");
+    assert_eq!(String::from_utf8_lossy(&ended.stdout), "caught\n");
+    assert_eq!(ended.messages, [FromGuest::Ready, FromGuest::Exit(3)]);
+}
+
+#[test]
+fn a_closed_output_is_a_broken_pipe() {
+    let Some(kernel) = test_kernel() else { return };
+    let guest = Guest::boot(&kernel, &shell("while :; do echo y; done"), &[]);
+    assert_eq!(line(&guest.stdout), "y\n");
+    guest.stdout.shutdown(std::net::Shutdown::Both).unwrap();
+    assert_eq!(guest.finish(b"").messages, [FromGuest::Ready, FromGuest::Signal(13)]);
+}
+
+#[test]
+fn megabytes_pass_unchanged_and_errors_keep_their_place() {
+    let Some(kernel) = test_kernel() else { return };
+    let mut input: Vec<u8> =
+        (0..1_000_000_u32).flat_map(|i| i.wrapping_mul(0x9e37_79b9).to_le_bytes()).collect();
+    let spec = Spec {
+        streams: [Stream::Port, Stream::Port, Stream::Stdout],
+        ..shell("cat; echo a; echo b >&2; echo c; exec 0<&-; sleep 100 & exit 0")
+    };
+    let ended = Guest::boot(&kernel, &spec, &[]).finish(&input);
+    input.extend(b"a\nb\nc\n");
+    assert_eq!(ended.messages, [FromGuest::Ready, FromGuest::Exit(0)], "{}", ended.console);
+    assert_eq!(ended.stdout.len(), input.len());
+    assert!(ended.stdout == input);
 }
