@@ -48,7 +48,7 @@ const RANGE_SIZE: usize = 16;
 const IOV_MAX: usize = 1024;
 const HEADER_SIZE: usize = 16;
 /// Bytes that are written at once where a file has no fallocate.
-const ZEROES: [u8; 1 << 16] = [0; 1 << 16];
+static ZEROES: [u8; 1 << 16] = [0; 1 << 16];
 
 /// A disk cannot be made of a file.
 #[derive(Debug, thiserror::Error)]
@@ -257,7 +257,7 @@ impl Disk {
         let sectors = len / SECTOR;
         let end = sector.checked_add(sectors).filter(|end| *end <= self.sectors);
         match end {
-            Some(_) if len % SECTOR == 0 => Ok(sector * SECTOR),
+            Some(_) if len.is_multiple_of(SECTOR) => Ok(sector * SECTOR),
             _ => Err(out_of_range()),
         }
     }
@@ -309,7 +309,7 @@ impl Disk {
         self.check_writable()?;
         let len = readable.len() - HEADER_SIZE;
         let count = len / RANGE_SIZE;
-        if len % RANGE_SIZE != 0 || count == 0 || count > MAX_RANGES as usize {
+        if !len.is_multiple_of(RANGE_SIZE) || count == 0 || count > MAX_RANGES as usize {
             return Err(out_of_range());
         }
         for number in 0..count {
