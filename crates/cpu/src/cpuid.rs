@@ -30,6 +30,13 @@ pub enum CpuidRegister {
     Edx,
 }
 
+impl From<[u32; 4]> for CpuidLeaf {
+    /// From EAX, EBX, ECX, EDX.
+    fn from([eax, ebx, ecx, edx]: [u32; 4]) -> Self {
+        Self { eax, ebx, ecx, edx }
+    }
+}
+
 impl CpuidLeaf {
     fn register(&mut self, register: CpuidRegister) -> &mut u32 {
         match register {
@@ -134,6 +141,18 @@ impl Default for Cpuid {
 }
 
 impl Cpuid {
+    /// The table of vCPU `index` of `cpus`, with physical addresses of `maxphyaddr` bits and a TSC of `tsc_khz`:
+    /// [`Self::host_supported`] with what these decide. The APIC identifier is `index`.
+    pub fn new(index: u32, cpus: u32, maxphyaddr: u8, tsc_khz: u32) -> Self {
+        let mut cpuid = Self { maxphyaddr: maxphyaddr.clamp(36, 52), ..Self::host_supported() };
+        cpuid.set_topology(index, cpus);
+        cpuid.set_widths();
+        // Base, maximum and bus frequency in MHz. No leaf 0x15: it would also fix the APIC timer's clock.
+        let mhz = (tsc_khz + 500) / 1000;
+        cpuid.set_leaf(0x16, 0, [mhz & 0xffff, mhz & 0xffff, 100, 0]);
+        cpuid
+    }
+
     /// Everything that ring3 implements and, for what it executes on the host CPU, the host has.
     pub fn host_supported() -> Self {
         let mut cpuid = Self { entries: Vec::new(), apic_id: 0, maxphyaddr: 46, cr4_bits: 0 };
@@ -196,7 +215,8 @@ impl Cpuid {
     ///
     /// The highest basic and extended leaf follow from the leaves that there are; EAX of leaf 0x4000_0000 is the
     /// caller's.
-    pub fn set_leaf(&mut self, leaf: u32, subleaf: u32, value: CpuidLeaf) {
+    pub fn set_leaf(&mut self, leaf: u32, subleaf: u32, value: impl Into<CpuidLeaf>) {
+        let value = value.into();
         match self.position(leaf, subleaf) {
             Ok(at) => self.entries[at].value = value,
             Err(at) => self.entries.insert(at, Entry { leaf, subleaf, value }),
