@@ -2,7 +2,7 @@
 
 use std::arch::is_x86_feature_detected as host;
 
-use iced_x86::{CpuidFeature, EncodingKind, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{CpuidFeature, EncodingKind, Instruction, Mnemonic, OpKind, Register, RflagsBits};
 
 use crate::fpu::ok;
 
@@ -174,12 +174,16 @@ pub(crate) fn must_align(i: &Instruction) -> bool {
     }
 }
 
+/// The arithmetic flags as `iced_x86` knows them, which counts x87 condition codes among flags too.
+const ARITHMETIC: u32 =
+    RflagsBits::OF | RflagsBits::SF | RflagsBits::ZF | RflagsBits::AF | RflagsBits::CF | RflagsBits::PF;
+
 /// Whether `i` reads the arithmetic flags (FCMOVcc).
 pub(crate) fn reads_flags(i: &Instruction) -> bool {
-    i.rflags_read() != 0
+    i.rflags_read() & ARITHMETIC != 0
 }
 
 /// Whether `i` changes the arithmetic flags.
 pub(crate) fn writes_flags(i: &Instruction) -> bool {
-    i.rflags_modified() != 0
+    i.rflags_modified() & ARITHMETIC != 0
 }

@@ -73,7 +73,7 @@ pub(crate) fn rewrite(i: &Instruction, class: Class) -> Option<Rewritten> {
                 instruction.set_memory_index(Register::None);
                 instruction.set_memory_index_scale(1);
                 instruction.set_memory_displacement64(SCRATCH as u64);
-                instruction.set_memory_displ_size(4);
+                instruction.set_memory_displ_size(8);
             }
             OpKind::Immediate8 => {}
             _ => return None,

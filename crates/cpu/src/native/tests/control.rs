@@ -121,7 +121,7 @@ fn an_unmasked_invalid_store_leaves_memory_alone() {
 #[test]
 fn mmx_shares_the_registers() {
     let mut v = vcpu();
-    v.set_reg(0, 0x0102_0304_0506_0708);
+    v.set_reg(0, 0x0102_0304_0506_0709);
     run(&mut v, |a| {
         a.movq(mm3, rax)?;
         a.paddb(mm3, mm3)?;
@@ -130,9 +130,9 @@ fn mmx_shares_the_registers() {
         a.cvtpi2ps(xmm5, mm3)
     })
     .unwrap();
-    assert_eq!(v.read::<u64>(DATA).unwrap(), 0x0204_0608_0a0c_0e10);
-    assert_eq!(v.state.fpu.xmm(4), 0x0204_0608_0a0c_0e10);
-    assert_eq!(f32::from_bits(v.state.fpu.xmm(5) as u32), 0x0a0c_0e10u32 as f32);
+    assert_eq!(v.read::<u64>(DATA).unwrap(), 0x0204_0608_0a0c_0e12);
+    assert_eq!(v.state.fpu.xmm(4), 0x0204_0608_0a0c_0e12);
+    assert_eq!(f32::from_bits(v.state.fpu.xmm(5) as u32), 0x0a0c_0e12u32 as f32);
     assert_eq!(v.state.fpu.mxcsr & 0x20, 0x20, "the conversion was inexact");
     assert_eq!(v.state.fpu.tags(), 0xff);
     v.set_reg(7, DATA);

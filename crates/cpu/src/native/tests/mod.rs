@@ -21,6 +21,8 @@ use crate::{Attention, Cpuid, GuestRam, Ram};
 
 /// Size of guest RAM: what lies above is MMIO.
 pub(super) const RAM: u64 = 0x10_0000;
+/// Eight bytes before the end of what can be addressed without paging.
+pub(super) const EDGE: u64 = 0xffff_fff8;
 /// Where tests keep their data.
 pub(super) const DATA: u64 = 0x8000;
 

@@ -86,10 +86,10 @@ fn loads_and_copies_into_a_register() {
         (|a| a.vmovq(xmm2, xmm1), expect(0, 8, zero)),
         (|a| a.vmovd(xmm2, dword_ptr(rsi)), expect(0, 4, zero)),
         (|a| a.vmovss(xmm2, dword_ptr(rsi)), expect(0, 4, zero)),
-        (|a| a.vmovss(xmm2, xmm2, xmm1), merged(4, zero)),
-        (|a| a.vmovsd(xmm2, xmm2, xmm1), merged(8, zero)),
-        (|a| a.vmovlpd(xmm2, xmm2, qword_ptr(rsi)), merged(8, zero)),
-        (|a| a.vmovhps(xmm2, xmm2, qword_ptr(rsi)), high(zero)),
+        (|a| a.vmovss_3(xmm2, xmm2, xmm1), merged(4, zero)),
+        (|a| a.vmovsd_3(xmm2, xmm2, xmm1), merged(8, zero)),
+        (|a| a.vmovlpd_3(xmm2, xmm2, qword_ptr(rsi)), merged(8, zero)),
+        (|a| a.vmovhps_3(xmm2, xmm2, qword_ptr(rsi)), high(zero)),
         (|a| a.vmovd(xmm2, ebx), rbx_low(4, &zero)),
         (|a| a.vmovq(xmm2, rbx), rbx_low(8, &zero)),
         (|a| a.vzeroupper(), expect(0, 16, zero).map(|_| 0xaa).map_upper(0)),
@@ -190,9 +190,8 @@ fn to_general_registers() {
 #[test]
 fn masked_moves_touch_only_what_the_mask_says() {
     let mut v = prepared();
-    let edge = 0x0000_7fff_ffff_fff8u64;
     let ram = RAM - 8;
-    for (base, faults) in [(edge, true), (ram, false)] {
+    for (base, faults) in [(EDGE, true), (ram, false)] {
         v.set_reg(6, base);
         // Elements 0 and 1 lie before the edge.
         v.state.fpu.ymm[3] = [0; 32];
@@ -243,7 +242,7 @@ fn gathers_load_by_index_and_go_on_after_a_fault() {
     v.state.fpu.ymm[5] = indices;
     v.state.fpu.ymm[6] = [0xff; 32];
     v.state.fpu.ymm[6][4..8].fill(0);
-    run(&mut v, |a| a.vpgatherdd(ymm2, dword_ptr(rsi + ymm5 * 4), ymm6)).unwrap();
+    run(&mut v, |a| a.vpgatherdd_3(ymm2, dword_ptr(rsi + ymm5 * 4), ymm6)).unwrap();
     let mut expected = [0xaa; 32];
     for n in [0, 2, 3, 4, 5, 6, 7] {
         expected[n * 4..n * 4 + 4].copy_from_slice(&BYTES[(7 - n) * 4..(8 - n) * 4]);
@@ -255,13 +254,13 @@ fn gathers_load_by_index_and_go_on_after_a_fault() {
     v.state.fpu.ymm[5][8..16].copy_from_slice(&(0x0000_8000_0000_0000u64 >> 3).to_le_bytes());
     v.state.fpu.ymm[6] = [0xff; 32];
     v.state.fpu.ymm[2] = [0xaa; 32];
-    assert!(run(&mut v, |a| a.vgatherqpd(xmm2, qword_ptr(rsi + xmm5 * 8), xmm6)).is_err());
+    assert!(run(&mut v, |a| a.vgatherqpd_3(xmm2, qword_ptr(rsi + xmm5 * 8), xmm6)).is_err());
     assert_eq!(v.state.fpu.ymm[2][..8], BYTES[..8]);
     assert_eq!(v.state.fpu.ymm[2][8..16], [0xaa; 8]);
     assert_eq!(v.state.fpu.ymm[6][..8], [0; 8]);
     assert_eq!(v.state.fpu.ymm[6][8..16], [0xff; 8]);
     v.state.fpu.ymm[5] = [0; 32];
-    run(&mut v, |a| a.vgatherqpd(xmm2, qword_ptr(rsi + xmm5 * 8), xmm6)).unwrap();
+    run(&mut v, |a| a.vgatherqpd_3(xmm2, qword_ptr(rsi + xmm5 * 8), xmm6)).unwrap();
     assert_eq!(v.state.fpu.ymm[2], {
         let mut bytes = [0; 32];
         bytes[..8].copy_from_slice(&BYTES[..8]);

@@ -188,9 +188,7 @@ fn unmasked_exceptions_leave_the_destination_alone() {
 #[test]
 fn a_fault_at_a_page_end_changes_nothing() {
     let mut v = vcpu();
-    // The bytes past the canonical half are not addressable.
-    let edge = 0x0000_7fff_ffff_fff8u64;
-    v.set_reg(6, edge);
+    v.set_reg(6, EDGE);
     Random(7).fill_vectors(&mut v);
     let before = snapshot(&v);
     assert_eq!(fault_of(run(&mut v, |a| a.vaddps(ymm0, ymm1, ymmword_ptr(rsi)))).vector, vector::GP);
