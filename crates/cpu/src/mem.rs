@@ -17,6 +17,7 @@ use crate::fault::{Exec, Fault, fault, vector};
 use crate::flags;
 use crate::hostmem;
 use crate::insn::{Insn, insn_flags};
+use crate::stack::as_stack_fault;
 use crate::state::{CodeMode, REG_ZERO, cr0, cr4, seg};
 use crate::tlb::{Fill, Table};
 use crate::vcpu::Vcpu;
@@ -697,10 +698,5 @@ fn modify_ram<T: Data>(host: usize, locked: bool, f: impl Fn(T) -> T) -> (T, T) 
 /// In 64-bit mode a non-canonical address of a stack access is #SS, not #GP.
 #[cold]
 fn stack_fault(i: &Insn, stop: Box<crate::fault::Stop>) -> Box<crate::fault::Stop> {
-    match *stop {
-        crate::fault::Stop::Fault(Fault { vector: vector::GP, .. }) if i.has(insn_flags::STACK) => {
-            Fault::with_code(vector::SS, 0).into()
-        }
-        _ => stop,
-    }
+    if i.has(insn_flags::STACK) { as_stack_fault(stop) } else { stop }
 }

@@ -309,9 +309,7 @@ fn service(vcpu: &mut Vcpu) -> Next {
         return Next::Leave(Outcome::Kicked);
     }
     if word & attention::INIT != 0 && vcpu.attention.take(attention::INIT) != 0 {
-        vcpu.state.init();
-        vcpu.state.slow |= slow::WAIT_FOR_SIPI;
-        vcpu.refresh();
+        vcpu.wait_for_sipi();
     }
     if vcpu.state.slow & slow::WAIT_FOR_SIPI != 0 {
         if vcpu.attention.take(attention::SIPI) == 0 {
@@ -362,12 +360,40 @@ fn service(vcpu: &mut Vcpu) -> Next {
             }
         }
     }
+    if word & attention::UNHALT != 0 && vcpu.attention.take(attention::UNHALT) != 0 {
+        vcpu.state.unhalted = true;
+    }
+    if vcpu.state.slow & slow::HALTED != 0 && std::mem::take(&mut vcpu.state.unhalted) {
+        vcpu.state.slow &= !slow::HALTED;
+    }
     if vcpu.state.slow & slow::HALTED != 0 {
         return Next::Leave(Outcome::Halted);
     }
     // NMI_BLOCKED and a latched NMI behind it are no reason to step.
     let step = slow::SINGLE_STEP | slow::STI_SHADOW | slow::SS_SHADOW | slow::BREAKPOINTS | slow::DEBUG_TRAP;
     if vcpu.state.slow & step != 0 { Next::Step } else { Next::Run }
+}
+
+impl Vcpu {
+    /// Puts the vCPU into the state after INIT: it waits for a start-up IPI.
+    pub fn wait_for_sipi(&mut self) {
+        self.state.init();
+        self.state.slow |= slow::WAIT_FOR_SIPI;
+        self.platform.init();
+        self.refresh();
+    }
+
+    /// The attention bits that end the sleep of a vCPU that [`Outcome::Halted`] was returned for.
+    pub fn wake_mask(&self) -> u32 {
+        // WATCH and FLUSH_TLB can wait until the vCPU runs again.
+        let always = attention::KICK | attention::INIT;
+        if self.state.slow & slow::WAIT_FOR_SIPI != 0 {
+            return always | attention::SIPI;
+        }
+        let interrupt = if self.state.flags.system() & flags::IF != 0 { attention::INTERRUPT } else { 0 };
+        let nmi = if self.state.slow & slow::NMI_BLOCKED == 0 { attention::NMI } else { 0 };
+        always | attention::UNHALT | interrupt | nmi
+    }
 }
 
 /// The linear address of the present RIP.

@@ -275,6 +275,8 @@ pub struct CpuState {
     pub dr7: u64,
     /// DR6 bits of a debug trap that is due after the present instruction.
     pub pending_dr6: u64,
+    /// A paravirtual kick arrived: the next HLT ends at once.
+    pub(crate) unhalted: bool,
     /// PKRU.
     pub pkru: u32,
     /// What is added to the host's TSC to give the guest's.
@@ -324,6 +326,7 @@ impl Default for CpuState {
             dr6: 0,
             dr7: 0,
             pending_dr6: 0,
+            unhalted: false,
             pkru: 0,
             tsc_offset: 0,
             msrs: Msrs::default(),

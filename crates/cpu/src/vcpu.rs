@@ -186,19 +186,27 @@ impl Vcpu {
         };
     }
 
-    /// Sets RIP to a branch target, truncated to `size` bytes of instruction pointer.
+    /// Checks a branch target, truncated to the operand's size.
     ///
     /// # Errors
     /// #GP(0) if it is not canonical, or outside the code segment.
     #[inline(always)]
+    pub fn check_target(&self, target: u64) -> crate::Exec {
+        let valid = if self.state.code_mode == CodeMode::Bits64 {
+            self.walk.canonical(Gva(target))
+        } else {
+            target <= u64::from(self.state.segments[usize::from(seg::CS)].limit)
+        };
+        if valid { Ok(()) } else { crate::fault::fault(crate::Fault::gp(0)) }
+    }
+
+    /// Sets RIP to a branch target, truncated to the operand's size.
+    ///
+    /// # Errors
+    /// As [`Self::check_target`].
+    #[inline(always)]
     pub fn jump(&mut self, target: u64) -> crate::Exec {
-        if self.state.code_mode == CodeMode::Bits64 {
-            if !self.walk.canonical(Gva(target)) {
-                return crate::fault::fault(crate::Fault::gp(0));
-            }
-        } else if target > u64::from(self.state.segments[usize::from(seg::CS)].limit) {
-            return crate::fault::fault(crate::Fault::gp(0));
-        }
+        self.check_target(target)?;
         self.state.set_rip(target);
         Ok(())
     }
