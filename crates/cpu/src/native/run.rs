@@ -26,7 +26,7 @@ mod bit {
     pub(super) const READS_FLAGS: u64 = 1 << 36;
     /// An x87 instruction (else MMX): its address is remembered.
     pub(super) const X87: u64 = 1 << 37;
-    /// XMM registers take part in an MMX instruction.
+    /// XMM registers or MXCSR take part in an MMX instruction.
     pub(super) const SSE: u64 = 1 << 38;
 }
 
