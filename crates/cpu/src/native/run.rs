@@ -201,8 +201,7 @@ fn loads<const VEX: bool, const FLOAT: bool, const N: usize, const ALIGNED: bool
             vcpu.state.fpu.scratch.0[..8].copy_from_slice(&value.to_le_bytes());
         }
         _ => {
-            let value = vcpu.load_vector::<N, ALIGNED>(i)?;
-            vcpu.state.fpu.scratch.0[..N].copy_from_slice(&value);
+            vcpu.load_vector::<N, ALIGNED>(i, |state| &mut state.fpu.scratch.0)?;
         }
     }
     call::<FLOAT>(vcpu, i)
