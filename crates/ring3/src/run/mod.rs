@@ -144,13 +144,14 @@ where
     let is_terminal = [io::stdin().is_terminal(), io::stdout().is_terminal(), io::stderr().is_terminal()];
     let streams = plan::streams(is_terminal)?;
     let own_initramfs = args.initramfs.is_none();
+    let command_line = plan::command_line(args.verbose || !own_initramfs, args.append.as_deref());
     let initramfs = match &args.initramfs {
         Some(path) => {
             std::fs::read(path).map_err(|source| RunError::Initramfs { path: path.clone(), source })?
         }
         None => {
             let spec = plan::guest_spec(args, &kernel, streams)?;
-            let modules = plan::modules(&kernel, &kernel_bytes, !args.disks.is_empty())?;
+            let modules = plan::modules(&kernel, &kernel_bytes, !args.disks.is_empty(), &command_line)?;
             initramfs::build(&spec, &modules)?.finish()
         }
     };
@@ -177,7 +178,7 @@ where
         kernel_path: kernel.image.clone(),
         kernel: kernel_bytes,
         initramfs,
-        command_line: plan::command_line(args.verbose || !own_initramfs, args.append.as_deref()),
+        command_line,
         memory: args.memory,
         cpus: args.cpus,
         shared_root: own_initramfs.then_some(root),
