@@ -54,31 +54,32 @@ pub fn command_line(verbose: bool, append: Option<&str>) -> String {
 /// [`RunError::Streams`] when a descriptor cannot be looked at.
 pub fn streams(is_terminal: [bool; 3]) -> Result<[Stream; 3], RunError> {
     let [stdin, stdout, stderr] = is_terminal;
-    let both_the_same = same_file(1, 2)?;
+    let [in_file, out_file, err_file] = [identity(0)?, identity(1)?, identity(2)?];
+    let plain = |file: File| if file.is_null { Stream::Null } else { Stream::Port };
     Ok([
-        if stdin { Stream::Terminal } else { Stream::Port },
-        if stdin && stdout { Stream::Terminal } else { Stream::Port },
-        if stdin && stderr {
-            Stream::Terminal
-        } else if both_the_same {
-            Stream::Stdout
-        } else {
-            Stream::Port
+        if stdin { Stream::Terminal } else { plain(in_file) },
+        if stdin && stdout { Stream::Terminal } else { plain(out_file) },
+        match plain(err_file) {
+            _ if stdin && stderr => Stream::Terminal,
+            // One open file: what is written through both descriptors must stay in order.
+            Stream::Port if !(stdin && stdout) && err_file == out_file => Stream::Stdout,
+            stream => stream,
         },
     ])
 }
 
-/// Whether two of our descriptors are one file, so that what is written to them must stay in order.
-fn same_file(a: u32, b: u32) -> Result<bool, RunError> {
-    let identity = |fd: u32| {
-        let path = format!("/proc/self/fd/{fd}");
-        match fs::metadata(&path) {
-            Ok(file) => Ok(Some((file.dev(), file.ino()))),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            Err(source) => Err(RunError::Streams(source)),
-        }
-    };
-    Ok(identity(a)?.is_some() && identity(a)? == identity(b)?)
+/// Which file a descriptor is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct File {
+    device: u64,
+    inode: u64,
+    is_null: bool,
+}
+
+fn identity(fd: u32) -> Result<File, RunError> {
+    let about = fs::metadata(format!("/proc/self/fd/{fd}")).map_err(RunError::Streams)?;
+    let is_null = about.file_type().is_char_device() && about.rdev() == rustix::fs::makedev(1, 3);
+    Ok(File { device: about.dev(), inode: about.ino(), is_null })
 }
 
 /// The job description for the guest's first process, without its modules.
