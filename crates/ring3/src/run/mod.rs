@@ -2,7 +2,7 @@
 //!
 //! `run` chooses the kernel, makes the initramfs ([`plan`]), opens the host ends of the machine's ports, and
 //! starts the machine ([`vm::launch`]) on a thread of its own. Three more threads turn what happens into
-//! [`Event`]s: the guest's control lines, signals, and the machine's end. [`Session`] is the one place that
+//! events: the guest's control lines, signals, and the machine's end. The session is the one place that
 //! acts on them: it forwards signals and sizes, watches the clock, and knows when the run is over.
 //!
 //! Nothing is left behind when ring3 is killed: the initramfs and the console are in memory, and no file is
