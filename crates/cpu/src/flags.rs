@@ -225,6 +225,12 @@ impl Flags {
         self.set_cf_keeping_overflow(cf);
     }
 
+    /// Sets OF; the other five stay.
+    #[inline(always)]
+    pub fn set_of(&mut self, of: bool) {
+        self.carries ^= ((of != self.of()) as u64) << 62;
+    }
+
     /// Sets ZF; the other five stay.
     #[inline(always)]
     pub fn set_zf(&mut self, zf: bool) {
@@ -261,6 +267,10 @@ mod tests {
             assert_eq!(flags.bits(), spread | FIXED | IF | ID);
             flags.set_cf(spread & CF == 0);
             assert_eq!(flags.bits(), (spread ^ CF) | FIXED | IF | ID);
+            flags.set_of(spread & OF == 0);
+            assert_eq!(flags.bits(), (spread ^ (CF | OF)) | FIXED | IF | ID);
+            flags.set_zf(spread & ZF == 0);
+            assert_eq!(flags.bits(), (spread ^ (CF | OF | ZF)) | FIXED | IF | ID);
         }
     }
 

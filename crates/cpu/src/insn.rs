@@ -74,6 +74,12 @@ impl Insn {
         self.flags & flag != 0
     }
 
+    /// The instruction with its memory operand `by` bytes further up.
+    #[inline(always)]
+    pub fn displaced(&self, by: u64) -> Self {
+        Self { disp: self.disp.wrapping_add(by), ..*self }
+    }
+
     /// Brings a decoded instruction into this form and chooses its handler.
     pub fn lower(vcpu: &mut Vcpu, i: &Instruction, mode: CodeMode) -> Self {
         let mut insn = Self::operands(i, mode);

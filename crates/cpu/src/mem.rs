@@ -17,6 +17,7 @@ use crate::fault::{Exec, Fault, fault, vector};
 use crate::flags;
 use crate::hostmem;
 use crate::insn::{Insn, insn_flags};
+use crate::stack::as_stack_fault;
 use crate::state::{CodeMode, REG_ZERO, cr0, cr4, seg};
 use crate::tlb::{Fill, Table};
 use crate::vcpu::Vcpu;
@@ -161,6 +162,91 @@ impl Vcpu {
         self.modify(gva, locked, f).map_err(|e| stack_fault(i, e))
     }
 
+    /// Reads the memory operand of `i`: 16 or 32 bytes, at a multiple of that if `ALIGNED`.
+    ///
+    /// # Errors
+    /// Any fault of a data read; #GP(0) if misaligned.
+    #[inline(always)]
+    pub(crate) fn load_vector<const N: usize, const ALIGNED: bool>(&mut self, i: &Insn) -> Exec<[u8; N]> {
+        let gva = self.linear(i, N as u64, false)?;
+        if ALIGNED && gva & (N as u64 - 1) != 0 {
+            return fault(Fault::gp(0));
+        }
+        let mut bytes = [0; N];
+        match self.tlb.read(self.state.tlb_base, self.state.tlb_tag, gva, N as u64) {
+            Some(host) => {
+                for (n, piece) in bytes.as_chunks_mut::<16>().0.iter_mut().enumerate() {
+                    // SAFETY: needed for speed; a TLB hit means that all N bytes lie in a page of guest RAM
+                    // that may be read.
+                    *piece = unsafe { hostmem::load_16(host + n * 16) };
+                }
+                Ok(bytes)
+            }
+            None => {
+                let privilege = self.privilege();
+                self.read_bytes_as(gva, &mut bytes, privilege).map_err(|e| stack_fault(i, e))?;
+                Ok(bytes)
+            }
+        }
+    }
+
+    /// Writes the memory operand of `i`: 16 or 32 bytes, at a multiple of that if `ALIGNED`.
+    ///
+    /// # Errors
+    /// Any fault of a data write; #GP(0) if misaligned.
+    #[inline(always)]
+    pub(crate) fn store_vector<const N: usize, const ALIGNED: bool>(
+        &mut self,
+        i: &Insn,
+        bytes: [u8; N],
+    ) -> Exec {
+        let gva = self.linear(i, N as u64, true)?;
+        if ALIGNED && gva & (N as u64 - 1) != 0 {
+            return fault(Fault::gp(0));
+        }
+        match self.tlb.write(self.state.tlb_base, self.state.tlb_tag, gva, N as u64) {
+            Some(host) => {
+                for (n, piece) in bytes.as_chunks::<16>().0.iter().enumerate() {
+                    // SAFETY: needed for speed; a TLB hit means that all N bytes lie in a page of guest RAM
+                    // that may be written and holds no decoded code.
+                    unsafe { hostmem::store_16(host + n * 16, *piece) };
+                }
+                Ok(())
+            }
+            None => {
+                let privilege = self.privilege();
+                self.write_bytes_as(gva, &bytes, privilege).map_err(|e| stack_fault(i, e))
+            }
+        }
+    }
+
+    /// Reads the memory operand of `i` into `buffer` (at most a page).
+    ///
+    /// # Errors
+    /// Any fault of a data read.
+    pub(crate) fn load_bytes(&mut self, i: &Insn, buffer: &mut [u8]) -> Exec {
+        let gva = self.linear(i, buffer.len() as u64, false)?;
+        self.read_bytes(gva, buffer).map_err(|e| stack_fault(i, e))
+    }
+
+    /// Writes `buffer` (at most a page) to the memory operand of `i`.
+    ///
+    /// # Errors
+    /// Any fault of a data write.
+    pub(crate) fn store_bytes(&mut self, i: &Insn, buffer: &[u8]) -> Exec {
+        let gva = self.linear(i, buffer.len() as u64, true)?;
+        self.write_bytes(gva, buffer).map_err(|e| stack_fault(i, e))
+    }
+
+    /// Checks that `size` bytes could be written to the memory operand of `i`.
+    ///
+    /// # Errors
+    /// As for the write.
+    pub(crate) fn probe_store(&mut self, i: &Insn, size: u64) -> Exec {
+        let gva = self.linear(i, size, true)?;
+        self.probe_write(gva, size).map_err(|e| stack_fault(i, e))
+    }
+
     // ---- linear addresses ----
 
     /// Reads a `T` at a linear address with the current privilege.
@@ -200,7 +286,7 @@ impl Vcpu {
     pub fn modify<T: Data>(&mut self, gva: u64, locked: bool, f: impl Fn(T) -> T) -> Exec<(T, T)> {
         match self.tlb.write(self.state.tlb_base, self.state.tlb_tag, gva, T::SIZE) {
             Some(host) => Ok(modify_ram(host, locked, f)),
-            None => self.modify_slow(gva, locked, f),
+            None => self.modify_slow(gva, locked, self.privilege(), f),
         }
     }
 
@@ -263,10 +349,18 @@ impl Vcpu {
     /// # Errors
     /// As for the write.
     pub fn probe_write(&mut self, gva: u64, size: u64) -> Exec {
-        self.place(gva, AccessKind::Write, self.privilege())?;
+        self.probe_write_as(gva, size, self.privilege())
+    }
+
+    /// As [`Self::probe_write`], with the privilege `privilege`.
+    ///
+    /// # Errors
+    /// As for the write.
+    pub(crate) fn probe_write_as(&mut self, gva: u64, size: u64, privilege: Privilege) -> Exec {
+        self.place(gva, AccessKind::Write, privilege)?;
         let last = gva.wrapping_add(size.saturating_sub(1));
         if (last ^ gva) & !0xfff != 0 {
-            self.place(last, AccessKind::Write, self.privilege())?;
+            self.place(last, AccessKind::Write, privilege)?;
         }
         Ok(())
     }
@@ -334,6 +428,19 @@ impl Vcpu {
             }
             None => self.write_slow(gva, value, privilege),
         }
+    }
+
+    /// Replaces the `T` at a linear address by `f` of it, atomically, as `privilege`; see [`Self::update`].
+    ///
+    /// # Errors
+    /// As for a write.
+    pub(crate) fn modify_as<T: Data>(
+        &mut self,
+        gva: u64,
+        privilege: Privilege,
+        f: impl Fn(T) -> T,
+    ) -> Exec<(T, T)> {
+        self.modify_slow(gva, true, privilege, f)
     }
 
     /// Reads bytes (at most a page) at a linear address as `privilege`.
@@ -424,8 +531,13 @@ impl Vcpu {
 
     #[cold]
     #[inline(never)]
-    fn modify_slow<T: Data>(&mut self, gva: u64, locked: bool, f: impl Fn(T) -> T) -> Exec<(T, T)> {
-        let privilege = self.privilege();
+    fn modify_slow<T: Data>(
+        &mut self,
+        gva: u64,
+        locked: bool,
+        privilege: Privilege,
+        f: impl Fn(T) -> T,
+    ) -> Exec<(T, T)> {
         self.check_alignment(gva, T::SIZE, privilege)?;
         if (gva & 0xfff) + T::SIZE <= 0x1000
             && let Place::Ram { host, gpa, watched } = self.place(gva, AccessKind::Write, privilege)?
@@ -437,7 +549,7 @@ impl Vcpu {
         }
         // MMIO, or a page crossing. Hardware locks the bus for the latter; here all vCPUs that cross pages
         // with LOCK exclude each other, which leaves out only mixed locked and plain access to one word.
-        self.probe_write(gva, T::SIZE)?;
+        self.probe_write_as(gva, T::SIZE, privilege)?;
         let ram = std::sync::Arc::clone(&self.ram);
         let _guard = locked.then(|| ram.group().split_lock());
         let mut bytes = [0; 8];
@@ -462,7 +574,9 @@ impl Vcpu {
         let one = self.place(gva, kind, privilege)?;
         let two = if first < len {
             let next = gva.wrapping_add(first as u64);
-            let next = if self.state.code_mode == CodeMode::Bits64 { next } else { next & 0xffff_ffff };
+            // In compatibility mode the processor's own tables may lie above 4 GiB.
+            let wide = self.state.code_mode == CodeMode::Bits64 || gva > 0xffff_ffff;
+            let next = if wide { next } else { next & 0xffff_ffff };
             Some((self.place(next, kind, privilege)?, first..len))
         } else {
             None
@@ -472,7 +586,8 @@ impl Vcpu {
 
     /// Translates one address and fills the TLB.
     fn place(&mut self, gva: u64, kind: AccessKind, privilege: Privilege) -> Exec<Place> {
-        if self.state.code_mode == CodeMode::Bits64 && !self.walk.canonical(Gva(gva)) {
+        let wide = self.state.code_mode == CodeMode::Bits64 || gva > 0xffff_ffff;
+        if wide && !self.walk.canonical(Gva(gva)) {
             return fault(Fault::gp(0));
         }
         let table = self.table_of(privilege);
@@ -612,10 +727,5 @@ fn modify_ram<T: Data>(host: usize, locked: bool, f: impl Fn(T) -> T) -> (T, T) 
 /// In 64-bit mode a non-canonical address of a stack access is #SS, not #GP.
 #[cold]
 fn stack_fault(i: &Insn, stop: Box<crate::fault::Stop>) -> Box<crate::fault::Stop> {
-    match *stop {
-        crate::fault::Stop::Fault(Fault { vector: vector::GP, .. }) if i.has(insn_flags::STACK) => {
-            Fault::with_code(vector::SS, 0).into()
-        }
-        _ => stop,
-    }
+    if i.has(insn_flags::STACK) { as_stack_fault(stop) } else { stop }
 }

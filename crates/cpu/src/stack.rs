@@ -3,7 +3,7 @@
 use mmu::Gva;
 
 use crate::data::Data;
-use crate::fault::{Exec, Fault, fault, vector};
+use crate::fault::{Exec, Fault, Stop, fault, vector};
 use crate::state::{CodeMode, reg, seg};
 use crate::vcpu::Vcpu;
 
@@ -75,9 +75,39 @@ impl Vcpu {
         self.read(address)
     }
 
+    /// As [`Self::push`], in 64-bit mode.
+    ///
+    /// # Errors
+    /// As [`Self::push`].
+    #[inline(always)]
+    pub fn push_flat<T: Data>(&mut self, value: T) -> Exec {
+        let pointer = self.reg(reg::RSP).wrapping_sub(T::SIZE);
+        self.write(pointer, value).map_err(as_stack_fault)?;
+        self.set_reg(reg::RSP, pointer);
+        Ok(())
+    }
+
+    /// As [`Self::peek`] at the stack pointer, in 64-bit mode.
+    ///
+    /// # Errors
+    /// As [`Self::peek`].
+    #[inline(always)]
+    pub fn peek_flat<T: Data>(&mut self) -> Exec<T> {
+        self.read(self.reg(reg::RSP)).map_err(as_stack_fault)
+    }
+
     /// Moves the stack pointer up by `size` bytes.
     #[inline(always)]
     pub fn release(&mut self, size: u64) {
         self.set_stack_pointer(self.stack_pointer().wrapping_add(size));
+    }
+}
+
+/// A non-canonical address of a stack access is #SS, not #GP.
+#[cold]
+pub(crate) fn as_stack_fault(stop: Box<Stop>) -> Box<Stop> {
+    match *stop {
+        Stop::Fault(Fault { vector: vector::GP, .. }) => Fault::with_code(vector::SS, 0).into(),
+        _ => stop,
     }
 }

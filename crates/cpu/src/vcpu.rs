@@ -141,6 +141,8 @@ impl Vcpu {
             Exit::ReadCr8 { .. } | Exit::WriteCr8 { .. } => &mut count.cr8,
             Exit::Hypercall { .. } => &mut count.hypercall,
         } += 1;
+        // What the platform computes must not show in the guest's MXCSR.
+        self.sync_mxcsr();
         self.platform.exit(exit)
     }
 
@@ -184,19 +186,27 @@ impl Vcpu {
         };
     }
 
-    /// Sets RIP to a branch target, truncated to `size` bytes of instruction pointer.
+    /// Checks a branch target, truncated to the operand's size.
     ///
     /// # Errors
     /// #GP(0) if it is not canonical, or outside the code segment.
     #[inline(always)]
+    pub fn check_target(&self, target: u64) -> crate::Exec {
+        let valid = if self.state.code_mode == CodeMode::Bits64 {
+            self.walk.canonical(Gva(target))
+        } else {
+            target <= u64::from(self.state.segments[usize::from(seg::CS)].limit)
+        };
+        if valid { Ok(()) } else { crate::fault::fault(crate::Fault::gp(0)) }
+    }
+
+    /// Sets RIP to a branch target, truncated to the operand's size.
+    ///
+    /// # Errors
+    /// As [`Self::check_target`].
+    #[inline(always)]
     pub fn jump(&mut self, target: u64) -> crate::Exec {
-        if self.state.code_mode == CodeMode::Bits64 {
-            if !self.walk.canonical(Gva(target)) {
-                return crate::fault::fault(crate::Fault::gp(0));
-            }
-        } else if target > u64::from(self.state.segments[usize::from(seg::CS)].limit) {
-            return crate::fault::fault(crate::Fault::gp(0));
-        }
+        self.check_target(target)?;
         self.state.set_rip(target);
         Ok(())
     }
@@ -211,7 +221,8 @@ impl Vcpu {
     }
 
     /// Recomputes the code mode, the stack width, the single-step reason and the TLB table. To be called
-    /// after a change of CS, SS, CPL, CR0.PE or AM, EFER, DR7, or RFLAGS.VM, TF or AC.
+    /// after a change of CS, SS, CPL, CR0.PE, AM, MP, EM or TS, CR4.OSFXSR or OSXSAVE, XCR0, EFER, DR7, or
+    /// RFLAGS.VM, TF, RF or AC.
     pub fn refresh_mode(&mut self) {
         let state = &mut self.state;
         let cs = &state.segments[usize::from(seg::CS)];
@@ -234,7 +245,11 @@ impl Vcpu {
         } else {
             0xffff
         };
-        state.slow &= !(slow::SINGLE_STEP | slow::BREAKPOINTS);
+        state.fpu_ok = crate::fpu::allowed(state);
+        state.slow &= !(slow::SINGLE_STEP | slow::BREAKPOINTS | slow::RESUME);
+        if state.flags.system() & flags::RF != 0 {
+            state.slow |= slow::RESUME;
+        }
         if state.flags.system() & flags::TF != 0 {
             state.slow |= slow::SINGLE_STEP;
         }
@@ -268,7 +283,7 @@ impl Vcpu {
         let old = self.state.flags.bits();
         let new = old & !mask | bits & mask;
         self.state.flags.set_bits(new);
-        if (old ^ new) & (flags::TF | flags::VM | flags::AC) != 0 {
+        if (old ^ new) & (flags::TF | flags::VM | flags::AC | flags::RF) != 0 {
             self.refresh_mode();
             // A single-step trap follows the *next* instruction: the running block must not go on.
             self.end_block();

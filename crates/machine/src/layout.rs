@@ -101,8 +101,6 @@ pub const PVPANIC_PORT: u16 = 0x505;
 pub const PCI_CONFIG_PORT: u16 = 0xcf8;
 /// The clock's index port; its data port follows.
 pub const RTC_PORT: u16 = 0x70;
-/// The keyboard controller's data port; only there so that nobody waits for a controller.
-pub const I8042_DATA_PORT: u16 = 0x60;
 /// The keyboard controller's status and command port; see [`crate::power`].
 pub const I8042_COMMAND_PORT: u16 = 0x64;
 

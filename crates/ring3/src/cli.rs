@@ -334,7 +334,7 @@ mod tests {
             (&["--env", "=x"], "needs a name"),
             (&["--engine", "magic"], "interpret"),
             (&["--initramfs", "x", "--", "ls"], "cannot be used with"),
-            (&["ls"], "-- ls"),
+            (&["ls"], "'ls'"),
         ] {
             let error = run(args).unwrap_err().to_string();
             assert!(error.contains(words), "{args:?}: {error}");

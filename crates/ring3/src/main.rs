@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory, Parser};
 use ring3::cli::{Cli, KernelTask, Task};
 use ring3::{kernel, run};
@@ -53,6 +54,13 @@ fn answer_or_complain(error: &clap::Error) -> ExitCode {
     }
     let text = error.render().to_string();
     eprint!("ring3: {}", text.strip_prefix("error: ").unwrap_or(&text));
+    if let Some(ContextValue::String(argument)) = error.get(ContextKind::InvalidArg)
+        && error.kind() == ErrorKind::UnknownArgument
+        && !argument.starts_with('-')
+        && std::env::args_os().nth(1).is_some_and(|task| task == "run")
+    {
+        eprintln!("To run it as a command, put -- before it: ring3 run -- {argument}");
+    }
     ExitCode::from(FAILED)
 }
 

@@ -288,12 +288,12 @@ impl<M: GuestMem> VirtioPci<M> {
     /// Reads configuration space. Any offset and length is good.
     pub fn config_read(&mut self, offset: u16, data: &mut [u8]) {
         let window_data = u16::from(self.window_capability) + 16;
-        if touches(offset, data.len(), window_data, 4) {
-            if let Some((bar, at, length)) = self.window() {
-                let mut value = [0; 4];
-                self.bar_read(bar, at, &mut value[..length]);
-                self.config.set(self.window_capability + 16, &value[..length]);
-            }
+        if touches(offset, data.len(), window_data, 4)
+            && let Some((bar, at, length)) = self.window()
+        {
+            let mut value = [0; 4];
+            self.bar_read(bar, at, &mut value[..length]);
+            self.config.set(self.window_capability + 16, &value[..length]);
         }
         self.config.set_interrupt_status(self.interrupts.intx_pending());
         self.config.read(offset, data);
@@ -304,12 +304,12 @@ impl<M: GuestMem> VirtioPci<M> {
     pub fn config_write(&mut self, offset: u16, data: &[u8]) {
         self.config.write(offset, data);
         let window_data = u16::from(self.window_capability) + 16;
-        if touches(offset, data.len(), window_data, 4) {
-            if let Some((bar, at, length)) = self.window() {
-                let mut value = [0; 4];
-                self.config.read(window_data, &mut value);
-                self.bar_write(bar, at, &value[..length]);
-            }
+        if touches(offset, data.len(), window_data, 4)
+            && let Some((bar, at, length)) = self.window()
+        {
+            let mut value = [0; 4];
+            self.config.read(window_data, &mut value);
+            self.bar_write(bar, at, &value[..length]);
         }
         self.apply_config();
     }

@@ -384,7 +384,7 @@ fn walk<G: GuestMemory>(
                 return Err(ChainError::Indirect);
             }
             let size = len / DESCRIPTOR_SIZE;
-            if len % DESCRIPTOR_SIZE != 0 || size == 0 || size > MAX_INDIRECT {
+            if !len.is_multiple_of(DESCRIPTOR_SIZE) || size == 0 || size > MAX_INDIRECT {
                 return Err(ChainError::IndirectLength { len });
             }
             in_indirect = true;

@@ -26,6 +26,7 @@ const XLOADFLAGS: usize = 0x236;
 const CMDLINE_SIZE: usize = 0x238;
 const PAYLOAD_OFFSET: usize = 0x248;
 const PAYLOAD_LENGTH: usize = 0x24c;
+const INIT_SIZE: usize = 0x260;
 /// End of the fields that this loader knows.
 const HEADER_END: usize = 0x26c;
 /// `xloadflags`: the kernel has a 64-bit entry point.
@@ -101,6 +102,8 @@ pub struct KernelImage {
     pub(super) initrd_addr_max: u32,
     /// Bytes of command line at most, without NUL.
     pub(super) cmdline_size: u32,
+    /// Bytes from the kernel's start that it uses before it looks at the memory map; zero if unknown.
+    pub(super) init_size: u32,
     compression: Compression,
     version: Option<String>,
 }
@@ -171,6 +174,7 @@ impl KernelImage {
             setup_header: None,
             initrd_addr_max: DEFAULT_INITRD_ADDR_MAX,
             cmdline_size: DEFAULT_CMDLINE_SIZE,
+            init_size: 0,
             compression: Compression::None,
             version,
         })
@@ -208,6 +212,7 @@ impl KernelImage {
         Ok(Self {
             initrd_addr_max: word(INITRD_ADDR_MAX)?,
             cmdline_size: word(CMDLINE_SIZE)?,
+            init_size: if protocol >= 0x20a { word(INIT_SIZE)? } else { 0 },
             setup_header: Some(header),
             compression,
             version: setup_version(file).or(image.version),

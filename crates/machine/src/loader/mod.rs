@@ -240,13 +240,18 @@ fn ram_around(map: &[MemoryRange], start: u64, end: u64) -> Option<u64> {
     ends.next()
 }
 
-/// Copies the kernel to its place; returns where its last segment ends.
+/// Copies the kernel to its place; returns the end of the memory that is its own: its last segment's,
+/// or what its setup header asks for.
 fn load_segments<M: GuestMemory>(
     memory: &M,
     image: &KernelImage,
     map: &[MemoryRange],
 ) -> Result<u64, LoadError> {
-    let mut kernel_end = 0;
+    let kernel_start = image.elf.segments.iter().map(|s| s.address.0).min().unwrap_or(0);
+    let mut kernel_end = kernel_start.saturating_add(image.init_size.into());
+    if ram_around(map, kernel_start, kernel_end).is_none() && kernel_start >= layout::HIGH_MEMORY.0 {
+        return Err(LoadError::KernelOutsideRam { start: kernel_start, end: kernel_end });
+    }
     for segment in &image.elf.segments {
         let (start, end) = (segment.address.0, segment.end());
         if start < layout::HIGH_MEMORY.0 {

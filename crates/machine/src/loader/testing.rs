@@ -52,10 +52,10 @@ pub(super) fn elf(entry: u64, parts: &[Part]) -> Vec<u8> {
 
 /// A kernel: two segments, the second mostly `.bss`, and a note with a PVH entry after one of another kind.
 pub(super) fn vmlinux() -> Vec<u8> {
-    let mut text: Vec<u8> = (0..60_000u32).flat_map(|i| (i.wrapping_mul(i) >> 7).to_le_bytes()).collect();
+    let mut text: Vec<u8> = (0..12_000u32).flat_map(|i| (i.wrapping_mul(i) >> 7).to_le_bytes()).collect();
     let banner = format!("\0Linux version %s (%s)\0Linux version {RELEASE} (somebody@somewhere) #1\n\0");
     text.extend(banner.as_bytes());
-    text.extend(vec![0x90; 100_000]);
+    text.extend(vec![0x90; 20_000]);
     let mut notes = Vec::new();
     for (name, kind, value) in
         [(&b"GNU\0"[..], 3u32, &b"\x01\x02\x03"[..]), (b"Xen\0", 18, &PVH_AT.to_le_bytes())]
@@ -109,7 +109,7 @@ pub(super) fn payload(compression: Compression, content: &[u8]) -> Vec<u8> {
         Compression::Lz4 => {
             let mut out = 0x184c_2102_u32.to_le_bytes().to_vec();
             // Small chunks, so that there is more than one.
-            for chunk in content.chunks(100_000) {
+            for chunk in content.chunks(20_000) {
                 let block = lz4_flex::block::compress(chunk);
                 out.extend((block.len() as u32).to_le_bytes());
                 out.extend(block);

@@ -183,9 +183,9 @@ mod tests {
         assert!(!nonblocking(&shared));
         let mut buffer = [0; 8];
         let slice = VolatileSlice::from(&mut buffer[..]);
-        assert_eq!(input.read(&[slice.clone()]).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        assert_eq!(input.read(&[slice]).unwrap_err().kind(), io::ErrorKind::WouldBlock);
         writer.write_all(b"abc").unwrap();
-        assert_eq!(input.read(&[slice.clone()]).unwrap(), 3);
+        assert_eq!(input.read(&[slice]).unwrap(), 3);
         drop(writer);
         assert_eq!(input.read(&[slice]).unwrap(), 0);
     }
@@ -196,9 +196,9 @@ mod tests {
         let mut output = HostFd::new(writer.into(), Direction::Output).unwrap();
         let mut data = vec![7; 1 << 20];
         let slice = VolatileSlice::from(&mut data[..]);
-        let first = output.write(&[slice.clone()]).unwrap();
+        let first = output.write(&[slice]).unwrap();
         assert!(first > 0 && first < 1 << 20);
-        assert_eq!(output.write(&[slice.clone()]).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        assert_eq!(output.write(&[slice]).unwrap_err().kind(), io::ErrorKind::WouldBlock);
         let mut drained = vec![0; first];
         reader.read_exact(&mut drained).unwrap();
         drop(reader);
@@ -213,7 +213,7 @@ mod tests {
         assert_eq!(input.kind, Kind::PollFirst);
         let mut buffer = vec![1; 1 << 16];
         let slice = VolatileSlice::from(&mut buffer[..]);
-        assert_eq!(input.read(&[slice.clone()]).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        assert_eq!(input.read(&[slice]).unwrap_err().kind(), io::ErrorKind::WouldBlock);
         let written = loop_until_blocked(&mut output, &slice);
         assert!(written > PIPE_BUF);
         theirs.write_all(b"x").unwrap();
@@ -223,7 +223,7 @@ mod tests {
     fn loop_until_blocked(output: &mut HostFd, slice: &VolatileSlice<'_, ()>) -> usize {
         let mut written = 0;
         loop {
-            match output.write(&[slice.clone()]) {
+            match output.write(&[*slice]) {
                 Ok(len) => written += len,
                 Err(error) => {
                     assert_eq!(error.kind(), io::ErrorKind::WouldBlock);

@@ -1,0 +1,77 @@
+//! How fast instructions execute: `cargo test --release -p cpu --lib -- --ignored speed --nocapture`.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use iced_x86::code_asm::*;
+
+use super::{CODE, DATA, put_bytes, vcpu};
+use crate::Interpreter;
+use crate::attention::KICK;
+use crate::state::CodeMode;
+
+fn measure(name: &str, program: impl FnOnce(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>) {
+    let mut vcpu = vcpu(CodeMode::Bits64);
+    let mut assembler = CodeAssembler::new(64).unwrap();
+    program(&mut assembler).unwrap();
+    put_bytes(&vcpu, CODE, &assembler.assemble(CODE).unwrap());
+    vcpu.state.set_rip(CODE);
+    vcpu.set_reg(3, DATA);
+    let attention = Arc::clone(vcpu.attention());
+    let timer = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_secs(1));
+        attention.raise(KICK);
+    });
+    let start = Instant::now();
+    Interpreter::new().run(&mut vcpu);
+    let seconds = start.elapsed().as_secs_f64();
+    timer.join().unwrap();
+    println!("{name}: {:.0} M instructions/s", vcpu.stats.instructions as f64 / seconds / 1e6);
+}
+
+#[test]
+#[ignore = "a measurement"]
+fn speed() {
+    measure("registers", |a| {
+        let mut top = a.create_label();
+        a.set_label(&mut top)?;
+        a.add(rax, rbx)?;
+        a.xor(rcx, rax)?;
+        a.shr(rdx, 3)?;
+        a.lea(rsi, rsi + rdi * 2)?;
+        a.dec(r8)?;
+        a.jnz(top)?;
+        a.jmp(top)
+    });
+    measure("memory", |a| {
+        let mut top = a.create_label();
+        a.set_label(&mut top)?;
+        a.mov(rax, qword_ptr(rbx + 8))?;
+        a.add(eax, 7)?;
+        a.mov(dword_ptr(rbx + 16), eax)?;
+        a.cmp(byte_ptr(rbx), 3)?;
+        a.movzx(edx, word_ptr(rbx + 32))?;
+        a.add(qword_ptr(rbx + 40), rdx)?;
+        a.test(rdx, rdx)?;
+        a.jz(top)?;
+        a.jmp(top)
+    });
+    measure("calls", |a| {
+        let mut top = a.create_label();
+        let mut function = a.create_label();
+        a.set_label(&mut top)?;
+        a.mov(edi, 3)?;
+        a.call(function)?;
+        a.test(eax, eax)?;
+        a.jnz(top)?;
+        a.jmp(top)?;
+        a.set_label(&mut function)?;
+        a.push(rbp)?;
+        a.mov(rbp, rsp)?;
+        a.mov(eax, edi)?;
+        a.cmp(eax, 4)?;
+        a.cmove(eax, edx)?;
+        a.pop(rbp)?;
+        a.ret()
+    });
+}
