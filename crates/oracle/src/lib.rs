@@ -6,10 +6,16 @@
 //! leaves open.
 
 pub mod case;
+pub mod compare;
 pub mod generate;
+pub mod guest;
+mod interpret;
 mod native;
 mod random;
+pub mod undefined;
 
-pub use case::{Case, Engine, EngineError, Outcome};
+pub use case::{Case, Engine, EngineError, Mode, Outcome};
+pub use compare::{Difference, compare, report};
 pub use generate::{Family, Generator};
+pub use interpret::Interpret;
 pub use native::HostCpu;

@@ -262,7 +262,7 @@ fn steer(case: &mut Case, plan: Option<Plan>, random: &mut Random) {
 fn steer_memory(case: &mut Case, plan: &Plan, random: &mut Random) {
     use Mnemonic as M;
     let i = &case.instruction;
-    let code = i.code();
+    let gathers = i.is_vsib();
     match i.mnemonic() {
         M::Bt | M::Bts | M::Btr | M::Btc if i.op1_kind() == OpKind::Register && random.chance(3, 4) => {
             let base = i.memory_base().full_register();
@@ -293,7 +293,7 @@ fn steer_memory(case: &mut Case, plan: &Plan, random: &mut Random) {
                     poke(case, Some(plan.target.wrapping_add(n * 8)), &lane.to_le_bytes());
                 }
             }
-            if code.op_code().op_kinds().iter().any(|k| format!("{k:?}").starts_with("mem_vsib")) {
+            if gathers {
                 steer_gather(case, random);
             }
         }
