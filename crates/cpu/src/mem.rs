@@ -371,11 +371,7 @@ impl Vcpu {
     /// # Errors
     /// As for the write.
     pub(crate) fn probe_write_as(&mut self, gva: u64, size: u64, privilege: Privilege) -> Exec {
-        self.place(gva, AccessKind::Write, privilege)?;
-        let last = gva.wrapping_add(size.saturating_sub(1));
-        if (last ^ gva) & !0xfff != 0 {
-            self.place(last, AccessKind::Write, privilege)?;
-        }
+        self.places(gva, size as usize, AccessKind::Write, privilege)?;
         Ok(())
     }
 
@@ -585,6 +581,12 @@ impl Vcpu {
         privilege: Privilege,
     ) -> Exec<[Option<(Place, std::ops::Range<usize>)>; 2]> {
         let first = len.min(0x1000 - (gva & 0xfff) as usize);
+        if first < len
+            && self.walk.canonical(Gva(gva)) != self.walk.canonical(Gva(gva.wrapping_add(first as u64)))
+        {
+            // Before any page fault.
+            return fault(Fault::gp(0));
+        }
         let one = self.place(gva, kind, privilege)?;
         let two = if first < len {
             let next = gva.wrapping_add(first as u64);
