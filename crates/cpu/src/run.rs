@@ -10,7 +10,7 @@
 //! When there is a reason to go slowly, one instruction is run as a block of its own, and what must happen
 //! between instructions happens in `service`.
 
-use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction};
+use iced_x86::{Decoder, DecoderError, DecoderOptions, FlowControl, Instruction};
 use mmu::{AccessKind, Gpa, Gva, Privilege};
 
 use crate::attention;
@@ -195,7 +195,7 @@ impl Interpreter {
         while insns.len() < BLOCK_LENGTH && decoder.can_decode() {
             let left = bytes.len() - (offset + decoder.position());
             decoder.decode_out(&mut i);
-            if i.is_invalid() && left < INSTRUCTION_LENGTH {
+            if decoder.last_error() == DecoderError::NoMoreBytes && left < INSTRUCTION_LENGTH {
                 // It may go on in the next page, which may be anywhere.
                 break;
             }
@@ -230,8 +230,9 @@ impl Interpreter {
         read_code(vcpu, gva, &mut bytes[..len])?;
         let mode = vcpu.state.code_mode;
         let mut i = Instruction::default();
-        Decoder::with_ip(mode.bitness(), &bytes[..len], gva.0, DecoderOptions::NONE).decode_out(&mut i);
-        if i.is_invalid() && len < INSTRUCTION_LENGTH {
+        let mut decoder = Decoder::with_ip(mode.bitness(), &bytes[..len], gva.0, DecoderOptions::NONE);
+        decoder.decode_out(&mut i);
+        if decoder.last_error() == DecoderError::NoMoreBytes && len < INSTRUCTION_LENGTH {
             let next = gva.wrapping_add(len as u64);
             read_code(vcpu, next, &mut bytes[len..])?;
             len = INSTRUCTION_LENGTH;

@@ -2,6 +2,7 @@
 //! paging.
 
 mod control;
+mod host;
 mod moves;
 mod vectors;
 
@@ -39,6 +40,8 @@ impl Platform for Nothing {
     fn acknowledge_interrupt(&mut self) -> Option<u8> {
         None
     }
+
+    fn init(&mut self) {}
 
     fn interrupt_pending(&mut self) -> bool {
         false
