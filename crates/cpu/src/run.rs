@@ -10,11 +10,12 @@
 //! When there is a reason to go slowly, one instruction is run as a block of its own, and what must happen
 //! between instructions happens in `service`.
 
-use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction};
+use iced_x86::{Decoder, DecoderError, DecoderOptions, FlowControl, Instruction};
 use mmu::{AccessKind, Gpa, Gva, Privilege};
 
 use crate::attention;
 use crate::block::BlockCache;
+use crate::debug::dr6;
 use crate::event::Event;
 use crate::exit::Exit;
 use crate::fault::{Exec, Fault, Stop, fault};
@@ -126,22 +127,30 @@ impl Interpreter {
         let shadows = slow::STI_SHADOW | slow::SS_SHADOW;
         let before = vcpu.state.slow & shadows;
         let trap = vcpu.state.slow & slow::SINGLE_STEP != 0;
-        let instructions = vcpu.stats.instructions;
+        let pending = vcpu.state.pending_dr6;
+        // A shadow lasts for one instruction; the instruction may begin one of its own.
+        vcpu.state.slow &= !(shadows | slow::NO_STEP_TRAP);
         let result = self.uncached(vcpu);
-        // A shadow lasts for one instruction; the instruction may have begun one of its own.
-        let begun = vcpu.state.slow & shadows & !before;
-        vcpu.state.slow = vcpu.state.slow & !shadows | begun;
-        let completed = match &result {
-            Ok(()) => true,
-            Err(stop) => matches!(**stop, Stop::Halt),
-        };
-        if completed && vcpu.stats.instructions != instructions {
-            vcpu.set_rflags(flags::RF, 0);
-            if trap {
-                vcpu.state.pending_dr6 |= 1 << 14;
-                vcpu.state.slow |= slow::DEBUG_TRAP;
-            }
+        if before & slow::SS_SHADOW != 0 {
+            // Two loads of SS in a row do not shadow for ever.
+            vcpu.state.slow &= !slow::SS_SHADOW;
         }
+        let faulted = match &result {
+            Ok(()) => false,
+            Err(stop) => matches!(**stop, Stop::Fault(Fault { trap: false, .. })),
+        };
+        if faulted {
+            // It will run again, and meet its breakpoints then.
+            vcpu.state.pending_dr6 = pending;
+            if pending == 0 {
+                vcpu.state.slow &= !slow::DEBUG_TRAP;
+            }
+        } else if trap && vcpu.state.slow & slow::NO_STEP_TRAP == 0 {
+            // Also after an iteration of a repeated string instruction, which ends in `Restart`.
+            vcpu.state.pending_dr6 |= dr6::BS;
+            vcpu.state.slow |= slow::DEBUG_TRAP;
+        }
+        vcpu.state.slow &= !slow::NO_STEP_TRAP;
         match result {
             Ok(()) => None,
             Err(stop) => stopped(vcpu, *stop),
@@ -186,7 +195,7 @@ impl Interpreter {
         while insns.len() < BLOCK_LENGTH && decoder.can_decode() {
             let left = bytes.len() - (offset + decoder.position());
             decoder.decode_out(&mut i);
-            if i.is_invalid() && left < INSTRUCTION_LENGTH {
+            if decoder.last_error() == DecoderError::NoMoreBytes && left < INSTRUCTION_LENGTH {
                 // It may go on in the next page, which may be anywhere.
                 break;
             }
@@ -213,7 +222,7 @@ impl Interpreter {
     fn uncached(&mut self, vcpu: &mut Vcpu) -> Exec {
         let gva = code_address(vcpu)?;
         let breakpoints = vcpu.instruction_breakpoint(gva.0);
-        if breakpoints != 0 && vcpu.state.flags.system() & flags::RF == 0 {
+        if breakpoints != 0 {
             return fault(Fault::db(breakpoints, false));
         }
         let mut bytes = [0; INSTRUCTION_LENGTH];
@@ -221,8 +230,9 @@ impl Interpreter {
         read_code(vcpu, gva, &mut bytes[..len])?;
         let mode = vcpu.state.code_mode;
         let mut i = Instruction::default();
-        Decoder::with_ip(mode.bitness(), &bytes[..len], gva.0, DecoderOptions::NONE).decode_out(&mut i);
-        if i.is_invalid() && len < INSTRUCTION_LENGTH {
+        let mut decoder = Decoder::with_ip(mode.bitness(), &bytes[..len], gva.0, DecoderOptions::NONE);
+        decoder.decode_out(&mut i);
+        if decoder.last_error() == DecoderError::NoMoreBytes && len < INSTRUCTION_LENGTH {
             let next = gva.wrapping_add(len as u64);
             read_code(vcpu, next, &mut bytes[len..])?;
             len = INSTRUCTION_LENGTH;
@@ -230,6 +240,10 @@ impl Interpreter {
         }
         self.make_room(vcpu);
         let insn = Insn::lower(vcpu, &i, mode);
+        // RF has done its work. A fault sets it in its frame again, see `event`.
+        if vcpu.state.slow & slow::RESUME != 0 {
+            vcpu.set_rflags(flags::RF, 0);
+        }
         execute(vcpu, std::slice::from_ref(&insn))
     }
 
@@ -272,7 +286,12 @@ fn execute(vcpu: &mut Vcpu, insns: &[Insn]) -> Exec {
 #[cold]
 fn stopped(vcpu: &mut Vcpu, stop: Stop) -> Option<Outcome> {
     match stop {
-        Stop::Restart => None,
+        Stop::Restart => {
+            // A repeated string instruction between two iterations: an interrupt's frame has RF set, and its
+            // breakpoint is not met again.
+            vcpu.set_rflags(flags::RF, flags::RF);
+            None
+        }
         Stop::Halt => {
             vcpu.stats.halts += 1;
             vcpu.state.slow |= slow::HALTED;
@@ -370,7 +389,12 @@ fn service(vcpu: &mut Vcpu) -> Next {
         return Next::Leave(Outcome::Halted);
     }
     // NMI_BLOCKED and a latched NMI behind it are no reason to step.
-    let step = slow::SINGLE_STEP | slow::STI_SHADOW | slow::SS_SHADOW | slow::BREAKPOINTS | slow::DEBUG_TRAP;
+    let step = slow::SINGLE_STEP
+        | slow::STI_SHADOW
+        | slow::SS_SHADOW
+        | slow::BREAKPOINTS
+        | slow::DEBUG_TRAP
+        | slow::RESUME;
     if vcpu.state.slow & step != 0 { Next::Step } else { Next::Run }
 }
 
@@ -476,8 +500,6 @@ fn ends_block(i: &Instruction) -> bool {
                 | M::Xsetbv
                 | M::Invlpg
                 | M::Invpcid
-                | M::Clac
-                | M::Stac
                 | M::Wrpkru
                 | M::Mwait
                 | M::Cpuid

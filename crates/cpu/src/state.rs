@@ -162,6 +162,10 @@ pub mod slow {
     pub const NMI_BLOCKED: u32 = 1 << 7;
     /// An NMI is latched.
     pub const NMI_PENDING: u32 = 1 << 8;
+    /// RFLAGS.RF is set: it lasts for one instruction.
+    pub const RESUME: u32 = 1 << 9;
+    /// The present instruction entered a handler: no single-step trap follows it.
+    pub const NO_STEP_TRAP: u32 = 1 << 10;
 }
 
 /// CR0 bits (Intel SDM vol. 3, 2.5).

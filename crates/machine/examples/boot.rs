@@ -17,7 +17,16 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut machine =
         Machine::new(MachineConfig { memory: 512 << 20, cpus, serial: Box::new(std::io::stdout()) })?;
     machine.load(&kernel, BootProtocol::Linux64, initramfs.as_deref(), cmdline)?;
+    let handle = machine.handle();
+    std::thread::spawn(move || {
+        // Enter ends the run: the RIPs then tell where the guest was.
+        let _ = std::io::stdin().read_line(&mut String::new());
+        handle.stop();
+    });
     let (ended, stats) = machine.run()?;
-    eprintln!("{ended:?}\n{stats:#?}");
+    eprintln!("{ended:?}");
+    for (vcpu, (stats, state)) in stats.vcpus.iter().zip(&stats.states).enumerate() {
+        eprintln!("vcpu {vcpu}: RIP {:#x} CR2 {:#x} {stats:#?}", state.rip(), state.cr2);
+    }
     Ok(())
 }

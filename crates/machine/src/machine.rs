@@ -10,7 +10,7 @@ use std::io::{self, Write};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 
-use cpu::{Cpuid, GuestRam, Ram, Vcpu, VcpuConfig, VcpuStats, attention};
+use cpu::{CpuState, Cpuid, GuestRam, Ram, Vcpu, VcpuConfig, VcpuStats, attention};
 use mmu::Gpa;
 use virtio::device::VirtioDevice;
 use virtio::pci::VirtioPci;
@@ -95,6 +95,8 @@ pub enum Ended {
 pub struct MachineStats {
     /// By vCPU.
     pub vcpus: Vec<VcpuStats>,
+    /// The state that each vCPU ended in, to see where a guest hangs.
+    pub states: Vec<CpuState>,
     /// Port accesses that nothing answered.
     pub unclaimed_ports: Unclaimed,
     /// Memory accesses that nothing answered.
@@ -324,7 +326,10 @@ impl Machine {
             signals.timers.stop();
             timers?;
             for thread in running? {
-                stats.vcpus.push(thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+                let (counted, state) =
+                    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+                stats.vcpus.push(counted);
+                stats.states.push(state);
             }
             Ok::<_, MachineError>(ended)
         })?;

@@ -9,7 +9,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use cpu::{Answer, Attention, Exit, GuestRam, Interpreter, Outcome, Platform, Vcpu, VcpuStats, attention};
+use cpu::{Answer, Attention, CpuState, Exit, GuestRam, Interpreter, Outcome, Platform, Vcpu, VcpuStats, attention};
 use mmu::Gpa;
 
 use crate::apic::{LAPIC_SIZE, LocalApic, MSR_APIC_BASE, MSR_TSC_DEADLINE};
@@ -123,8 +123,9 @@ pub(crate) struct VcpuThread {
 }
 
 impl VcpuThread {
-    /// Runs until [`attention::KICK`] is raised: the machine ends. Returns what the vCPU counted.
-    pub(crate) fn run(mut self) -> VcpuStats {
+    /// Runs until [`attention::KICK`] is raised: the machine ends. Returns what the vCPU counted, and the state
+    /// that it ended in.
+    pub(crate) fn run(mut self) -> (VcpuStats, CpuState) {
         let mut engine = Interpreter::new();
         let attention = Arc::clone(self.vcpu.attention());
         loop {
@@ -138,7 +139,7 @@ impl VcpuThread {
                 }
             }
         }
-        self.vcpu.stats
+        (self.vcpu.stats, self.vcpu.state)
     }
 
     /// Sleeps as HLT does.

@@ -21,6 +21,7 @@
 
 mod arena;
 mod class;
+pub(crate) mod clock;
 mod masked;
 mod moves;
 mod mxcsr;
