@@ -1,4 +1,5 @@
 //! The console from the driver's side and from the host's side.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! The transport as a driver meets it: capabilities, the status protocol, interrupts, broken queues.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
 
@@ -295,6 +296,13 @@ fn broken_rings_and_chains_need_a_reset() {
         guest.expect_needs_reset();
         guest.run(ALL);
     }
+}
+
+/// The machine calls from any vCPU thread.
+#[test]
+fn a_function_may_move_between_threads() {
+    let (mut guest, _) = probe();
+    std::thread::spawn(move || assert_eq!(guest.status(), 0)).join().unwrap();
 }
 
 #[test]
