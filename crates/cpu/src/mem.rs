@@ -267,7 +267,8 @@ impl Vcpu {
         self.place(gva, AccessKind::Write, self.privilege())?;
         let last = gva.wrapping_add(size.saturating_sub(1));
         if (last ^ gva) & !0xfff != 0 {
-            self.place(last, AccessKind::Write, self.privilege())?;
+            // A fault reports the first byte of the page that has it.
+            self.place(last & !0xfff, AccessKind::Write, self.privilege())?;
         }
         Ok(())
     }

@@ -1,6 +1,9 @@
 //! Tests of the integer instructions: short programs in each mode, run instruction by instruction.
 
+mod control;
+mod data;
 mod speed;
+mod strings;
 
 use std::sync::Arc;
 
