@@ -206,8 +206,8 @@ fn division_faults_where_the_quotient_does_not_fit() {
             }
         }
     }
-    let signed: [(i64, i64, i64, Option<(i64, i64)>); 6] = [
-        (-1, -7, 2, Some((-3, -1))),
+    let signed = [
+        (-1i64, -7i64, 2i64, Some((-3i64, -1i64))),
         (0, 7, -2, Some((-3, 1))),
         (-1, i64::MIN, -1, None),
         (-1, 0, 2, Some((i64::MIN, 0))),
