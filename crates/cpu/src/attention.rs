@@ -23,6 +23,9 @@ pub const KICK: u32 = 1 << 4;
 pub const WATCH: u32 = 1 << 5;
 /// The whole TLB is to be flushed (paravirtual TLB shootdown).
 pub const FLUSH_TLB: u32 = 1 << 6;
+/// A halted vCPU goes on without an interrupt; if it is not halted, its next HLT ends at once
+/// (KVM_HC_KICK_CPU).
+pub const UNHALT: u32 = 1 << 7;
 
 /// A vCPU's attention word, with the means to sleep until it is set.
 #[derive(Debug, Default)]

@@ -95,4 +95,7 @@ pub trait Platform: Send {
 
     /// Whether [`Self::acknowledge_interrupt`] would return a vector.
     fn interrupt_pending(&mut self) -> bool;
+
+    /// The processor took INIT: its local interrupt controller does the same.
+    fn init(&mut self);
 }

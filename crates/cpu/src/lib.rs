@@ -19,6 +19,7 @@ pub mod exit;
 pub mod fault;
 pub mod flags;
 pub mod fpu;
+mod frame;
 mod hostmem;
 pub mod insn;
 mod mem;
@@ -26,8 +27,10 @@ pub mod msr;
 mod native;
 pub mod ram;
 mod run;
+mod segment;
 mod stack;
 pub mod state;
+mod task;
 mod tlb;
 mod vcpu;
 

@@ -201,7 +201,7 @@ impl Vcpu {
     pub fn modify<T: Data>(&mut self, gva: u64, locked: bool, f: impl Fn(T) -> T) -> Exec<(T, T)> {
         match self.tlb.write(self.state.tlb_base, self.state.tlb_tag, gva, T::SIZE) {
             Some(host) => Ok(modify_ram(host, locked, f)),
-            None => self.modify_slow(gva, locked, f),
+            None => self.modify_slow(gva, locked, self.privilege(), f),
         }
     }
 
@@ -264,11 +264,19 @@ impl Vcpu {
     /// # Errors
     /// As for the write.
     pub fn probe_write(&mut self, gva: u64, size: u64) -> Exec {
-        self.place(gva, AccessKind::Write, self.privilege())?;
+        self.probe_write_as(gva, size, self.privilege())
+    }
+
+    /// As [`Self::probe_write`], with the privilege `privilege`.
+    ///
+    /// # Errors
+    /// As for the write.
+    pub(crate) fn probe_write_as(&mut self, gva: u64, size: u64, privilege: Privilege) -> Exec {
+        self.place(gva, AccessKind::Write, privilege)?;
         let last = gva.wrapping_add(size.saturating_sub(1));
         if (last ^ gva) & !0xfff != 0 {
             // A fault reports the first byte of the page that has it.
-            self.place(last & !0xfff, AccessKind::Write, self.privilege())?;
+            self.place(last & !0xfff, AccessKind::Write, privilege)?;
         }
         Ok(())
     }
@@ -336,6 +344,19 @@ impl Vcpu {
             }
             None => self.write_slow(gva, value, privilege),
         }
+    }
+
+    /// Replaces the `T` at a linear address by `f` of it, atomically, as `privilege`; see [`Self::update`].
+    ///
+    /// # Errors
+    /// As for a write.
+    pub(crate) fn modify_as<T: Data>(
+        &mut self,
+        gva: u64,
+        privilege: Privilege,
+        f: impl Fn(T) -> T,
+    ) -> Exec<(T, T)> {
+        self.modify_slow(gva, true, privilege, f)
     }
 
     /// Reads bytes (at most a page) at a linear address as `privilege`.
@@ -426,8 +447,13 @@ impl Vcpu {
 
     #[cold]
     #[inline(never)]
-    fn modify_slow<T: Data>(&mut self, gva: u64, locked: bool, f: impl Fn(T) -> T) -> Exec<(T, T)> {
-        let privilege = self.privilege();
+    fn modify_slow<T: Data>(
+        &mut self,
+        gva: u64,
+        locked: bool,
+        privilege: Privilege,
+        f: impl Fn(T) -> T,
+    ) -> Exec<(T, T)> {
         self.check_alignment(gva, T::SIZE, privilege)?;
         if (gva & 0xfff) + T::SIZE <= 0x1000
             && let Place::Ram { host, gpa, watched } = self.place(gva, AccessKind::Write, privilege)?
@@ -439,7 +465,7 @@ impl Vcpu {
         }
         // MMIO, or a page crossing. Hardware locks the bus for the latter; here all vCPUs that cross pages
         // with LOCK exclude each other, which leaves out only mixed locked and plain access to one word.
-        self.probe_write(gva, T::SIZE)?;
+        self.probe_write_as(gva, T::SIZE, privilege)?;
         let ram = std::sync::Arc::clone(&self.ram);
         let _guard = locked.then(|| ram.group().split_lock());
         let mut bytes = [0; 8];
@@ -464,7 +490,9 @@ impl Vcpu {
         let one = self.place(gva, kind, privilege)?;
         let two = if first < len {
             let next = gva.wrapping_add(first as u64);
-            let next = if self.state.code_mode == CodeMode::Bits64 { next } else { next & 0xffff_ffff };
+            // In compatibility mode the processor's own tables may lie above 4 GiB.
+            let wide = self.state.code_mode == CodeMode::Bits64 || gva > 0xffff_ffff;
+            let next = if wide { next } else { next & 0xffff_ffff };
             Some((self.place(next, kind, privilege)?, first..len))
         } else {
             None
@@ -474,7 +502,8 @@ impl Vcpu {
 
     /// Translates one address and fills the TLB.
     fn place(&mut self, gva: u64, kind: AccessKind, privilege: Privilege) -> Exec<Place> {
-        if self.state.code_mode == CodeMode::Bits64 && !self.walk.canonical(Gva(gva)) {
+        let wide = self.state.code_mode == CodeMode::Bits64 || gva > 0xffff_ffff;
+        if wide && !self.walk.canonical(Gva(gva)) {
             return fault(Fault::gp(0));
         }
         let table = self.table_of(privilege);

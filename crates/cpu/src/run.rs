@@ -15,6 +15,7 @@ use mmu::{AccessKind, Gpa, Gva, Privilege};
 
 use crate::attention;
 use crate::block::BlockCache;
+use crate::debug::dr6;
 use crate::event::Event;
 use crate::exit::Exit;
 use crate::fault::{Exec, Fault, Stop, fault};
@@ -124,22 +125,30 @@ impl Interpreter {
         let shadows = slow::STI_SHADOW | slow::SS_SHADOW;
         let before = vcpu.state.slow & shadows;
         let trap = vcpu.state.slow & slow::SINGLE_STEP != 0;
-        let instructions = vcpu.stats.instructions;
+        let pending = vcpu.state.pending_dr6;
+        // A shadow lasts for one instruction; the instruction may begin one of its own.
+        vcpu.state.slow &= !(shadows | slow::NO_STEP_TRAP);
         let result = self.uncached(vcpu);
-        // A shadow lasts for one instruction; the instruction may have begun one of its own.
-        let begun = vcpu.state.slow & shadows & !before;
-        vcpu.state.slow = vcpu.state.slow & !shadows | begun;
-        let completed = match &result {
-            Ok(()) => true,
-            Err(stop) => matches!(**stop, Stop::Halt),
-        };
-        if completed && vcpu.stats.instructions != instructions {
-            vcpu.set_rflags(flags::RF, 0);
-            if trap {
-                vcpu.state.pending_dr6 |= 1 << 14;
-                vcpu.state.slow |= slow::DEBUG_TRAP;
-            }
+        if before & slow::SS_SHADOW != 0 {
+            // Two loads of SS in a row do not shadow for ever.
+            vcpu.state.slow &= !slow::SS_SHADOW;
         }
+        let faulted = match &result {
+            Ok(()) => false,
+            Err(stop) => matches!(**stop, Stop::Fault(Fault { trap: false, .. })),
+        };
+        if faulted {
+            // It will run again, and meet its breakpoints then.
+            vcpu.state.pending_dr6 = pending;
+            if pending == 0 {
+                vcpu.state.slow &= !slow::DEBUG_TRAP;
+            }
+        } else if trap && vcpu.state.slow & slow::NO_STEP_TRAP == 0 {
+            // Also after an iteration of a repeated string instruction, which ends in `Restart`.
+            vcpu.state.pending_dr6 |= dr6::BS;
+            vcpu.state.slow |= slow::DEBUG_TRAP;
+        }
+        vcpu.state.slow &= !slow::NO_STEP_TRAP;
         match result {
             Ok(()) => None,
             Err(stop) => stopped(vcpu, *stop),
@@ -210,7 +219,7 @@ impl Interpreter {
     fn uncached(&mut self, vcpu: &mut Vcpu) -> Exec {
         let gva = code_address(vcpu)?;
         let breakpoints = vcpu.instruction_breakpoint(gva.0);
-        if breakpoints != 0 && vcpu.state.flags.system() & flags::RF == 0 {
+        if breakpoints != 0 {
             return fault(Fault::db(breakpoints, false));
         }
         let mut bytes = [0; INSTRUCTION_LENGTH];
@@ -226,6 +235,10 @@ impl Interpreter {
             Decoder::with_ip(mode.bitness(), &bytes[..len], gva.0, DecoderOptions::NONE).decode_out(&mut i);
         }
         let insn = Insn::lower(vcpu, &i, mode);
+        // RF has done its work. A fault sets it in its frame again, see `event`.
+        if vcpu.state.slow & slow::RESUME != 0 {
+            vcpu.set_rflags(flags::RF, 0);
+        }
         execute(vcpu, std::slice::from_ref(&insn))
     }
 }
@@ -259,7 +272,12 @@ fn execute(vcpu: &mut Vcpu, insns: &[Insn]) -> Exec {
 #[cold]
 fn stopped(vcpu: &mut Vcpu, stop: Stop) -> Option<Outcome> {
     match stop {
-        Stop::Restart => None,
+        Stop::Restart => {
+            // A repeated string instruction between two iterations: an interrupt's frame has RF set, and its
+            // breakpoint is not met again.
+            vcpu.set_rflags(flags::RF, flags::RF);
+            None
+        }
         Stop::Halt => {
             vcpu.stats.halts += 1;
             vcpu.state.slow |= slow::HALTED;
@@ -295,9 +313,7 @@ fn service(vcpu: &mut Vcpu) -> Next {
         return Next::Leave(Outcome::Kicked);
     }
     if word & attention::INIT != 0 && vcpu.attention.take(attention::INIT) != 0 {
-        vcpu.state.init();
-        vcpu.state.slow |= slow::WAIT_FOR_SIPI;
-        vcpu.refresh();
+        vcpu.wait_for_sipi();
     }
     if vcpu.state.slow & slow::WAIT_FOR_SIPI != 0 {
         if vcpu.attention.take(attention::SIPI) == 0 {
@@ -348,12 +364,45 @@ fn service(vcpu: &mut Vcpu) -> Next {
             }
         }
     }
+    if word & attention::UNHALT != 0 && vcpu.attention.take(attention::UNHALT) != 0 {
+        vcpu.state.unhalted = true;
+    }
+    if vcpu.state.slow & slow::HALTED != 0 && std::mem::take(&mut vcpu.state.unhalted) {
+        vcpu.state.slow &= !slow::HALTED;
+    }
     if vcpu.state.slow & slow::HALTED != 0 {
         return Next::Leave(Outcome::Halted);
     }
     // NMI_BLOCKED and a latched NMI behind it are no reason to step.
-    let step = slow::SINGLE_STEP | slow::STI_SHADOW | slow::SS_SHADOW | slow::BREAKPOINTS | slow::DEBUG_TRAP;
+    let step = slow::SINGLE_STEP
+        | slow::STI_SHADOW
+        | slow::SS_SHADOW
+        | slow::BREAKPOINTS
+        | slow::DEBUG_TRAP
+        | slow::RESUME;
     if vcpu.state.slow & step != 0 { Next::Step } else { Next::Run }
+}
+
+impl Vcpu {
+    /// Puts the vCPU into the state after INIT: it waits for a start-up IPI.
+    pub fn wait_for_sipi(&mut self) {
+        self.state.init();
+        self.state.slow |= slow::WAIT_FOR_SIPI;
+        self.platform.init();
+        self.refresh();
+    }
+
+    /// The attention bits that end the sleep of a vCPU that [`Outcome::Halted`] was returned for.
+    pub fn wake_mask(&self) -> u32 {
+        // WATCH and FLUSH_TLB can wait until the vCPU runs again.
+        let always = attention::KICK | attention::INIT;
+        if self.state.slow & slow::WAIT_FOR_SIPI != 0 {
+            return always | attention::SIPI;
+        }
+        let interrupt = if self.state.flags.system() & flags::IF != 0 { attention::INTERRUPT } else { 0 };
+        let nmi = if self.state.slow & slow::NMI_BLOCKED == 0 { attention::NMI } else { 0 };
+        always | attention::UNHALT | interrupt | nmi
+    }
 }
 
 /// The linear address of the present RIP.
@@ -436,8 +485,6 @@ fn ends_block(i: &Instruction) -> bool {
                 | M::Xsetbv
                 | M::Invlpg
                 | M::Invpcid
-                | M::Clac
-                | M::Stac
                 | M::Wrpkru
                 | M::Mwait
                 | M::Cpuid

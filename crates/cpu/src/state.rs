@@ -162,6 +162,10 @@ pub mod slow {
     pub const NMI_BLOCKED: u32 = 1 << 7;
     /// An NMI is latched.
     pub const NMI_PENDING: u32 = 1 << 8;
+    /// RFLAGS.RF is set: it lasts for one instruction.
+    pub const RESUME: u32 = 1 << 9;
+    /// The present instruction entered a handler: no single-step trap follows it.
+    pub const NO_STEP_TRAP: u32 = 1 << 10;
 }
 
 /// CR0 bits (Intel SDM vol. 3, 2.5).
@@ -273,6 +277,8 @@ pub struct CpuState {
     pub dr7: u64,
     /// DR6 bits of a debug trap that is due after the present instruction.
     pub pending_dr6: u64,
+    /// A paravirtual kick arrived: the next HLT ends at once.
+    pub(crate) unhalted: bool,
     /// PKRU.
     pub pkru: u32,
     /// What is added to the host's TSC to give the guest's.
@@ -321,6 +327,7 @@ impl Default for CpuState {
             dr6: 0,
             dr7: 0,
             pending_dr6: 0,
+            unhalted: false,
             pkru: 0,
             tsc_offset: 0,
             msrs: Msrs::default(),

@@ -219,7 +219,7 @@ impl Vcpu {
     }
 
     /// Recomputes the code mode, the stack width, the single-step reason and the TLB table. To be called
-    /// after a change of CS, SS, CPL, CR0.PE or AM, EFER, DR7, or RFLAGS.VM, TF or AC.
+    /// after a change of CS, SS, CPL, CR0.PE or AM, EFER, DR7, or RFLAGS.VM, TF, RF or AC.
     pub fn refresh_mode(&mut self) {
         let state = &mut self.state;
         let cs = &state.segments[usize::from(seg::CS)];
@@ -242,7 +242,10 @@ impl Vcpu {
         } else {
             0xffff
         };
-        state.slow &= !(slow::SINGLE_STEP | slow::BREAKPOINTS);
+        state.slow &= !(slow::SINGLE_STEP | slow::BREAKPOINTS | slow::RESUME);
+        if state.flags.system() & flags::RF != 0 {
+            state.slow |= slow::RESUME;
+        }
         if state.flags.system() & flags::TF != 0 {
             state.slow |= slow::SINGLE_STEP;
         }
@@ -276,7 +279,7 @@ impl Vcpu {
         let old = self.state.flags.bits();
         let new = old & !mask | bits & mask;
         self.state.flags.set_bits(new);
-        if (old ^ new) & (flags::TF | flags::VM | flags::AC) != 0 {
+        if (old ^ new) & (flags::TF | flags::VM | flags::AC | flags::RF) != 0 {
             self.refresh_mode();
             // A single-step trap follows the *next* instruction: the running block must not go on.
             self.end_block();

@@ -1,1 +1,26 @@
 //! A small modern PC around a software processor.
+//!
+//! [`machine`] puts the parts together and is where to start reading: memory by the [`layout`], interrupt
+//! controllers ([`apic`]), the [`clock`] and KVM's paravirtual interface ([`kvm`]), the [`bus`] with [`pci`],
+//! [`serial`], [`rtc`] and [`power`], the [`loader`], and the [`acpi`] tables that describe all of it to the guest.
+#![deny(unsafe_code)]
+
+pub mod acpi;
+pub mod apic;
+mod boot;
+pub mod bus;
+pub mod clock;
+pub mod kvm;
+pub mod layout;
+pub mod loader;
+pub mod machine;
+pub mod memory;
+pub mod pci;
+pub mod power;
+pub mod rtc;
+pub mod serial;
+mod signals;
+mod vcpu;
+mod virtio_pci;
+
+pub use machine::{Ended, Machine, MachineConfig, MachineError, MachineHandle, MachineStats};

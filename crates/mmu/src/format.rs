@@ -386,7 +386,8 @@ impl PageFormat {
     /// The number of address bits below the index of `level`.
     #[inline(always)]
     pub(crate) const fn index_shift(&self, level: u8) -> u32 {
-        12 + self.index_bits as u32 * (level.saturating_sub(1) & 7) as u32
+        let shift = 12 + self.index_bits as u32 * (level.saturating_sub(1) & 7) as u32;
+        if shift < 64 { shift } else { 63 }
     }
 
     /// The address bits above 31 that the 32-bit entry of a 4 MiB page holds.

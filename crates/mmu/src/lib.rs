@@ -36,6 +36,12 @@
 //! - `walk`: [`PageWalk`]; `pdptr`: PAE's four registers; `fault`: [`WalkFault`].
 //! - `ept`, `nested`: [`NestedWalk`], EPT violations and nested page faults.
 //! - `memory`: [`PageTableMemory`], the only thing to implement.
+//! - `testing`, behind the feature of that name: memory and random tables for tests and fuzz targets.
+//!
+//! # Limits
+//! Not modelled: shadow-stack accesses, linear-address masking (the caller strips the bits), HLAT, and what EPT
+//! and NPT have beyond the tables themselves (sub-page permissions, #VE, supervisor shadow-stack control, guest
+//! mode execute trap, nested tables in a legacy format). The PAT bit is taken to be supported.
 #![forbid(unsafe_code)]
 
 mod access;
@@ -49,6 +55,8 @@ mod nested;
 mod pdptr;
 mod permission;
 mod state;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod walk;
 
 pub use access::{Access, AccessKind, Privilege};
@@ -62,6 +70,6 @@ pub use nested::{
     HostFault, HostFaultKind, HostStage, NestedFault, NestedPdptrFault, NestedTranslation, NestedWalk,
 };
 pub use pdptr::{ReservedBits, check_pdptrs, load_pdptrs};
-pub use permission::{PageRights, Permissions};
+pub use permission::PageRights;
 pub use state::{PagingFeatures, PagingState, cr0, cr4, efer};
 pub use walk::{PageWalk, Translation, is_canonical};

@@ -8,6 +8,10 @@
 //! Protection keys do not fit in such a bitmap, as there are sixteen with two bits each and PKRU changes at any
 //! moment. But which of a key's two bits an access heeds depends on the access, CR0.WP, CR4.PKE and CR4.PKS
 //! alone, and that is the second table: the access selects a mask of the key's bits in PKRU or IA32_PKRS.
+//!
+//! A key is judged whether or not the rights allow the access, since the error code says both (SDM vol. 3, 4.7).
+//! Taken at its word, 4.6.2 lets IA32_PKRS judge user-mode accesses to supervisor-mode pages too: they fault in
+//! any case, and PK is then set.
 
 use bitflags::bitflags;
 
@@ -50,7 +54,7 @@ impl PageRights {
 
 /// Which accesses to which pages are allowed, worked out from the control registers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Permissions {
+pub(crate) struct Permissions {
     /// By [`Access::index`]: bit `n` allows the access to pages with the rights `n`.
     allowed: [u16; Access::INDEXES],
     /// By [`Access::index`]: which of a key's bits forbid the access, bits 1:0 for supervisor-mode pages,

@@ -287,29 +287,30 @@ impl PageWalk {
         address: u64,
         access: Access,
     ) -> Result<(Translation, T::Page), Stop<T::Fault>> {
+        let (root, levels) = (self.root, self.format.levels());
+        let nothing_there = Refusal { cause: Cause::NotPresent, combined: 0 };
         match self.format.mode() {
             PagingMode::Level4 | PagingMode::Level5 => {
-                self.descend::<T, true, UPDATE>(tables, self.root, self.format.levels(), address, access)
+                self.descend::<T, true, false, UPDATE>(tables, root, levels, address, access)
             }
             PagingMode::None => self.flat(tables, address, access),
             PagingMode::Bits32 => {
-                self.descend::<T, false, UPDATE>(tables, self.root, self.format.levels(), address, access)
+                self.descend::<T, false, false, UPDATE>(tables, root, levels, address, access)
             }
             PagingMode::Pae => {
                 let pointer = self.pdptrs[(address >> 30 & 3) as usize];
                 if pointer & PRESENT == 0 {
-                    return Err(Stop::Refused(Refusal { cause: Cause::NotPresent, combined: 0 }));
+                    return Err(Stop::Refused(nothing_there));
                 }
                 let table = pointer & self.format.table_address;
-                self.descend::<T, true, UPDATE>(tables, table, 2, address, access)
+                self.descend::<T, true, false, UPDATE>(tables, table, 2, address, access)
             }
-            PagingMode::Ept | PagingMode::Npt => {
-                // Nothing is mapped above what the tables can hold.
-                if address >> self.format.input_bits() != 0 {
-                    return Err(Stop::Refused(Refusal { cause: Cause::NotPresent, combined: 0 }));
-                }
-                self.descend::<T, true, UPDATE>(tables, self.root, self.format.levels(), address, access)
+            // Nothing is mapped above what the tables can hold.
+            PagingMode::Ept | PagingMode::Npt if address >> self.format.input_bits() != 0 => {
+                Err(Stop::Refused(nothing_there))
             }
+            PagingMode::Ept => self.descend::<T, true, true, UPDATE>(tables, root, levels, address, access),
+            PagingMode::Npt => self.descend::<T, true, false, UPDATE>(tables, root, levels, address, access),
         }
     }
 
@@ -335,9 +336,10 @@ impl PageWalk {
         Ok((translation, tables.page(gpa, access, translation.rights)?))
     }
 
-    /// Goes down from the table `root` of level `top`; see the head of this file.
+    /// Goes down from the table `root` of level `top`; see the head of this file. Entries are 64 bits wide if
+    /// `WIDE`, and are those of EPT if `EPT`.
     #[inline(always)]
-    fn descend<T: Tables, const WIDE: bool, const UPDATE: bool>(
+    fn descend<T: Tables, const WIDE: bool, const EPT: bool, const UPDATE: bool>(
         &self,
         tables: &T,
         root: u64,
@@ -351,9 +353,9 @@ impl PageWalk {
         'restart: loop {
             let mut table = root;
             let mut level = top;
+            let mut shift = 12 + index_bits * (u32::from(top).saturating_sub(1) & 7);
             let mut combined = u64::MAX;
             loop {
-                let shift = 12 + index_bits * (u32::from(level).saturating_sub(1) & 7);
                 let at = Gpa(table | (address >> shift & index_mask) << entry_shift);
                 let entry = tables.read::<WIDE>(at)?;
                 combined &= entry ^ format.inverted;
@@ -361,7 +363,7 @@ impl PageWalk {
                     return Err(Stop::Refused(Refusal { cause: Cause::NotPresent, combined }));
                 }
                 let leaf = format.is_leaf(entry, level);
-                if entry & format.reserved_bits(level, leaf) != 0 || format.is_misconfigured(entry) {
+                if entry & format.reserved_bits(level, leaf) != 0 || EPT && format.is_misconfigured(entry) {
                     return Err(Stop::Refused(Refusal { cause: Cause::Reserved, combined }));
                 }
                 if !leaf {
@@ -371,6 +373,7 @@ impl PageWalk {
                     }
                     table = entry & format.table_address;
                     level = level.saturating_sub(1);
+                    shift = shift.saturating_sub(index_bits);
                     continue;
                 }
 
@@ -383,7 +386,9 @@ impl PageWalk {
                 }
 
                 let page_size = leaf_size::<WIDE>(level);
-                let gpa = Gpa(format.frame(entry, level).0 | address & (page_size.bytes() - 1));
+                let offset = page_size.bytes() - 1;
+                let high = if WIDE || level == 1 { 0 } else { format.pse36_address(entry) };
+                let gpa = Gpa(entry & format.table_address & !offset | high | address & offset);
                 let page = tables.page(gpa, access, rights)?;
                 let mut used = entry | format.accessed;
                 if access.is_write() {

@@ -1,3 +1,117 @@
-//! Linux's virtualization stack in user space.
+//! The `ring3` program: reads the command line and turns every outcome into an exit status.
 
-fn main() {}
+use std::process::ExitCode;
+
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+use clap::{CommandFactory, Parser};
+use ring3::cli::{Cli, KernelTask, Task};
+use ring3::{kernel, run};
+
+/// ring3's own failures; the numbers of a run are in `ring3 run --help`.
+const FAILED: u8 = 125;
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return answer_or_complain(&error),
+    };
+    let result = match cli.command {
+        Task::Run(args) => run::run(&args, run::vm::launch).map_err(Into::into),
+        Task::Kernel { task } => kernels(task).map(|()| 0),
+        Task::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "ring3", &mut std::io::stdout());
+            Ok(0)
+        }
+        Task::Man { subcommand } => manual(subcommand.as_deref()).map(|()| 0),
+    };
+    match result {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            complain(&*error);
+            ExitCode::from(FAILED)
+        }
+    }
+}
+
+type Failure = Box<dyn std::error::Error>;
+
+/// One line for what went wrong, then one for each cause.
+fn complain(error: &dyn std::error::Error) {
+    eprintln!("ring3: {error}");
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        eprintln!("  because: {error}");
+        cause = error.source();
+    }
+}
+
+/// Help and version are answers, with status 0; the rest are mistakes.
+fn answer_or_complain(error: &clap::Error) -> ExitCode {
+    if !error.use_stderr() {
+        // Nobody may be reading.
+        let _ = error.print();
+        return ExitCode::SUCCESS;
+    }
+    let text = error.render().to_string();
+    eprint!("ring3: {}", text.strip_prefix("error: ").unwrap_or(&text));
+    if let Some(ContextValue::String(argument)) = error.get(ContextKind::InvalidArg)
+        && error.kind() == ErrorKind::UnknownArgument
+        && !argument.starts_with('-')
+        && std::env::args_os().nth(1).is_some_and(|task| task == "run")
+    {
+        eprintln!("To run it as a command, put -- before it: ring3 run -- {argument}");
+    }
+    ExitCode::from(FAILED)
+}
+
+fn kernels(task: KernelTask) -> Result<(), Failure> {
+    match task {
+        KernelTask::List => {
+            let store = kernel::store::Store::of_user()?;
+            let chosen = kernel::installed()?;
+            let cached = store.list()?;
+            let boot = kernel::in_boot();
+            if cached.is_empty() && boot.is_empty() {
+                eprintln!(
+                    "ring3: no kernels in {} or /boot; `ring3 kernel fetch` gets one",
+                    store.dir().display()
+                );
+            }
+            for kernel in cached.iter().chain(&boot).rev() {
+                let mark = if chosen.as_ref() == Some(kernel) { '*' } else { ' ' };
+                println!("{mark} {:<40} {}", kernel.release, kernel.image.display());
+            }
+            Ok(())
+        }
+        KernelTask::Fetch { version } => {
+            println!("{}", kernel::fetch(version.as_deref())?.release);
+            Ok(())
+        }
+        KernelTask::Add { file, modules } => {
+            println!("{}", kernel::add(&file, modules.as_deref())?.release);
+            Ok(())
+        }
+        KernelTask::Remove { versions } => {
+            let store = kernel::store::Store::of_user()?;
+            let writer = store.lock()?;
+            for version in versions {
+                writer.remove(&version)?;
+            }
+            Ok(())
+        }
+    }
+}
+
+fn manual(subcommand: Option<&str>) -> Result<(), Failure> {
+    let mut command = Cli::command().disable_help_subcommand(true);
+    command.build();
+    let page = match subcommand {
+        None => command,
+        Some(name) => {
+            let found = command.find_subcommand(name).cloned().ok_or(format!("no subcommand {name}"))?;
+            found.display_name(format!("ring3-{name}"))
+        }
+    };
+    clap_mangen::Man::new(page).render(&mut std::io::stdout())?;
+    Ok(())
+}

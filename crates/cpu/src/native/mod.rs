@@ -1,5 +1,7 @@
 //! Vector and x87 instructions, executed by the host CPU on the guest's register image.
 
+pub(crate) mod clock;
+
 use iced_x86::Instruction;
 
 use crate::insn::{Handler, Insn};

@@ -1,0 +1,107 @@
+//! CPUID, MSRs, time stamps, RDPID, hypercalls.
+
+use crate::exit::{Answer, Exit};
+use crate::fault::{Exec, Fault, fault};
+use crate::insn::Insn;
+use crate::native::clock;
+use crate::state::{CodeMode, cr4, reg};
+use crate::vcpu::Vcpu;
+
+use super::operand;
+
+impl Vcpu {
+    /// The guest's time-stamp counter.
+    pub fn tsc(&self) -> u64 {
+        clock::host_tsc().wrapping_add(self.state.tsc_offset)
+    }
+
+    /// EDX:EAX.
+    pub(crate) fn edx_eax(&self) -> u64 {
+        u64::from(self.get::<u32>(reg::RDX)) << 32 | u64::from(self.get::<u32>(reg::RAX))
+    }
+
+    pub(crate) fn set_edx_eax(&mut self, value: u64) {
+        self.set(reg::RAX, value as u32);
+        self.set(reg::RDX, (value >> 32) as u32);
+    }
+}
+
+/// CPUID.
+pub(super) fn cpuid(vcpu: &mut Vcpu, _i: &Insn) -> Exec {
+    let leaf = vcpu.cpuid.query(vcpu.get(reg::RAX), vcpu.get(reg::RCX), &vcpu.state);
+    vcpu.set(reg::RAX, leaf.eax);
+    vcpu.set(reg::RBX, leaf.ebx);
+    vcpu.set(reg::RCX, leaf.ecx);
+    vcpu.set(reg::RDX, leaf.edx);
+    Ok(())
+}
+
+/// RDMSR.
+pub(super) fn rdmsr(vcpu: &mut Vcpu, _i: &Insn) -> Exec {
+    vcpu.require_cpl0()?;
+    let value = vcpu.read_msr(vcpu.get(reg::RCX))?;
+    vcpu.set_edx_eax(value);
+    Ok(())
+}
+
+/// WRMSR.
+pub(super) fn wrmsr(vcpu: &mut Vcpu, _i: &Insn) -> Exec {
+    vcpu.require_cpl0()?;
+    vcpu.write_msr(vcpu.get(reg::RCX), vcpu.edx_eax())?;
+    vcpu.end_block();
+    Ok(())
+}
+
+fn check_tsd(vcpu: &Vcpu) -> Exec {
+    if vcpu.state.cr4 & cr4::TSD != 0 && vcpu.state.cpl != 0 { fault(Fault::gp(0)) } else { Ok(()) }
+}
+
+/// RDTSC.
+pub(super) fn rdtsc(vcpu: &mut Vcpu, _i: &Insn) -> Exec {
+    check_tsd(vcpu)?;
+    let tsc = vcpu.tsc();
+    vcpu.set_edx_eax(tsc);
+    Ok(())
+}
+
+/// RDTSCP.
+pub(super) fn rdtscp(vcpu: &mut Vcpu, _i: &Insn) -> Exec {
+    check_tsd(vcpu)?;
+    let tsc = vcpu.tsc();
+    vcpu.set_edx_eax(tsc);
+    let aux = vcpu.state.msrs.tsc_aux;
+    vcpu.set(reg::RCX, aux as u32);
+    Ok(())
+}
+
+/// RDPID.
+pub(super) fn rdpid(vcpu: &mut Vcpu, i: &Insn) -> Exec {
+    let aux = vcpu.state.msrs.tsc_aux;
+    operand::write_register(vcpu, i, i.dst, aux);
+    Ok(())
+}
+
+/// RDPMC: there are no performance counters.
+pub(super) fn rdpmc(_vcpu: &mut Vcpu, _i: &Insn) -> Exec {
+    fault(Fault::gp(0))
+}
+
+/// VMCALL and VMMCALL.
+pub(super) fn hypercall(vcpu: &mut Vcpu, _i: &Insn) -> Exec {
+    let wide = vcpu.state.code_mode == CodeMode::Bits64;
+    let register = |r: u8| if wide { vcpu.reg(r) } else { u64::from(vcpu.get::<u32>(r)) };
+    let number = register(reg::RAX);
+    let args = [register(reg::RBX), register(reg::RCX), register(reg::RDX), register(reg::RSI)];
+    let cpl = vcpu.state.cpl;
+    let mut result = 0;
+    if vcpu.exit(Exit::Hypercall { number, args, cpl, result: &mut result }) == Answer::Refused {
+        return fault(Fault::ud());
+    }
+    if wide {
+        vcpu.set_reg(reg::RAX, result);
+    } else {
+        vcpu.set(reg::RAX, result as u32);
+    }
+    vcpu.end_block();
+    Ok(())
+}

@@ -1,0 +1,382 @@
+//! The machine: what it is made of, how it starts, how it ends.
+//!
+//! # Theory of operation
+//! [`Machine::new`] makes memory, interrupt controllers, clock, bus and the PCI root. Devices are added, a
+//! kernel is loaded, and [`Machine::run`] starts one thread for each vCPU and one for timers and waits for the
+//! first [`PowerEvent`]: the guest powers off, resets, panics, triple-faults, or somebody calls
+//! [`MachineHandle::stop`]. Then every vCPU is kicked out of the engine and the threads are joined.
+
+use std::io::{self, Write};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread;
+
+use cpu::{CpuState, Cpuid, GuestRam, Ram, Vcpu, VcpuConfig, VcpuStats, attention};
+use mmu::Gpa;
+use virtio::device::VirtioDevice;
+use virtio::pci::VirtioPci;
+
+use crate::acpi::{self, AcpiConfig, AcpiError};
+use crate::apic::{ApicBus, ApicBusConfig, IOAPIC_BASE, IOAPIC_SIZE, IoApic};
+use crate::boot;
+use crate::bus::{Bus, BusError, MmioDevice, Unclaimed};
+use crate::clock::Clock;
+use crate::kvm::{KvmVcpu, KvmVm};
+use crate::layout;
+use crate::loader::{self, BootProtocol, BootRequest, BootState, KernelImage, LoadError};
+use crate::memory::{self, MemoryError};
+use crate::pci::{PciError, PciRoot};
+use crate::power::{self, PowerEvent, PowerSignal};
+use crate::rtc::Rtc;
+use crate::serial::{InterruptLine, Serial};
+use crate::signals::Signals;
+use crate::vcpu::{VcpuPlatform, VcpuThread, lock};
+use crate::virtio_pci::{Msi, VirtioFunction};
+
+/// What a machine is made of.
+pub struct MachineConfig {
+    /// Bytes of RAM, from [`layout::MIN_RAM`] to [`layout::MAX_RAM`], a multiple of 4 KiB.
+    pub memory: u64,
+    /// Virtual processors, 1 to [`MAX_VCPUS`].
+    pub cpus: u32,
+    /// Where the serial port's output goes.
+    pub serial: Box<dyn Write + Send>,
+}
+
+/// The most vCPUs a machine can have.
+pub const MAX_VCPUS: u32 = 64;
+
+/// Why a machine could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// RAM of a size that the layout has no room for.
+    #[error(
+        "{0} bytes of memory are not possible: from {min} MiB to {max} MiB, in steps of 4 KiB",
+        min = layout::MIN_RAM >> 20,
+        max = layout::MAX_RAM >> 20
+    )]
+    MemorySize(u64),
+    /// Too many vCPUs, or none.
+    #[error("{0} vCPUs are not possible: from 1 to {MAX_VCPUS}")]
+    Cpus(u32),
+    /// No guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The kernel could not be loaded.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// Two devices in one place.
+    #[error("cannot lay out the machine")]
+    Bus(#[from] BusError),
+    /// The ACPI tables do not fit.
+    #[error("cannot describe the machine to the guest")]
+    Acpi(#[from] AcpiError),
+    /// A PCI function could not be added.
+    #[error("cannot add a PCI device")]
+    Pci(#[from] PciError),
+    /// A virtio device could not be made.
+    #[error("cannot add a virtio device")]
+    Virtio(#[from] virtio::pci::PciError),
+    /// The host refused a thread or executable memory.
+    #[error("cannot start a vCPU")]
+    Vcpu(#[source] io::Error),
+}
+
+/// Why a machine ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// By itself.
+    Guest(PowerEvent),
+    /// By [`MachineHandle::stop`].
+    Stopped,
+}
+
+/// What a machine counted.
+#[derive(Clone, Debug, Default)]
+pub struct MachineStats {
+    /// By vCPU.
+    pub vcpus: Vec<VcpuStats>,
+    /// The state that each vCPU ended in, to see where a guest hangs.
+    pub states: Vec<CpuState>,
+    /// Port accesses that nothing answered.
+    pub unclaimed_ports: Unclaimed,
+    /// Memory accesses that nothing answered.
+    pub unclaimed_mmio: Unclaimed,
+}
+
+/// A place to wait for the end.
+#[derive(Default)]
+struct End {
+    why: Mutex<Option<Ended>>,
+    changed: Condvar,
+}
+
+impl End {
+    fn set(&self, why: Ended) {
+        lock(&self.why).get_or_insert(why);
+        self.changed.notify_all();
+    }
+
+    fn wait(&self) -> Ended {
+        let mut why = lock(&self.why);
+        loop {
+            if let Some(why) = *why {
+                return why;
+            }
+            why = self.changed.wait(why).unwrap_or_else(std::sync::PoisonError::into_inner);
+        }
+    }
+}
+
+/// Ends a running machine from another thread.
+#[derive(Clone)]
+pub struct MachineHandle {
+    end: Arc<End>,
+}
+
+impl MachineHandle {
+    /// Ends the machine as if its power were cut.
+    pub fn stop(&self) {
+        self.end.set(Ended::Stopped);
+    }
+}
+
+/// A machine that has not started yet.
+pub struct Machine {
+    config: Sizes,
+    memory: Arc<GuestRam>,
+    bus: Bus,
+    pci: PciRoot,
+    apics: Arc<ApicBus>,
+    signals: Arc<Signals>,
+    kvm: Arc<KvmVm>,
+    clock: Arc<Clock>,
+    serial: Arc<Serial>,
+    power: Arc<PowerSignal>,
+    end: Arc<End>,
+    boot: Option<BootState>,
+}
+
+#[derive(Clone, Copy)]
+struct Sizes {
+    memory: u64,
+    cpus: u32,
+}
+
+impl Machine {
+    /// A machine with its built-in devices.
+    ///
+    /// # Errors
+    /// [`MachineError`]: impossible sizes, or a host without room.
+    pub fn new(config: MachineConfig) -> Result<Self, MachineError> {
+        let bytes = config.memory;
+        if !(layout::MIN_RAM..=layout::MAX_RAM).contains(&bytes) || !bytes.is_multiple_of(4096) {
+            return Err(MachineError::MemorySize(bytes));
+        }
+        if !(1..=MAX_VCPUS).contains(&config.cpus) {
+            return Err(MachineError::Cpus(config.cpus));
+        }
+        let memory = Arc::new(memory::create(&layout::ram_regions(bytes))?);
+        let clock = Arc::new(Clock::start());
+        let signals = Signals::new(config.cpus as usize);
+        let apics = ApicBus::new(
+            &ApicBusConfig {
+                ids: (0..config.cpus).collect(),
+                physical_bits: layout::PHYS_BITS as u8,
+                extended_ids: false,
+            },
+            &clock,
+            Arc::clone(&signals) as _,
+        );
+        let kvm = KvmVm::new(Arc::clone(&clock), Arc::clone(&apics));
+        let end = Arc::new(End::default());
+        let power = {
+            let end = Arc::clone(&end);
+            PowerSignal::new(move |event| end.set(Ended::Guest(event)))
+        };
+
+        let mut bus = Bus::new();
+        let io_apic = IoApic::new(&apics);
+        bus.add_mmio(
+            "I/O APIC",
+            Gpa(IOAPIC_BASE),
+            IOAPIC_SIZE,
+            Arc::new(IoApicRegisters(Arc::clone(&io_apic))),
+        )?;
+        let line = Box::new(Pin { io_apic, pin: layout::SERIAL_GSI as usize });
+        let serial = Arc::new(Serial::new(line, config.serial));
+        bus.add_ports("serial port", layout::SERIAL_PORT, 8, Arc::clone(&serial) as _)?;
+        bus.add_ports("real-time clock", layout::RTC_PORT, 2, Arc::new(Rtc::new()))?;
+        power::attach(&mut bus, &power)?;
+        let pci = PciRoot::new(layout::MMIO32, layout::mmio64_window(bytes));
+
+        Ok(Self {
+            config: Sizes { memory: bytes, cpus: config.cpus },
+            memory,
+            bus,
+            pci,
+            apics,
+            signals,
+            kvm,
+            clock,
+            serial,
+            power,
+            end,
+            boot: None,
+        })
+    }
+
+    /// Guest RAM, for devices.
+    pub fn memory(&self) -> &Arc<GuestRam> {
+        &self.memory
+    }
+
+    /// The serial port, for input.
+    pub fn serial(&self) -> &Arc<Serial> {
+        &self.serial
+    }
+
+    /// What ends the machine from another thread.
+    pub fn handle(&self) -> MachineHandle {
+        MachineHandle { end: Arc::clone(&self.end) }
+    }
+
+    /// Adds a virtio device in the next free PCI slot.
+    ///
+    /// # Errors
+    /// When the slots are taken, or the host is out of descriptors.
+    pub fn add_virtio(&mut self, device: Box<dyn VirtioDevice<Arc<GuestRam>>>) -> Result<(), MachineError> {
+        let msi = Arc::new(Msi(Arc::clone(&self.apics)));
+        let function = VirtioPci::new(device, Arc::clone(&self.memory), msi, None)?;
+        self.pci.add_next(Arc::new(Mutex::new(VirtioFunction(function))))?;
+        Ok(())
+    }
+
+    /// Loads a kernel, and with it the tables that describe the machine. All devices have been added.
+    ///
+    /// # Errors
+    /// [`LoadError`] when it does not fit.
+    pub fn load(
+        &mut self,
+        kernel: &KernelImage,
+        protocol: BootProtocol,
+        initramfs: Option<&[u8]>,
+        cmdline: &str,
+    ) -> Result<(), MachineError> {
+        let acpi_config =
+            AcpiConfig { cpus: self.config.cpus, mmio64: layout::mmio64_window(self.config.memory) };
+        let rsdp = acpi::write(&*self.memory, &acpi_config)?;
+        let memory_map = layout::memory_map(self.config.memory);
+        let request = BootRequest { protocol, initramfs, cmdline, memory_map: &memory_map, rsdp };
+        self.boot = Some(loader::load(&*self.memory, kernel, &request)?);
+        Ok(())
+    }
+
+    /// Runs until the machine ends.
+    ///
+    /// # Errors
+    /// When the host refuses threads or executable memory.
+    pub fn run(mut self) -> Result<(Ended, MachineStats), MachineError> {
+        self.pci.assign_bars()?;
+        let pci = std::mem::replace(&mut self.pci, PciRoot::new(layout::MMIO32, 0..0));
+        Arc::new(pci).attach(&mut self.bus, &self.power)?;
+        let ram = Arc::new(Ram::new((*self.memory).clone()));
+        let bus = Arc::new(std::mem::take(&mut self.bus));
+        let mut threads = Vec::new();
+        for (index, attention) in self.signals.attentions().iter().enumerate() {
+            let Some(apic) = self.apics.local(index) else { continue };
+            let kvm = Arc::new(Mutex::new(KvmVcpu::new(Arc::clone(&self.kvm), Arc::clone(&self.memory))));
+            let platform =
+                VcpuPlatform { apic: Arc::clone(apic), bus: Arc::clone(&bus), kvm: Arc::clone(&kvm) };
+            let config = VcpuConfig {
+                cpuid: self.cpuid(index as u32),
+                tsc_offset: self.clock.host_tsc_offset().unwrap_or(0),
+            };
+            let mut vcpu = Vcpu::new(config, Arc::clone(&ram), Box::new(platform), Arc::clone(attention))
+                .map_err(MachineError::Vcpu)?;
+            match &self.boot {
+                Some(boot) if index == 0 => boot::apply(&mut vcpu, boot),
+                _ => vcpu.wait_for_sipi(),
+            }
+            threads.push(VcpuThread { vcpu, apic: Arc::clone(apic), kvm, power: Arc::clone(&self.power) });
+        }
+
+        let mut stats = MachineStats::default();
+        let ended = thread::scope(|scope| {
+            let signals = &self.signals;
+            let timers = thread::Builder::new()
+                .name("timers".into())
+                .spawn_scoped(scope, || signals.timers.serve(&self.apics))
+                .map_err(MachineError::Vcpu);
+            let running: Result<Vec<_>, _> = threads
+                .into_iter()
+                .enumerate()
+                .map(|(index, vcpu)| {
+                    thread::Builder::new()
+                        .name(format!("vcpu{index}"))
+                        .spawn_scoped(scope, move || vcpu.run())
+                        .map_err(MachineError::Vcpu)
+                })
+                .collect();
+            // Whatever failed: the threads that did start are ended before the scope waits for them.
+            let ended = match (&timers, &running) {
+                (Ok(_), Ok(_)) => self.end.wait(),
+                _ => Ended::Stopped,
+            };
+            signals.raise_all(attention::KICK);
+            signals.timers.stop();
+            timers?;
+            for thread in running? {
+                let (counted, state) =
+                    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+                stats.vcpus.push(counted);
+                stats.states.push(state);
+            }
+            Ok::<_, MachineError>(ended)
+        })?;
+        self.serial.flush();
+        stats.unclaimed_ports = bus.unclaimed_ports();
+        stats.unclaimed_mmio = bus.unclaimed_mmio();
+        Ok((ended, stats))
+    }
+
+    /// What CPUID answers on vCPU `index`.
+    fn cpuid(&self, index: u32) -> Cpuid {
+        let mut cpuid = Cpuid::new(index, self.config.cpus, layout::PHYS_BITS as u8, self.clock.tsc_khz());
+        for leaf in self.kvm.cpuid_leaves() {
+            cpuid.set_leaf(leaf.leaf, leaf.subleaf, [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx]);
+        }
+        cpuid
+    }
+}
+
+/// A device's edge-triggered line to an I/O APIC pin.
+struct Pin {
+    io_apic: Arc<IoApic>,
+    pin: usize,
+}
+
+impl InterruptLine for Pin {
+    fn trigger(&self) {
+        self.io_apic.pulse(self.pin);
+    }
+}
+
+/// The I/O APIC's registers on the bus. They are 32 bits wide; other widths read or write a part.
+struct IoApicRegisters(Arc<IoApic>);
+
+impl MmioDevice for IoApicRegisters {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let value = self.0.mmio_read(offset & !3).to_le_bytes();
+        for (n, byte) in data.iter_mut().enumerate() {
+            *byte = value.get((offset & 3) as usize + n).copied().unwrap_or(0);
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        let mut value = [0; 4];
+        for (to, from) in value.iter_mut().zip(data) {
+            *to = *from;
+        }
+        self.0.mmio_write(offset, u32::from_le_bytes(value));
+    }
+}

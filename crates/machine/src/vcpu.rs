@@ -1,0 +1,164 @@
+//! A vCPU's thread: the processor, its platform, and what happens when it sleeps.
+//!
+//! # Theory of operation
+//! Each vCPU has one thread, which runs the engine until that returns. HLT puts the thread to sleep on
+//! the attention word until an interrupt (or INIT, or the end of the machine) is there, or its own local timer
+//! is due; the timer thread serves the timers of vCPUs that are running. Exits of the processor are answered
+//! in `VcpuPlatform`, on the same thread.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use cpu::{Answer, Attention, CpuState, Exit, GuestRam, Interpreter, Outcome, Platform, Vcpu, VcpuStats, attention};
+use mmu::Gpa;
+
+use crate::apic::{LAPIC_SIZE, LocalApic, MSR_APIC_BASE, MSR_TSC_DEADLINE};
+use crate::bus::Bus;
+use crate::clock::monotonic_ns;
+use crate::kvm::{self, KvmVcpu};
+use crate::power::{PowerEvent, PowerSignal};
+
+/// The KVM paravirtual state of a vCPU, shared by its platform and its thread.
+pub(crate) type Paravirtual = Arc<Mutex<KvmVcpu<Arc<GuestRam>>>>;
+
+/// The machine as one vCPU sees it.
+pub(crate) struct VcpuPlatform {
+    pub(crate) apic: Arc<LocalApic>,
+    pub(crate) bus: Arc<Bus>,
+    pub(crate) kvm: Paravirtual,
+}
+
+impl VcpuPlatform {
+    /// The offset in the local APIC's page, if `gpa` is in it and the APIC is in xAPIC mode.
+    fn apic_offset(&self, gpa: Gpa) -> Option<u64> {
+        let base = self.apic.mmio_base()?;
+        let offset = gpa.0.wrapping_sub(base.0);
+        (offset < LAPIC_SIZE).then_some(offset)
+    }
+
+    fn mmio_read(&self, gpa: Gpa, data: &mut [u8]) {
+        let Some(offset) = self.apic_offset(gpa) else {
+            return self.bus.mmio_read(gpa, data);
+        };
+        // Registers are 32 bits wide on 16-byte steps; other widths read a part of one.
+        let value = self.apic.mmio_read(offset & !3).to_le_bytes();
+        for (n, byte) in data.iter_mut().enumerate() {
+            *byte = value.get((offset & 3) as usize + n).copied().unwrap_or(0);
+        }
+    }
+
+    fn mmio_write(&self, gpa: Gpa, data: &[u8]) {
+        let Some(offset) = self.apic_offset(gpa) else {
+            return self.bus.mmio_write(gpa, data);
+        };
+        // SDM vol. 3, 12.4.1: anything but aligned 32-bit accesses is undefined; here it is ignored.
+        if let (0, Ok(bytes)) = (offset & 3, <[u8; 4]>::try_from(data)) {
+            self.apic.mmio_write(offset, u32::from_le_bytes(bytes));
+        }
+    }
+}
+
+impl Platform for VcpuPlatform {
+    fn exit(&mut self, exit: Exit<'_>) -> Answer {
+        let answer = |result: Result<(), crate::apic::GeneralProtection>| match result {
+            Ok(()) => Answer::Done,
+            Err(_) => Answer::Refused,
+        };
+        match exit {
+            Exit::PortIn { port, data } => self.bus.port_read(port, data),
+            Exit::PortOut { port, data } => self.bus.port_write(port, data),
+            Exit::MmioRead { gpa, data } => self.mmio_read(gpa, data),
+            Exit::MmioWrite { gpa, data } => self.mmio_write(gpa, data),
+            Exit::ReadMsr { index, value } => {
+                let read = if is_apic_msr(index) {
+                    self.apic.msr_read(index)
+                } else {
+                    lock(&self.kvm).msr_read(index)
+                };
+                return answer(read.map(|v| *value = v));
+            }
+            Exit::WriteMsr { index, value } => {
+                return answer(if is_apic_msr(index) {
+                    self.apic.msr_write(index, value)
+                } else {
+                    lock(&self.kvm).msr_write(index, value)
+                });
+            }
+            Exit::ReadCr8 { value } => *value = self.apic.cr8(),
+            Exit::WriteCr8 { value } => return answer(self.apic.set_cr8(value)),
+            Exit::Hypercall { number, args, cpl, result } => {
+                *result = lock(&self.kvm).hypercall(&kvm::Hypercall { number, args, long_mode: true, cpl });
+            }
+        }
+        Answer::Done
+    }
+
+    fn acknowledge_interrupt(&mut self) -> Option<u8> {
+        self.apic.acknowledge()
+    }
+
+    fn interrupt_pending(&mut self) -> bool {
+        self.apic.pending_vector().is_some()
+    }
+
+    fn init(&mut self) {
+        self.apic.init();
+    }
+}
+
+fn is_apic_msr(index: u32) -> bool {
+    matches!(index, MSR_APIC_BASE | MSR_TSC_DEADLINE | 0x800..=0x8ff)
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What a vCPU's thread works with.
+pub(crate) struct VcpuThread {
+    pub(crate) vcpu: Vcpu,
+    pub(crate) apic: Arc<LocalApic>,
+    pub(crate) kvm: Paravirtual,
+    pub(crate) power: Arc<PowerSignal>,
+}
+
+impl VcpuThread {
+    /// Runs until [`attention::KICK`] is raised: the machine ends. Returns what the vCPU counted, and the state
+    /// that it ended in.
+    pub(crate) fn run(mut self) -> (VcpuStats, CpuState) {
+        let mut engine = Interpreter::new();
+        let attention = Arc::clone(self.vcpu.attention());
+        loop {
+            match engine.run(&mut self.vcpu) {
+                Outcome::Kicked => break,
+                Outcome::Halted => self.halt(&attention),
+                Outcome::TripleFault => {
+                    self.power.raise(PowerEvent::TripleFault);
+                    attention.sleep(attention::KICK, None);
+                    break;
+                }
+            }
+        }
+        (self.vcpu.stats, self.vcpu.state)
+    }
+
+    /// Sleeps as HLT does.
+    fn halt(&mut self, attention: &Attention) {
+        let mask = self.vcpu.wake_mask();
+        lock(&self.kvm).on_halt();
+        while attention.peek() & mask == 0 {
+            let deadline = self.apic.next_deadline().map(|deadline| {
+                Instant::now() + Duration::from_nanos(deadline.0.saturating_sub(monotonic_ns()))
+            });
+            attention.sleep(mask, deadline);
+            self.apic.fire_timer_if_due();
+            if attention.peek() & mask == 0 && mask & attention::INTERRUPT == 0 && deadline.is_some() {
+                // A timer cannot wake a vCPU that halted with interrupts off.
+                attention.sleep(mask, None);
+            }
+        }
+        if lock(&self.kvm).on_wake().0 {
+            attention.raise(attention::FLUSH_TLB);
+        }
+    }
+}

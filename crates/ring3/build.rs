@@ -1,0 +1,88 @@
+//! Builds `guest-init`, the first process of the guest, statically linked, for `include_bytes!`.
+//!
+//! A nested cargo builds it into its own target directory below `OUT_DIR`: a second cargo on the outer target
+//! directory would wait for the lock that the outer one holds. What the outer cargo put into the environment
+//! for its own compiler runs (flags, wrappers such as clippy's, coverage, profile overrides) is taken out.
+
+use std::env;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::{Command, exit};
+
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+fn main() {
+    let path =
+        |name: &str| PathBuf::from(env::var_os(name).unwrap_or_else(|| fail(&format!("{name} is not set"))));
+    let workspace = path("CARGO_MANIFEST_DIR").join("../..");
+    let source = workspace.join("crates/guest-init");
+    let target_dir = path("OUT_DIR").join("guest-init");
+    println!("cargo::rerun-if-changed=build.rs");
+    for file in [source.join("src"), source.join("Cargo.toml"), workspace.join("Cargo.lock")] {
+        println!("cargo::rerun-if-changed={}", file.display());
+    }
+
+    let mut cargo = Command::new(path("CARGO"));
+    for (name, _) in env::vars_os().filter(|(name, _)| is_outer(name)) {
+        cargo.env_remove(name);
+    }
+    cargo
+        .current_dir(&workspace)
+        .args(["build", "--quiet", "--locked", "--package", "guest-init", "--bin", "guest-init"])
+        // With a target named, RUSTFLAGS leaves build scripts and procedural macros alone.
+        .args(["--release", "--target", TARGET, "--target-dir"])
+        .arg(&target_dir)
+        .env("RUSTFLAGS", "-Ctarget-feature=+crt-static -Crelocation-model=static -Cstrip=symbols")
+        .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "z")
+        .env("CARGO_PROFILE_RELEASE_LTO", "fat")
+        .env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "1")
+        .env("CARGO_PROFILE_RELEASE_DEBUG", "false")
+        .env("CARGO_PROFILE_RELEASE_PANIC", "abort");
+    if env::var_os("CARGO_NET_OFFLINE").is_some_and(|v| v == "true") {
+        cargo.arg("--offline");
+    }
+    match cargo.status() {
+        Ok(status) if status.success() => {}
+        Ok(status) => fail(&format!("building guest-init for {TARGET} failed: {status}")),
+        Err(error) => fail(&format!("cannot run cargo to build guest-init: {error}")),
+    }
+    let binary: PathBuf = [&target_dir, Path::new(TARGET), Path::new("release/guest-init")].iter().collect();
+    println!("cargo::rustc-env=RING3_GUEST_INIT={}", binary.display());
+}
+
+/// Whether a variable belongs to the outer cargo's own run, not to the user's set-up (which mirrors, proxies,
+/// registries and tool chains live in).
+fn is_outer(name: &OsString) -> bool {
+    const WHOLE: [&str; 12] = [
+        "RUSTFLAGS",
+        "RUSTDOCFLAGS",
+        "RUSTC",
+        "RUSTDOC",
+        "RUSTC_LINKER",
+        "RUSTC_WRAPPER",
+        "RUSTC_WORKSPACE_WRAPPER",
+        "CLIPPY_ARGS",
+        "TARGET",
+        "LLVM_PROFILE_FILE",
+        "MAKEFLAGS",
+        "NUM_JOBS",
+    ];
+    const STARTS: [&str; 9] = [
+        "CARGO_ENCODED_",
+        "CARGO_CFG_",
+        "CARGO_FEATURE_",
+        "CARGO_PKG_",
+        "CARGO_MANIFEST_",
+        "CARGO_PROFILE_",
+        "CARGO_BUILD_",
+        "CARGO_TARGET_",
+        "DEP_",
+    ];
+    let Some(name) = name.to_str() else { return false };
+    WHOLE.contains(&name) || STARTS.iter().any(|start| name.starts_with(start))
+}
+
+fn fail(message: &str) -> ! {
+    println!("cargo::error={message}");
+    exit(1)
+}

@@ -1,0 +1,351 @@
+//! The command line, as `clap` types: the help text, the man page and the completions come from here.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::builder::{OsStringValueParser, TypedValueParser};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+const EXIT_STATUS: &str = "\
+Exit status:
+  The command's own; 128+N when signal N ended it; 124 when --timeout ended the
+  run; 125 when ring3 itself failed; 126 when the command could not be executed;
+  127 when it was not found.";
+
+const RUN_EXAMPLES: &str = "\
+Examples:
+  ring3 run -- uname -a              one command in a fresh virtual machine
+  ring3 run                          a shell in it
+  seq 1000000 | ring3 run -- wc -l   standard streams are separate, binary-safe
+  ring3 run --root ~/bookworm --cpus 2 --memory 2G -- make check
+  ring3 run --disk disk.img -- mkfs.ext4 /dev/vda
+  ring3 run --kernel ./bzImage --append loglevel=7 -v -- true
+
+Kernel, without --kernel: the newest in ring3's cache; else the newest readable
+/boot/vmlinuz-* whose modules are in /lib/modules; else, on Debian and its
+relatives, the distribution's kernel for virtual machines is fetched into the
+cache (`ring3 kernel fetch`).
+
+Root: the host's / (or --root DIR), read-only under an overlay in the guest's
+memory. The command runs as the guest's root user, can write everywhere, and
+nothing of it reaches the host.
+
+Streams: the command gets a terminal when ring3's standard input is one. A first
+Ctrl-C or SIGTERM to ring3 goes to the command, a second one ends the machine.
+
+Exit status:
+  The command's own; 128+N when signal N ended it; 124 when --timeout ended the
+  run; 125 when ring3 itself failed; 126 when the command could not be executed;
+  127 when it was not found.";
+
+/// Linux's virtualization stack in user space: virtual machines without virtualization hardware, kernel modules
+/// or root.
+#[derive(Debug, Parser)]
+#[command(name = "ring3", version, after_long_help = EXIT_STATUS, max_term_width = 100)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Task,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Task {
+    /// Boot a virtual machine and run a command in it
+    ///
+    /// Boots a stock Linux kernel in a virtual machine whose processor is software, with the host's files under
+    /// an overlay as its root, runs the command there (without one: a shell), and exits with its status.
+    #[command(after_long_help = RUN_EXAMPLES)]
+    Run(Box<RunArgs>),
+    /// List, fetch, add or remove the kernels that `ring3 run` boots
+    Kernel {
+        /// What to do with them.
+        #[command(subcommand)]
+        task: KernelTask,
+    },
+    /// Print a completion script for a shell
+    ///
+    /// For example: ring3 completions bash > ~/.local/share/bash-completion/completions/ring3
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page (roff), for one subcommand if named
+    ///
+    /// For example: ring3 man run | man -l -
+    Man {
+        /// A subcommand.
+        subcommand: Option<String>,
+    },
+}
+
+/// The options of `ring3 run`.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// The command and its arguments [default: a shell]
+    #[arg(last = true, value_name = "CMD")]
+    pub command: Vec<OsString>,
+    /// Kernel to boot: an ELF vmlinux or a bzImage
+    ///
+    /// Its modules are looked for beside it (modules/, lib/modules/VERSION, ../lib/modules/VERSION), in
+    /// /lib/modules/VERSION and in ring3's cache.
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// Initramfs to boot instead of ring3's own
+    ///
+    /// The guest is then all its own: no command is run by ring3, and the guest's serial console is on standard
+    /// input and output. Exits with 0 when the guest powers off or resets.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["command", "env", "workdir"])]
+    pub initramfs: Option<PathBuf>,
+    /// Text to add to the kernel's command line
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub append: Option<String>,
+    /// Directory to be the guest's root, read-only under an overlay
+    #[arg(long, value_name = "DIR", default_value = "/")]
+    pub root: PathBuf,
+    /// Raw disk image for the guest (/dev/vda, then vdb, ...); with :ro the guest cannot write it
+    #[arg(long = "disk", value_name = "FILE[:ro]", value_parser = OsStringValueParser::new().map(parse_disk))]
+    pub disks: Vec<Disk>,
+    /// Environment variable for the command; K alone takes ring3's own value
+    ///
+    /// By default the command gets PATH, HOME, USER, LOGNAME, SHELL, and from ring3's environment TERM (with a
+    /// terminal), TZ, LANG and LC_*.
+    #[arg(long, value_name = "K[=V]", value_parser = OsStringValueParser::new().try_map(parse_env))]
+    pub env: Vec<EnvVar>,
+    /// Directory to start the command in [default: as on the host]
+    #[arg(long, value_name = "DIR")]
+    pub workdir: Option<PathBuf>,
+    /// End the run after this time, boot included: seconds, or a number with s, m, h or d
+    ///
+    /// The command gets SIGTERM, two seconds later the machine is stopped. The exit status is 124, as with
+    /// timeout(1).
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    pub timeout: Option<Duration>,
+    /// Number of processors of the guest
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub cpus: u32,
+    /// Memory of the guest, with a unit: 512M, 2G
+    ///
+    /// The host gives a page only when the guest touches it.
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
+    pub memory: u64,
+    /// How the guest's processor is run
+    #[arg(long, value_enum, default_value_t = Engine::Interpret)]
+    pub engine: Engine,
+    /// Show the guest's console on standard error
+    #[arg(short, long)]
+    pub verbose: bool,
+    /// Print, at the end, what the machine did: instructions, exits, TLB misses, times
+    #[arg(long)]
+    pub stats: bool,
+}
+
+/// How the guest's processor is run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Engine {
+    /// Decode and execute in software, one instruction after the other
+    Interpret,
+}
+
+impl Engine {
+    /// The name that the user gives and reads.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Interpret => "interpret",
+        }
+    }
+}
+
+/// A disk of the guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Disk {
+    /// A raw image, or a block device.
+    pub path: PathBuf,
+    /// The guest cannot write it.
+    pub readonly: bool,
+}
+
+/// An environment variable: `None` takes ring3's own value.
+pub type EnvVar = (OsString, Option<OsString>);
+
+/// The subcommands of `ring3 kernel`.
+#[derive(Debug, Subcommand)]
+pub enum KernelTask {
+    /// List the kernels in the cache and in /boot; * marks the one that `ring3 run` boots
+    List,
+    /// Fetch the distribution's kernel for virtual machines into the cache
+    Fetch {
+        /// Release, or the start of one: 6.12 fetches the newest 6.12 kernel [default: the distribution's own]
+        version: Option<String>,
+    },
+    /// Copy a kernel and its modules into the cache
+    Add {
+        /// An ELF vmlinux or a bzImage.
+        file: PathBuf,
+        /// Its modules: what /lib/modules/VERSION holds [default: looked for as for `ring3 run --kernel`]
+        #[arg(long, value_name = "DIR")]
+        modules: Option<PathBuf>,
+    },
+    /// Remove kernels from the cache
+    Remove {
+        /// Releases, as `ring3 kernel list` shows them.
+        #[arg(required = true, value_name = "VERSION")]
+        versions: Vec<String>,
+    },
+}
+
+const MIB: u64 = 1 << 20;
+const SMALLEST_MEMORY: u64 = 64 * MIB;
+const LARGEST_MEMORY: u64 = 1 << 40;
+
+fn parse_size(text: &str) -> Result<u64, String> {
+    let bad = || format!("not a size: give a whole number and a unit, as in {}M or 2G", 512);
+    let split = text.find(|c: char| !c.is_ascii_digit()).ok_or_else(bad)?;
+    let (number, unit) = text.split_at(split);
+    let unit = match unit.to_ascii_uppercase().as_str() {
+        "M" | "MB" | "MIB" => MIB,
+        "G" | "GB" | "GIB" => MIB << 10,
+        "T" | "TB" | "TIB" => MIB << 20,
+        "K" | "KB" | "KIB" => 1 << 10,
+        _ => return Err(bad()),
+    };
+    let size = number.parse::<u64>().map_err(|_| bad())?.checked_mul(unit);
+    match size {
+        Some(size) if (SMALLEST_MEMORY..=LARGEST_MEMORY).contains(&size) && size % MIB == 0 => Ok(size),
+        _ => Err("a guest can have 64M to 1T, in whole MiB".into()),
+    }
+}
+
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    let bad =
+        || "not a duration: give seconds, or a number with s, m, h or d, as in 90, 1.5s or 5m".to_owned();
+    let (number, unit) = match text.char_indices().next_back() {
+        Some((at, unit)) if unit.is_ascii_alphabetic() => (text.get(..at).unwrap_or_default(), unit),
+        _ => (text, 's'),
+    };
+    let seconds = match unit {
+        's' => 1.0,
+        'm' => 60.0,
+        'h' => 3600.0,
+        'd' => 86400.0,
+        _ => return Err(bad()),
+    };
+    if !number.starts_with(|c: char| c.is_ascii_digit() || c == '.') {
+        return Err(bad());
+    }
+    let number: f64 = number.parse().map_err(|_| bad())?;
+    match Duration::try_from_secs_f64(number * seconds) {
+        Ok(duration) if !duration.is_zero() => Ok(duration),
+        _ => Err(bad()),
+    }
+}
+
+fn parse_disk(text: OsString) -> Disk {
+    match text.as_bytes().strip_suffix(b":ro") {
+        Some(path) => Disk { path: OsStr::from_bytes(path).into(), readonly: true },
+        None => Disk { path: text.into(), readonly: false },
+    }
+}
+
+fn parse_env(text: OsString) -> Result<EnvVar, String> {
+    let mut parts = text.as_bytes().splitn(2, |&b| b == b'=');
+    let name = parts.next().unwrap_or_default();
+    if name.is_empty() {
+        return Err("a variable needs a name: K=V, or K to take ring3's own value".into());
+    }
+    Ok((OsStr::from_bytes(name).into(), parts.next().map(|value| OsStr::from_bytes(value).into())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn run(args: &[&str]) -> Result<RunArgs, clap::Error> {
+        match Cli::try_parse_from(["ring3", "run"].iter().chain(args))?.command {
+            Task::Run(args) => Ok(*args),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn everything_at_once() {
+        let args = run(&[
+            "--kernel=k",
+            "--append",
+            "-x y",
+            "--root",
+            "/r",
+            "--disk",
+            "a",
+            "--disk",
+            "b:ro",
+            "--env",
+            "A=b=c",
+            "--env",
+            "HOME",
+            "--timeout",
+            "5m",
+            "--cpus",
+            "2",
+            "--memory",
+            "2G",
+            "-v",
+            "--stats",
+            "--",
+            "ls",
+            "-l",
+        ])
+        .unwrap();
+        assert_eq!(args.command, ["ls", "-l"]);
+        assert_eq!(args.append.as_deref(), Some("-x y"));
+        assert_eq!(args.disks[1], Disk { path: "b".into(), readonly: true });
+        assert_eq!(args.env, [("A".into(), Some("b=c".into())), ("HOME".into(), None)]);
+        assert_eq!((args.timeout, args.cpus, args.memory), (Some(Duration::from_secs(300)), 2, 2 << 30));
+        assert!(args.verbose && args.stats);
+        let args = run(&[]).unwrap();
+        assert_eq!(
+            (args.command.len(), args.cpus, args.memory, args.engine),
+            (0, 1, 512 << 20, Engine::Interpret)
+        );
+    }
+
+    #[test]
+    fn bad_values_are_named_with_a_way_out() {
+        for (args, words) in [
+            (&["--memory", "512"][..], "512M or 2G"),
+            (&["--memory", "1M"], "64M to 1T"),
+            (&["--memory", "99999999999999999999G"], "a whole number"),
+            (&["--memory", "-1G"], "-1"),
+            (&["--timeout", "soon"], "'soon'"),
+            (&["--timeout", "0"], "seconds"),
+            (&["--timeout", "inf"], "seconds"),
+            (&["--timeout", "1é"], "seconds"),
+            (&["--cpus", "0"], "1..=64"),
+            (&["--cpus", "65"], "1..=64"),
+            (&["--env", "=x"], "needs a name"),
+            (&["--engine", "magic"], "interpret"),
+            (&["--initramfs", "x", "--", "ls"], "cannot be used with"),
+            (&["ls"], "'ls'"),
+        ] {
+            let error = run(args).unwrap_err().to_string();
+            assert!(error.contains(words), "{args:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn sizes_and_durations() {
+        assert_eq!(parse_size("65536K"), Ok(64 << 20));
+        assert_eq!(parse_size("1GiB"), Ok(1 << 30));
+        assert_eq!(parse_duration("1.5"), Ok(Duration::from_millis(1500)));
+        assert_eq!(parse_duration("2h"), Ok(Duration::from_secs(7200)));
+    }
+}

@@ -1,0 +1,259 @@
+//! A kernel's modules: where they are, what each needs, and their bytes.
+//!
+//! The order and closure come from `modules.dep`. Packages do not ship that file (`depmod` writes it at
+//! installation), so where it is missing the same is read from each module's `.modinfo` section.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::fs;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use object::{Object, ObjectSection};
+
+/// A module that the guest is to load.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Module {
+    /// Its name, with underscores.
+    pub name: String,
+    /// The ELF file, decompressed.
+    pub bytes: Vec<u8>,
+}
+
+impl Module {
+    /// The name of its file in the initramfs.
+    #[must_use]
+    pub fn file_name(&self) -> String {
+        format!("{}.ko", self.name)
+    }
+}
+
+/// Why modules cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum ModuleError {
+    /// A file cannot be read.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The kernel has the driver neither built in nor as a module.
+    #[error("the kernel whose modules are in {} lacks {name}, which every ring3 guest needs: choose another kernel \
+             (`ring3 kernel list`, `ring3 kernel fetch`)", dir.display())]
+    Missing {
+        /// The driver's module name.
+        name: String,
+        /// The kernel's module directory.
+        dir: PathBuf,
+    },
+    /// A module says that it needs another one that is not there.
+    #[error("module {name} in {} needs {needs}, which is not there", dir.display())]
+    BrokenDependency {
+        /// The module.
+        name: String,
+        /// What it needs.
+        needs: String,
+        /// The kernel's module directory.
+        dir: PathBuf,
+    },
+    /// Not an ELF file with a `.modinfo` section.
+    #[error("{} is not a kernel module", path.display())]
+    NotAModule {
+        /// The file.
+        path: PathBuf,
+    },
+}
+
+/// The modules of one kernel.
+#[derive(Debug)]
+pub struct ModuleTree {
+    dir: PathBuf,
+    /// Name to path below `dir`.
+    files: HashMap<String, PathBuf>,
+    /// Name to direct needs; `None` without `modules.dep`.
+    needs: Option<HashMap<String, Vec<String>>>,
+    builtin: HashSet<String>,
+}
+
+impl ModuleTree {
+    /// Reads the tree in `dir`: what `/lib/modules/VERSION` holds.
+    ///
+    /// # Errors
+    /// [`ModuleError::Read`] when the directory or its index cannot be read.
+    pub fn open(dir: &Path) -> Result<Self, ModuleError> {
+        let builtin = read_optional(&dir.join("modules.builtin"))?.unwrap_or_default();
+        let builtin = builtin.lines().map(module_name).collect();
+        let mut tree = Self { dir: dir.to_owned(), files: HashMap::new(), needs: None, builtin };
+        match read_optional(&dir.join("modules.dep"))? {
+            Some(text) => {
+                let mut needs = HashMap::new();
+                for (file, others) in text.lines().filter_map(|line| line.split_once(':')) {
+                    tree.files.insert(module_name(file), file.into());
+                    needs.insert(module_name(file), others.split_whitespace().map(module_name).collect());
+                }
+                tree.needs = Some(needs);
+            }
+            None => tree.walk(Path::new(""), 0)?,
+        }
+        Ok(tree)
+    }
+
+    /// Whether the kernel has this driver, as a module or built in.
+    #[must_use]
+    pub fn has(&self, name: &str) -> bool {
+        self.files.contains_key(name) || self.builtin.contains(name)
+    }
+
+    /// Whether the tree says anything about built-in drivers: without that, a missing module proves nothing.
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
+        !self.builtin.is_empty()
+    }
+
+    /// The modules for the `required` and those of the `optional` drivers that exist, with all they need, in
+    /// loading order. Built-in drivers need none.
+    ///
+    /// # Errors
+    /// [`ModuleError::Missing`] for a required driver that the kernel lacks; other variants for damaged trees.
+    pub fn load(&self, required: &[&str], optional: &[&str]) -> Result<Vec<Module>, ModuleError> {
+        let mut order = Vec::new();
+        let mut seen = BTreeSet::new();
+        for &name in required {
+            if !self.has(name) && self.is_complete() {
+                return Err(ModuleError::Missing { name: name.into(), dir: self.dir.clone() });
+            }
+        }
+        for &name in required.iter().chain(optional) {
+            if self.files.contains_key(name) {
+                self.visit(name, &mut seen, &mut order)?;
+            }
+        }
+        order.into_iter().map(|name| Ok(Module { bytes: self.read(&name)?, name })).collect()
+    }
+
+    /// Writes what `depmod` would put into `modules.dep`, for a tree that lacks it.
+    ///
+    /// # Errors
+    /// A [`ModuleError`] when a module cannot be read.
+    pub fn dependency_file(&self) -> Result<String, ModuleError> {
+        let mut names: Vec<_> = self.files.iter().collect();
+        names.sort_by_key(|&(_, path)| path);
+        let mut text = String::new();
+        for (name, path) in names {
+            let mut order = Vec::new();
+            self.visit(name, &mut BTreeSet::new(), &mut order)?;
+            order.pop();
+            text.push_str(&format!("{}:", path.display()));
+            // depmod lists the nearest need first.
+            for other in order.iter().rev().filter_map(|name| self.files.get(name)) {
+                text.push_str(&format!(" {}", other.display()));
+            }
+            text.push('\n');
+        }
+        Ok(text)
+    }
+
+    /// Depth first; a cycle, which no real tree has, ends at the module already seen.
+    fn visit(
+        &self,
+        name: &str,
+        seen: &mut BTreeSet<String>,
+        order: &mut Vec<String>,
+    ) -> Result<(), ModuleError> {
+        if !seen.insert(name.to_owned()) {
+            return Ok(());
+        }
+        for other in self.needs_of(name)? {
+            if self.files.contains_key(&other) {
+                self.visit(&other, seen, order)?;
+            } else if !self.builtin.contains(&other) && self.is_complete() {
+                return Err(ModuleError::BrokenDependency {
+                    name: name.into(),
+                    needs: other,
+                    dir: self.dir.clone(),
+                });
+            }
+        }
+        order.push(name.to_owned());
+        Ok(())
+    }
+
+    fn needs_of(&self, name: &str) -> Result<Vec<String>, ModuleError> {
+        if let Some(needs) = &self.needs {
+            let mut all = needs.get(name).cloned().unwrap_or_default();
+            // The nearest need stands first in modules.dep; the farthest is to be loaded first.
+            all.reverse();
+            return Ok(all);
+        }
+        let bytes = self.read(name)?;
+        let not = || ModuleError::NotAModule { path: self.path(name) };
+        let file = object::File::parse(&*bytes).map_err(|_| not())?;
+        let section = file.section_by_name(".modinfo").ok_or_else(not)?;
+        let info = section.data().map_err(|_| not())?;
+        let depends = info.split(|&b| b == 0).find_map(|record| record.strip_prefix(b"depends="));
+        let depends = String::from_utf8_lossy(depends.unwrap_or_default()).into_owned();
+        Ok(depends.split(',').filter(|n| !n.is_empty()).map(module_name).collect())
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(self.files.get(name).map_or_else(|| Path::new(name), PathBuf::as_path))
+    }
+
+    /// The module's bytes, decompressed by the ending of its file name.
+    fn read(&self, name: &str) -> Result<Vec<u8>, ModuleError> {
+        let path = self.path(name);
+        let fail = |source| ModuleError::Read { path: path.clone(), source };
+        let raw = fs::read(&path).map_err(fail)?;
+        let mut bytes = Vec::new();
+        match path.extension().and_then(|e| e.to_str()) {
+            Some("xz") => liblzma::read::XzDecoder::new(&*raw).read_to_end(&mut bytes).map_err(fail)?,
+            Some("gz") => flate2::read::GzDecoder::new(&*raw).read_to_end(&mut bytes).map_err(fail)?,
+            Some("zst") => ruzstd::decoding::StreamingDecoder::new(&*raw)
+                .map_err(|e| fail(std::io::Error::other(e)))?
+                .read_to_end(&mut bytes)
+                .map_err(fail)?,
+            _ => return Ok(raw),
+        };
+        Ok(bytes)
+    }
+
+    /// Finds the modules below `dir/below`. Links to other directories (`build`, `source`) are not followed.
+    fn walk(&mut self, below: &Path, depth: usize) -> Result<(), ModuleError> {
+        // A real tree is seven deep.
+        const DEEPEST: usize = 32;
+        let here = self.dir.join(below);
+        let entries =
+            fs::read_dir(&here).map_err(|source| ModuleError::Read { path: here.clone(), source })?;
+        for entry in entries.flatten() {
+            let path = below.join(entry.file_name());
+            match entry.file_type() {
+                Ok(kind) if kind.is_dir() && depth < DEEPEST => self.walk(&path, depth + 1)?,
+                Ok(kind) if kind.is_file() && is_module(&path) => {
+                    self.files.insert(module_name(&path.to_string_lossy()), path);
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+fn is_module(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    [".ko", ".ko.xz", ".ko.zst", ".ko.gz"].iter().any(|end| name.ends_with(end))
+}
+
+/// The name of the module in a path or a dependency: no directories, no endings, underscores.
+fn module_name(path: &str) -> String {
+    let file = path.rsplit('/').next().unwrap_or(path);
+    file.split('.').next().unwrap_or(file).replace('-', "_")
+}
+
+fn read_optional(path: &Path) -> Result<Option<String>, ModuleError> {
+    match fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(ModuleError::Read { path: path.to_owned(), source }),
+    }
+}

@@ -1,0 +1,227 @@
+//! One `ring3 run`, from the options to the exit status.
+//!
+//! `run` chooses the kernel, makes the initramfs ([`plan`]), opens the host ends of the machine's ports, and
+//! starts the machine ([`vm::launch`]) on a thread of its own. Three more threads turn what happens into
+//! [`Event`]s: the guest's control lines, signals, and the machine's end. [`Session`] is the one place that
+//! acts on them: it forwards signals and sizes, watches the clock, and knows when the run is over.
+//!
+//! Nothing is left behind when ring3 is killed: the initramfs and the console are in memory, and no file is
+//! made. The terminal is restored on every way out but SIGKILL.
+
+pub mod console;
+pub mod plan;
+mod session;
+pub mod spec;
+pub mod spinner;
+pub mod terminal;
+pub mod vm;
+
+use std::io::{self, IsTerminal};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use guest_init::spec::{SpecError, Stream};
+use rustix::event::{EventfdFlags, eventfd};
+
+use crate::cli::RunArgs;
+use crate::initramfs::{self, ModuleError};
+use crate::kernel::image::ImageError;
+use crate::kernel::{self, KernelError};
+use console::Console;
+use session::Session;
+use spec::{Duplex, Outcome, Ports, Serial, VmSpec};
+use spinner::Spinner;
+use terminal::RawMode;
+use vm::VmError;
+
+/// Why a run failed, as opposed to its command.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// No kernel.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// The kernel file cannot be read.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The kernel lacks a driver.
+    #[error(transparent)]
+    Modules(#[from] ModuleError),
+    /// A kernel without modules lacks a driver.
+    #[error(
+        "{} has no {driver} built in and no modules were found for it: keep both by `ring3 kernel add FILE \
+         --modules DIR`, or choose another kernel", kernel.display()
+    )]
+    NoModules {
+        /// The kernel.
+        kernel: PathBuf,
+        /// The driver.
+        driver: String,
+    },
+    /// The user's initramfs cannot be read.
+    #[error("cannot read initramfs {}", path.display())]
+    Initramfs {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A string for the guest holds a NUL byte.
+    #[error("the command, its environment or its directory cannot be passed on")]
+    Spec(#[from] SpecError),
+    /// The root directory cannot be used.
+    #[error("cannot use {} as the guest's root (--root)", path.display())]
+    BadRoot {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The working directory is not there.
+    #[error("--workdir {}: there is no such directory below the guest's root {}", path.display(), root.display())]
+    BadWorkdir {
+        /// The directory.
+        path: PathBuf,
+        /// The root.
+        root: PathBuf,
+    },
+    /// A disk cannot be used.
+    #[error("cannot use {} as a disk (--disk)", path.display())]
+    BadDisk {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The standard streams cannot be set up.
+    #[error("cannot set up the standard streams")]
+    Streams(#[source] io::Error),
+    /// A pipe, socket, thread or signal handler cannot be made.
+    #[error("cannot set up the run")]
+    SetUp(#[source] io::Error),
+    /// The machine failed.
+    #[error("the machine failed")]
+    Vm(#[from] VmError),
+    /// The guest's first process gave up.
+    #[error("the guest could not be set up: {reason}{}", excerpt(console))]
+    Guest {
+        /// Its words.
+        reason: String,
+        /// The last lines of the console.
+        console: Vec<String>,
+    },
+    /// The machine ended before the command did.
+    #[error("{what}{}", excerpt(console))]
+    Died {
+        /// How.
+        what: &'static str,
+        /// The last lines of the console.
+        console: Vec<String>,
+    },
+}
+
+/// The console's last lines for the end of a message.
+fn excerpt(console: &[String]) -> String {
+    if console.is_empty() {
+        return " (the guest's console was silent; -v shows more)".into();
+    }
+    format!("; the last lines of its console (-v shows all):\n  | {}", console.join("\n  | "))
+}
+
+/// Runs what the options say; `launch` is the machine. Returns the exit status.
+///
+/// # Errors
+/// A [`RunError`] for everything that is not the command's own doing.
+pub fn run<F>(args: &RunArgs, launch: F) -> Result<u8, RunError>
+where
+    F: FnOnce(VmSpec) -> Result<Outcome, VmError> + Send + 'static,
+{
+    let kernel = kernel::choose(args.kernel.as_deref())?;
+    let kernel_bytes = kernel::image::read(&kernel.image)?;
+    plan::check_disks(&args.disks)?;
+    let root = plan::checked_root(&args.root)?;
+    let is_terminal = [io::stdin().is_terminal(), io::stdout().is_terminal(), io::stderr().is_terminal()];
+    let streams = plan::streams(is_terminal)?;
+    let own_initramfs = args.initramfs.is_none();
+    let initramfs = match &args.initramfs {
+        Some(path) => {
+            std::fs::read(path).map_err(|source| RunError::Initramfs { path: path.clone(), source })?
+        }
+        None => {
+            let spec = plan::guest_spec(args, &kernel, streams)?;
+            let modules = plan::modules(&kernel, &kernel_bytes, !args.disks.is_empty())?;
+            initramfs::build(&spec, &modules)?.finish()
+        }
+    };
+    if args.verbose || args.stats {
+        eprintln!("ring3: engine: {}, kernel: {}", args.engine.name(), kernel.image.display());
+    }
+
+    // What the machine is connected to.
+    let (console, console_end) = Console::start(args.verbose).map_err(RunError::SetUp)?;
+    let (control, control_end) = UnixStream::pair().map_err(RunError::SetUp)?;
+    let stop = eventfd(0, EventfdFlags::CLOEXEC).map_err(|e| RunError::SetUp(e.into()))?;
+    let uses_terminal = is_terminal.first() == Some(&true);
+    let (serial, ports) = if own_initramfs {
+        let ports = open_ports(streams, control_end.into())?;
+        (Serial { input: None, output: console_end }, Some(ports))
+    } else {
+        (
+            Serial { input: Some(duplicate(io::stdin().as_fd())?), output: duplicate(io::stdout().as_fd())? },
+            None,
+        )
+    };
+    let stats = args.stats.then(|| Arc::new(Mutex::new(String::new())));
+    let vm = VmSpec {
+        kernel_path: kernel.image.clone(),
+        kernel: kernel_bytes,
+        initramfs,
+        command_line: plan::command_line(args.verbose || !own_initramfs, args.append.as_deref()),
+        memory: args.memory,
+        cpus: args.cpus,
+        shared_root: own_initramfs.then_some(root),
+        disks: args.disks.clone(),
+        serial,
+        ports,
+        engine: args.engine,
+        stats: stats.clone(),
+        stop: stop.try_clone().map_err(RunError::SetUp)?,
+    };
+
+    let spinner = Spinner::start(!args.verbose && own_initramfs, &format!("booting {}", kernel.release));
+    let raw = if uses_terminal { Some(RawMode::enter().map_err(RunError::Streams)?) } else { None };
+    let session = Session::new(control, stop, spinner, args.timeout, uses_terminal)?;
+    session.start(launch, vm).map_err(RunError::SetUp)?;
+    let end = session.watch();
+    drop(raw);
+    if let Some(stats) = stats {
+        eprint!("{}", stats.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+    end.status(own_initramfs, console)
+}
+
+/// The host ends of the virtio console: our own standard streams, or the terminal.
+fn open_ports(streams: [Stream; 3], control: OwnedFd) -> Result<Ports, RunError> {
+    let (stdin, stdout, stderr) = (io::stdin(), io::stdout(), io::stderr());
+    let port = |index: usize, fd: BorrowedFd<'_>| {
+        (streams.get(index) == Some(&Stream::Port)).then(|| duplicate(fd)).transpose()
+    };
+    let terminal = if streams.contains(&Stream::Terminal) {
+        // A terminal can be written through any descriptor of it, standard input included.
+        Some(Duplex { input: duplicate(stdin.as_fd())?, output: duplicate(stdin.as_fd())? })
+    } else {
+        None
+    };
+    Ok(Ports {
+        terminal,
+        stdin: port(0, stdin.as_fd())?,
+        stdout: port(1, stdout.as_fd())?,
+        stderr: port(2, stderr.as_fd())?,
+        control,
+    })
+}
+
+fn duplicate(fd: BorrowedFd<'_>) -> Result<OwnedFd, RunError> {
+    fd.try_clone_to_owned().map_err(RunError::Streams)
+}

@@ -1,0 +1,304 @@
+//! From the command line and the host to what the guest is told: command, environment, streams, kernel line.
+
+use std::env;
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use guest_init::spec::{Root, Spec, Stream};
+
+use super::{RunError, terminal};
+use crate::cli::{Disk, EnvVar, RunArgs};
+use crate::initramfs::{Module, ModuleTree};
+use crate::kernel::{Kernel, image};
+
+const GUEST_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Drivers without which no command runs.
+const REQUIRED: [&str; 4] = ["virtio_pci", "virtio_console", "virtiofs", "overlay"];
+
+/// The command line that every kernel gets.
+///
+/// - `console=ttyS0 panic=-1`: messages on the serial port, reset at once on panic.
+/// - `tsc=reliable no_timer_check random.trust_cpu=on mitigations=off`: nothing to calibrate, probe or distrust
+///   in a machine made of software.
+/// - the rest keeps drivers for hardware that the machine lacks from looking for it.
+const KERNEL_LINE: &str =
+    "console=ttyS0 panic=-1 tsc=reliable no_timer_check random.trust_cpu=on mitigations=off";
+
+/// The kernel's command line.
+#[must_use]
+pub fn command_line(verbose: bool, append: Option<&str>) -> String {
+    let mut line = KERNEL_LINE.to_owned();
+    if !verbose {
+        line.push_str(" quiet");
+    }
+    if let Some(text) = append {
+        line.push(' ');
+        line.push_str(text);
+    }
+    line
+}
+
+/// What each of the command's streams is to be. A terminal only where ring3's standard input is one: otherwise
+/// output to a terminal is plain bytes, which the host's terminal shows as it would any program's.
+///
+/// # Errors
+/// [`RunError::Streams`] when a descriptor cannot be looked at.
+pub fn streams(is_terminal: [bool; 3]) -> Result<[Stream; 3], RunError> {
+    let [stdin, stdout, stderr] = is_terminal;
+    let both_the_same = same_file(1, 2)?;
+    Ok([
+        if stdin { Stream::Terminal } else { Stream::Port },
+        if stdin && stdout { Stream::Terminal } else { Stream::Port },
+        if stdin && stderr {
+            Stream::Terminal
+        } else if both_the_same {
+            Stream::Stdout
+        } else {
+            Stream::Port
+        },
+    ])
+}
+
+/// Whether two of our descriptors are one file, so that what is written to them must stay in order.
+fn same_file(a: u32, b: u32) -> Result<bool, RunError> {
+    let identity = |fd: u32| {
+        let path = format!("/proc/self/fd/{fd}");
+        match fs::metadata(&path) {
+            Ok(file) => Ok(Some((file.dev(), file.ino()))),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(RunError::Streams(source)),
+        }
+    };
+    Ok(identity(a)?.is_some() && identity(a)? == identity(b)?)
+}
+
+/// The job description for the guest's first process, without its modules.
+///
+/// # Errors
+/// [`RunError::BadRoot`], [`RunError::BadWorkdir`].
+pub fn guest_spec(args: &RunArgs, kernel: &Kernel, streams: [Stream; 3]) -> Result<Spec, RunError> {
+    let root = checked_root(&args.root)?;
+    let (workdir, workdir_required) = match &args.workdir {
+        Some(dir) => (checked_workdir(&root, dir)?, true),
+        None => (default_workdir(&root), false),
+    };
+    let shell = env::var_os("SHELL")
+        .filter(|shell| shell.as_bytes().starts_with(b"/") && in_root(&root, Path::new(shell)).exists());
+    let shell = shell.unwrap_or_else(|| "/bin/sh".into());
+    let argv = if args.command.is_empty() { vec![shell.clone()] } else { args.command.clone() };
+    let has_terminal = streams.contains(&Stream::Terminal);
+    Ok(Spec {
+        argv,
+        env: environment(&shell, has_terminal, &args.env, env::vars_os()),
+        workdir,
+        workdir_required,
+        streams,
+        winsize: if has_terminal { terminal::size() } else { None },
+        hostname: "ring3".into(),
+        root: Root::Virtiofs,
+        modules: Vec::new(),
+        module_tree: kernel.modules.as_deref().and_then(|tree| path_in_guest(&root, tree)),
+    })
+}
+
+/// The command's environment: a login's variables, what describes the user's terminal and language, and what the
+/// user asked for.
+fn environment(
+    shell: &OsStr,
+    has_terminal: bool,
+    asked: &[EnvVar],
+    ours: impl Iterator<Item = (OsString, OsString)>,
+) -> Vec<(OsString, OsString)> {
+    let ours: Vec<_> = ours.collect();
+    let mut env: Vec<(OsString, OsString)> = Vec::new();
+    let mut set = |name: &OsStr, value: &OsStr| match env.iter_mut().find(|(n, _)| n == name) {
+        Some((_, old)) => *old = value.to_owned(),
+        None => env.push((name.to_owned(), value.to_owned())),
+    };
+    for (name, value) in [("PATH", GUEST_PATH), ("HOME", "/root"), ("USER", "root"), ("LOGNAME", "root")] {
+        set(name.as_ref(), value.as_ref());
+    }
+    set("SHELL".as_ref(), shell);
+    for (name, value) in &ours {
+        let bytes = name.as_bytes();
+        let wanted = matches!(bytes, b"LANG" | b"LANGUAGE" | b"TZ") || bytes.starts_with(b"LC_");
+        if wanted || (has_terminal && matches!(bytes, b"TERM" | b"COLORTERM")) {
+            set(name, value);
+        }
+    }
+    for (name, value) in asked {
+        let value = value.as_ref().or_else(|| ours.iter().find(|(n, _)| n == name).map(|(_, value)| value));
+        if let Some(value) = value {
+            set(name, value);
+        }
+    }
+    env
+}
+
+/// The canonical form of the root directory, which must be a readable directory.
+///
+/// # Errors
+/// [`RunError::BadRoot`].
+pub fn checked_root(root: &Path) -> Result<PathBuf, RunError> {
+    let bad = |source| RunError::BadRoot { path: root.to_owned(), source };
+    let root = fs::canonicalize(root).map_err(bad)?;
+    fs::read_dir(&root).map_err(bad)?;
+    Ok(root)
+}
+
+/// Where a guest's absolute path lies on the host.
+fn in_root(root: &Path, path: &Path) -> PathBuf {
+    root.join(path.strip_prefix("/").unwrap_or(path))
+}
+
+/// How the guest sees a path of the host, if it does.
+fn path_in_guest(root: &Path, path: &Path) -> Option<PathBuf> {
+    let path = fs::canonicalize(path).ok()?;
+    Some(Path::new("/").join(path.strip_prefix(root).ok()?))
+}
+
+fn default_workdir(root: &Path) -> PathBuf {
+    env::current_dir().ok().and_then(|dir| path_in_guest(root, &dir)).unwrap_or_else(|| "/".into())
+}
+
+fn checked_workdir(root: &Path, dir: &Path) -> Result<PathBuf, RunError> {
+    let bad = || RunError::BadWorkdir { path: dir.to_owned(), root: root.to_owned() };
+    // A link may be absolute, which means another place in the guest than here: only the guest can follow it.
+    let absolute = if dir.is_absolute() { dir.to_owned() } else { default_workdir(root).join(dir) };
+    let there = fs::symlink_metadata(in_root(root, &absolute)).map_err(|_| bad())?;
+    if there.is_dir() || there.is_symlink() { Ok(absolute) } else { Err(bad()) }
+}
+
+/// Checks what can be checked about disks before the guest starts.
+///
+/// # Errors
+/// [`RunError::BadDisk`].
+pub fn check_disks(disks: &[Disk]) -> Result<(), RunError> {
+    for disk in disks {
+        let bad = |source| RunError::BadDisk { path: disk.path.clone(), source };
+        let refuse = |why: String| Err(bad(std::io::Error::other(why)));
+        let file = fs::File::options().read(true).write(!disk.readonly).open(&disk.path).map_err(bad)?;
+        let about = file.metadata().map_err(bad)?;
+        if !about.is_file() && !about.file_type().is_block_device() {
+            return refuse("it is neither a file nor a block device".into());
+        }
+        if about.is_file() && (about.len() == 0 || about.len() % 512 != 0) {
+            return refuse(format!("its size, {} bytes, is not a multiple of 512 above 0", about.len()));
+        }
+    }
+    Ok(())
+}
+
+/// The modules that the guest's first process is to load.
+///
+/// # Errors
+/// [`RunError::Modules`] when the kernel lacks a driver, [`RunError::NoModules`] when nothing tells that it has
+/// them.
+pub fn modules(kernel: &Kernel, bytes: &[u8], has_disks: bool) -> Result<Vec<Module>, RunError> {
+    let mut optional = vec!["virtio_rng", "pvpanic_mmio", "pvpanic_pci"];
+    let mut required = REQUIRED.to_vec();
+    if has_disks {
+        required.push("virtio_blk");
+    } else {
+        optional.push("virtio_blk");
+    }
+    if let Some(dir) = &kernel.modules {
+        return Ok(ModuleTree::open(dir)?.load(&required, &optional)?);
+    }
+    // Without modules the drivers must be built in, which an uncompressed kernel shows by their names.
+    let is_elf = image::identify(&kernel.image, bytes).is_ok_and(|identity| identity.elf);
+    match required
+        .iter()
+        .find(|name| is_elf && !image::mentions(bytes, &name.replace("virtio_pci", "virtio-pci")))
+    {
+        Some(name) => Err(RunError::NoModules { kernel: kernel.image.clone(), driver: (*name).into() }),
+        None => Ok(Vec::new()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn os(pairs: &[(&str, &str)]) -> Vec<(OsString, OsString)> {
+        pairs.iter().map(|(k, v)| (k.into(), v.into())).collect()
+    }
+
+    #[test]
+    fn the_environment_is_a_logins_plus_what_was_asked_for() {
+        let ours =
+            os(&[("HOME", "/home/u"), ("LC_ALL", "C"), ("TERM", "xterm"), ("SECRET", "s"), ("X", "1")]);
+        let asked = [("X".into(), None), ("HOME".into(), Some("/h".into())), ("GONE".into(), None)];
+        let env = environment("/bin/sh".as_ref(), false, &asked, ours.clone().into_iter());
+        let get = |env: &[(OsString, OsString)], name: &str| {
+            env.iter().find(|(n, _)| n == name).map(|(_, v)| v.to_str().unwrap().to_owned())
+        };
+        assert_eq!(get(&env, "HOME").unwrap(), "/h");
+        assert_eq!(get(&env, "X").unwrap(), "1");
+        assert_eq!(get(&env, "LC_ALL").unwrap(), "C");
+        assert_eq!(get(&env, "SHELL").unwrap(), "/bin/sh");
+        for name in ["SECRET", "TERM", "GONE"] {
+            assert_eq!(get(&env, name), None, "{name}");
+        }
+        let env = environment("/bin/sh".as_ref(), true, &[], ours.into_iter());
+        assert_eq!(get(&env, "TERM").unwrap(), "xterm");
+        assert_eq!(get(&env, "HOME").unwrap(), "/root");
+    }
+
+    #[test]
+    fn paths_are_seen_from_the_root() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = fs::canonicalize(dir.path()).unwrap();
+        fs::create_dir(root.join("sub")).unwrap();
+        fs::write(root.join("file"), "").unwrap();
+        assert_eq!(path_in_guest(&root, &root.join("sub")), Some("/sub".into()));
+        assert_eq!(path_in_guest(&root.join("sub"), &root), None);
+        assert_eq!(path_in_guest(Path::new("/"), &root.join("sub")), Some(root.join("sub")));
+        assert_eq!(checked_workdir(&root, Path::new("/sub")).unwrap(), Path::new("/sub"));
+        assert!(checked_workdir(&root, Path::new("/file")).is_err());
+        assert!(checked_workdir(&root, Path::new("/none")).is_err());
+        assert!(checked_root(&root.join("file")).is_err());
+        assert!(checked_root(&root.join("none")).is_err());
+    }
+
+    #[test]
+    fn bad_disks_are_found_before_the_guest_starts() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        let check = |readonly| check_disks(&[Disk { path: path.clone(), readonly }]);
+        assert!(check(true).is_err());
+        fs::write(&path, [0; 700]).unwrap();
+        let error = check(true).unwrap_err();
+        assert!(std::error::Error::source(&error).unwrap().to_string().contains("700 bytes"));
+        fs::write(&path, [0; 1024]).unwrap();
+        assert!(check(true).is_ok() && check(false).is_ok());
+        assert!(check_disks(&[Disk { path: dir.path().into(), readonly: true }]).is_err());
+    }
+
+    #[test]
+    fn a_bare_kernel_must_have_its_drivers_built_in() {
+        let kernel = Kernel {
+            release: String::new(),
+            image: "vmlinux".into(),
+            modules: None,
+            source: crate::kernel::Source::File,
+        };
+        let error = modules(&kernel, b"\x7fELF virtio-pci virtio_console", false).unwrap_err();
+        assert!(matches!(error, RunError::NoModules { driver, .. } if driver == "virtiofs"));
+        assert!(
+            modules(&kernel, b"\x7fELF virtio-pci virtio_console virtiofs overlay", false)
+                .unwrap()
+                .is_empty()
+        );
+    }
+
+    #[test]
+    fn the_users_text_ends_the_kernel_line() {
+        assert!(command_line(false, Some("a=b")).ends_with(" quiet a=b"));
+        assert!(!command_line(true, None).contains("quiet"));
+    }
+}

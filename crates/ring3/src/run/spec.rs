@@ -1,0 +1,103 @@
+//! What a machine is told, and how a run can end.
+
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use crate::cli::{Disk, Engine};
+
+/// Everything that the machine needs. All descriptors are blocking and close-on-exec; dropping the spec's
+/// descriptors is how the machine says that it is done with them.
+#[derive(Debug)]
+pub struct VmSpec {
+    /// The kernel file's path, for messages.
+    pub kernel_path: PathBuf,
+    /// The kernel file's bytes: ELF or bzImage.
+    pub kernel: Vec<u8>,
+    /// The initramfs, to be handed to the kernel as it is.
+    pub initramfs: Vec<u8>,
+    /// The kernel's command line.
+    pub command_line: String,
+    /// Guest memory in bytes: a multiple of 1 MiB.
+    pub memory: u64,
+    /// Number of processors, at least 1.
+    pub cpus: u32,
+    /// The directory to share read-only by virtio-fs, tag [`guest_init::spec::ROOT_TAG`].
+    pub shared_root: Option<PathBuf>,
+    /// Disks in the order in which the guest is to see them.
+    pub disks: Vec<Disk>,
+    /// The first serial port (0x3f8), the kernel's console.
+    pub serial: Serial,
+    /// The virtio console's ports; `None`: no such device.
+    pub ports: Option<Ports>,
+    /// How the processor is run.
+    pub engine: Engine,
+    /// Where to leave the text for `--stats`; `None` when nobody asked.
+    pub stats: Option<Arc<Mutex<String>>>,
+    /// An eventfd that becomes readable when the run is to end now: the machine stops its processors wherever
+    /// they are and returns [`Outcome::Interrupted`].
+    pub stop: OwnedFd,
+}
+
+/// The serial port's ends.
+#[derive(Debug)]
+pub struct Serial {
+    /// What the guest receives; `None`: nothing, ever.
+    pub input: Option<OwnedFd>,
+    /// Where the guest's bytes go. The reader keeps up; a failed write is to be ignored.
+    pub output: OwnedFd,
+}
+
+/// The host ends of the virtio console's ports, in the order of their numbers: port 0 is the terminal
+/// (`/dev/hvc0`, a console port), 1 to 3 the streams, 4 the control port, named as in
+/// [`guest_init::spec::ports`].
+///
+/// What the guest relies on:
+/// - every port below is announced with its name and then opened (`VIRTIO_CONSOLE_PORT_OPEN` 1), in the order
+///   of the numbers; the control port comes last;
+/// - at end of file on an input, the port is closed (`PORT_OPEN` 0) after the guest opened it and all data has
+///   been put into its receive queue;
+/// - when an output cannot be written any more (`EPIPE`), the port is closed at once and later data dropped;
+/// - what is in the transmit queues when the guest powers off is still written out before `launch` returns.
+#[derive(Debug)]
+pub struct Ports {
+    /// The terminal, already in raw mode; `None` when the command has none (the port exists all the same).
+    pub terminal: Option<Duplex>,
+    /// Bytes for the command's standard input; `None`: the guest does not use the port.
+    pub stdin: Option<OwnedFd>,
+    /// Takes the command's standard output; `None` as above.
+    pub stdout: Option<OwnedFd>,
+    /// Takes the command's standard error; `None` as above.
+    pub stderr: Option<OwnedFd>,
+    /// A stream socket that carries the control lines both ways.
+    pub control: OwnedFd,
+}
+
+/// Two ends of one terminal.
+#[derive(Debug)]
+pub struct Duplex {
+    /// Read for the guest.
+    pub input: OwnedFd,
+    /// Written by the guest.
+    pub output: OwnedFd,
+}
+
+/// How a machine ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// The guest powered off.
+    PowerOff,
+    /// The guest asked for a reset.
+    Reset,
+    /// The guest's kernel panicked.
+    Panic {
+        /// The last lines of its console; may be left empty by the machine, `run` fills them in.
+        console: Vec<String>,
+    },
+    /// A processor shut down after a triple fault.
+    TripleFault,
+    /// The run's time was over. Made by `run` from [`Outcome::Interrupted`].
+    TimedOut,
+    /// [`VmSpec::stop`] was raised.
+    Interrupted,
+}
