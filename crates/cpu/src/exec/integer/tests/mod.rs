@@ -44,6 +44,8 @@ impl Platform for Nothing {
     fn interrupt_pending(&mut self) -> bool {
         false
     }
+
+    fn init(&mut self) {}
 }
 
 /// A vCPU with 1 MiB of RAM: in 64-bit mode identity-mapped but for the page at [`DATA_END`], in the others
