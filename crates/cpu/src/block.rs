@@ -1,32 +1,59 @@
 //! Decoded blocks, cached by guest-physical address.
 //!
+//! # Theory of operation
 //! A block is a run of instructions inside one page, up to the first that may not fall through. It is
 //! found by the physical address of its first byte and the code mode, and is valid as long as its page's
 //! stamp (see [`crate::ram`]) is what it was when the block was decoded.
+//!
+//! The instructions of all blocks lie one after the other in one arena, in the order in which they were
+//! first executed, so that code that runs together lies together. A hash table with linear probing says where
+//! a block starts; it is so large that it never fills. A block decoded again takes over its slot, and what
+//! it had in the arena becomes waste. When the arena is full, everything is forgotten.
 
 use mmu::Gpa;
 
 use crate::insn::Insn;
 use crate::state::CodeMode;
 
-const SLOTS: usize = 1 << 16;
+/// The longest block, in instructions.
+pub(crate) const BLOCK_LENGTH: usize = 48;
 
-/// A decoded block.
-pub(crate) struct Block {
+/// Instructions in the arena: 40 MiB.
+const ARENA: usize = 1 << 20;
+const SLOTS: usize = 1 << 19;
+/// Blocks that the table holds at most, so that probing stays short.
+const MOST_BLOCKS: usize = SLOTS / 2;
+
+/// Where a block is in the arena.
+#[derive(Clone, Copy)]
+struct Slot {
     key: u64,
     stamp: u32,
-    /// The instructions; never empty.
-    pub(crate) insns: Box<[Insn]>,
+    /// The index of the first instruction, and in the low bits the number of instructions.
+    place: u32,
 }
 
-/// The decoded blocks of one vCPU: a direct-mapped table.
+const LENGTH_BITS: u32 = 6;
+const _: () = assert!(BLOCK_LENGTH < 1 << LENGTH_BITS && ARENA <= 1 << (32 - LENGTH_BITS));
+
+/// No key: addresses are smaller.
+const NO_KEY: u64 = u64::MAX;
+const EMPTY: Slot = Slot { key: NO_KEY, stamp: 0, place: 0 };
+
+/// The decoded blocks of one vCPU.
 pub(crate) struct BlockCache {
-    slots: Box<[Option<Block>]>,
+    slots: Box<[Slot; SLOTS]>,
+    blocks: usize,
+    arena: Vec<Insn>,
 }
 
 impl BlockCache {
     pub(crate) fn new() -> Self {
-        Self { slots: std::iter::repeat_with(|| None).take(SLOTS).collect() }
+        let Ok(slots) = vec![EMPTY; SLOTS].into_boxed_slice().try_into() else {
+            unreachable!("the vector has exactly the array's length")
+        };
+        // The host gives memory for the arena as it is touched.
+        Self { slots, blocks: 0, arena: Vec::with_capacity(ARENA) }
     }
 
     #[inline(always)]
@@ -34,29 +61,47 @@ impl BlockCache {
         gpa.0 | (mode as u64) << 62
     }
 
+    /// The slot of `key`, or the empty one where it belongs.
     #[inline(always)]
-    fn slot(key: u64) -> usize {
-        (key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - SLOTS.trailing_zeros())) as usize & (SLOTS - 1)
+    fn probe(&self, key: u64) -> usize {
+        let hash = key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - SLOTS.trailing_zeros());
+        let mut n = hash as usize % SLOTS;
+        while self.slots[n].key != key && self.slots[n].key != NO_KEY {
+            n = (n + 1) % SLOTS;
+        }
+        n
     }
 
     /// The valid block at `gpa`, if there is one.
     #[inline(always)]
-    pub(crate) fn get(&self, gpa: Gpa, mode: CodeMode, stamp: u32) -> Option<&Block> {
+    pub(crate) fn get(&self, gpa: Gpa, mode: CodeMode, stamp: u32) -> Option<&[Insn]> {
         let key = Self::key(gpa, mode);
-        match &self.slots[Self::slot(key)] {
-            Some(block) if block.key == key && block.stamp == stamp => Some(block),
-            _ => None,
+        let slot = &self.slots[self.probe(key)];
+        if slot.key != key || slot.stamp != stamp {
+            return None;
         }
+        let start = (slot.place >> LENGTH_BITS) as usize;
+        self.arena.get(start..start + (slot.place & ((1 << LENGTH_BITS) - 1)) as usize)
     }
 
-    /// Keeps a block.
-    pub(crate) fn insert(&mut self, gpa: Gpa, mode: CodeMode, stamp: u32, insns: Box<[Insn]>) -> &Block {
+    /// Where the next block's instructions are to be put, up to [`BLOCK_LENGTH`] of them. What is put there and
+    /// not kept by [`Self::keep`] is waste.
+    pub(crate) fn arena(&mut self) -> &mut Vec<Insn> {
+        if self.arena.len() + BLOCK_LENGTH > ARENA || self.blocks >= MOST_BLOCKS {
+            self.slots.fill(EMPTY);
+            self.blocks = 0;
+            self.arena.clear();
+        }
+        &mut self.arena
+    }
+
+    /// Makes the instructions in the arena from `start` on, at least one, a block.
+    pub(crate) fn keep(&mut self, gpa: Gpa, mode: CodeMode, stamp: u32, start: usize) -> &[Insn] {
         let key = Self::key(gpa, mode);
-        self.slots[Self::slot(key)].insert(Block { key, stamp, insns })
-    }
-
-    /// Forgets every block.
-    pub(crate) fn clear(&mut self) {
-        self.slots.fill_with(|| None);
+        let insns = self.arena.get(start..).unwrap_or_default();
+        let n = self.probe(key);
+        self.blocks += usize::from(self.slots[n].key == NO_KEY);
+        self.slots[n] = Slot { key, stamp, place: (start << LENGTH_BITS | insns.len()) as u32 };
+        insns
     }
 }

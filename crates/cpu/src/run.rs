@@ -14,7 +14,7 @@ use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction};
 use mmu::{AccessKind, Gpa, Gva, Privilege};
 
 use crate::attention;
-use crate::block::BlockCache;
+use crate::block::{BLOCK_LENGTH, BlockCache};
 use crate::debug::dr6;
 use crate::event::Event;
 use crate::exit::Exit;
@@ -24,8 +24,6 @@ use crate::insn::Insn;
 use crate::state::{CodeMode, Segment, seg, slow};
 use crate::vcpu::Vcpu;
 
-/// The longest block, in instructions.
-const BLOCK_LENGTH: usize = 48;
 /// The longest instruction, in bytes.
 const INSTRUCTION_LENGTH: usize = 15;
 
@@ -163,7 +161,7 @@ impl Interpreter {
         // Once for the borrow checker's sake; the second look-up below is the one that returns.
         let Some(stamp) = vcpu.ram.page(gpa).map(|p| p.stamp()) else { return Ok(None) };
         if self.blocks.get(gpa, mode, stamp).is_some() {
-            return Ok(self.blocks.get(gpa, mode, stamp).map(|b| &b.insns[..]));
+            return Ok(self.blocks.get(gpa, mode, stamp));
         }
         self.decode(vcpu, gpa, mode)
     }
@@ -180,17 +178,20 @@ impl Interpreter {
         }
         let stamp = page.stamp();
         let offset = gpa.page_offset() as usize;
-        let mut bytes = [0; 4096];
-        if !ram.copy_from(gpa, &mut bytes[offset..]) {
+        // What the longest block can take, or the rest of the page.
+        let mut bytes = [0; BLOCK_LENGTH * INSTRUCTION_LENGTH];
+        let len = bytes.len().min(0x1000 - offset);
+        let bytes = &mut bytes[..len];
+        if !ram.copy_from(gpa, bytes) {
             return Ok(None);
         }
         // Relative to the page, so that nothing in a block depends on where the page is mapped.
-        let mut decoder =
-            Decoder::with_ip(mode.bitness(), &bytes[offset..], offset as u64, DecoderOptions::NONE);
-        let mut insns = Vec::with_capacity(16);
+        let mut decoder = Decoder::with_ip(mode.bitness(), bytes, offset as u64, DecoderOptions::NONE);
+        let insns = self.blocks.arena();
+        let start = insns.len();
         let mut i = Instruction::default();
-        while insns.len() < BLOCK_LENGTH && decoder.can_decode() {
-            let left = bytes.len() - (offset + decoder.position());
+        while insns.len() < start + BLOCK_LENGTH && decoder.can_decode() {
+            let left = len - decoder.position();
             decoder.decode_out(&mut i);
             if i.is_invalid() && left < INSTRUCTION_LENGTH {
                 // It may go on in the next page, which may be anywhere.
@@ -201,7 +202,7 @@ impl Interpreter {
                 break;
             }
         }
-        if insns.is_empty() {
+        if insns.len() == start {
             return Ok(None);
         }
         vcpu.stats.blocks_decoded += 1;
@@ -209,7 +210,7 @@ impl Interpreter {
             // Written while it was decoded: run what is there now, once.
             return Ok(None);
         }
-        Ok(Some(&self.blocks.insert(gpa, mode, stamp, insns.into_boxed_slice()).insns))
+        Ok(Some(self.blocks.keep(gpa, mode, stamp, start)))
     }
 
     /// Decodes and executes one instruction without the cache: one that crosses a page, lies outside RAM, or

@@ -11,11 +11,15 @@ use crate::attention::KICK;
 use crate::state::CodeMode;
 
 fn measure(name: &str, program: impl FnOnce(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>) {
-    let mut vcpu = vcpu(CodeMode::Bits64);
     let mut assembler = CodeAssembler::new(64).unwrap();
     program(&mut assembler).unwrap();
-    put_bytes(&vcpu, CODE, &assembler.assemble(CODE).unwrap());
-    vcpu.state.set_rip(CODE);
+    measure_bytes(name, CODE, &assembler.assemble(CODE).unwrap());
+}
+
+fn measure_bytes(name: &str, at: u64, code: &[u8]) {
+    let mut vcpu = vcpu(CodeMode::Bits64);
+    put_bytes(&vcpu, at, code);
+    vcpu.state.set_rip(at);
     vcpu.set_reg(3, DATA);
     let attention = Arc::clone(vcpu.attention());
     let timer = std::thread::spawn(move || {
@@ -27,6 +31,22 @@ fn measure(name: &str, program: impl FnOnce(&mut CodeAssembler) -> Result<(), ic
     let seconds = start.elapsed().as_secs_f64();
     timer.join().unwrap();
     println!("{name}: {:.0} M instructions/s", vcpu.stats.instructions as f64 / seconds / 1e6);
+}
+
+/// A quarter of a MiB of blocks of five instructions and 32 bytes, each followed by another far away.
+fn scattered() -> Vec<u8> {
+    const BLOCKS: u64 = 8192;
+    let mut code = Vec::new();
+    for n in 0..BLOCKS {
+        // add eax, ebx; mov rcx, [rbx+8]; test rcx, rcx; lea edx, [rcx+rax]; jmp
+        code.extend([0x01, 0xd8, 0x48, 0x8b, 0x4b, 0x08, 0x48, 0x85, 0xc9, 0x8d, 0x14, 0x01, 0xe9]);
+        // A full cycle through all blocks: the increment of a linear congruential generator is odd, its
+        // multiplier one more than a multiple of four.
+        let next = (n * 2053 + 4099) % BLOCKS;
+        code.extend(((next as i32 - n as i32) * 32 - 17).to_le_bytes());
+        code.extend([0x90; 15]);
+    }
+    code
 }
 
 #[test]
@@ -74,4 +94,5 @@ fn speed() {
         a.pop(rbp)?;
         a.ret()
     });
+    measure_bytes("scattered", 0x8_0000, &scattered());
 }
