@@ -9,6 +9,9 @@
 //! first executed, so that code that runs together lies together. A hash table with linear probing says where
 //! a block starts; it is so large that it never fills. A block decoded again takes over its slot, and what
 //! it had in the arena becomes waste. When the arena is full, everything is forgotten.
+//!
+//! An instruction that crosses into another page is a block of its own, in a small table: its validity
+//! depends on both pages' stamps, and on which page is mapped behind the first.
 
 use mmu::Gpa;
 
@@ -40,11 +43,33 @@ const _: () = assert!(BLOCK_LENGTH < 1 << LENGTH_BITS && ARENA <= 1 << (32 - LEN
 const NO_KEY: u64 = u64::MAX;
 const EMPTY: Slot = Slot { key: NO_KEY, stamp: 0, place: 0 };
 
+/// Slots for instructions that cross a page.
+const CROSSINGS: usize = 1 << 10;
+
+/// An instruction that crosses a page.
+#[derive(Clone, Copy)]
+pub(crate) struct Crossing {
+    /// Where it starts.
+    pub(crate) gpa: Gpa,
+    /// The mode it was decoded in.
+    pub(crate) mode: CodeMode,
+    /// The stamp of the page in which it starts.
+    pub(crate) stamp: u32,
+    /// The page in which it ends.
+    pub(crate) second: Gpa,
+    /// That page's stamp.
+    pub(crate) second_stamp: u32,
+    /// The instruction.
+    pub(crate) insn: Insn,
+}
+
 /// The decoded blocks of one vCPU.
 pub(crate) struct BlockCache {
     slots: Box<[Slot; SLOTS]>,
     blocks: usize,
     arena: Vec<Insn>,
+    /// Direct-mapped by the page in which they start.
+    crossings: Box<[Option<Crossing>]>,
 }
 
 impl BlockCache {
@@ -53,7 +78,8 @@ impl BlockCache {
             unreachable!("the vector has exactly the array's length")
         };
         // The host gives memory for the arena as it is touched.
-        Self { slots, blocks: 0, arena: Vec::with_capacity(ARENA) }
+        let arena = Vec::with_capacity(ARENA);
+        Self { slots, blocks: 0, arena, crossings: vec![None; CROSSINGS].into_boxed_slice() }
     }
 
     #[inline(always)]
@@ -103,5 +129,19 @@ impl BlockCache {
         self.blocks += usize::from(self.slots[n].key == NO_KEY);
         self.slots[n] = Slot { key, stamp, place: (start << LENGTH_BITS | insns.len()) as u32 };
         insns
+    }
+    /// The instruction that crosses a page from `gpa`, valid as far as the first page goes.
+    pub(crate) fn crossing(&self, gpa: Gpa, mode: CodeMode, stamp: u32) -> Option<&Crossing> {
+        let crossing = self.crossings[Self::crossing_slot(gpa)].as_ref();
+        crossing.filter(|c| c.gpa == gpa && c.mode == mode && c.stamp == stamp)
+    }
+
+    /// Keeps an instruction that crosses a page.
+    pub(crate) fn keep_crossing(&mut self, crossing: Crossing) -> &Insn {
+        &self.crossings[Self::crossing_slot(crossing.gpa)].insert(crossing).insn
+    }
+
+    fn crossing_slot(gpa: Gpa) -> usize {
+        (gpa.0 >> 12) as usize % CROSSINGS
     }
 }

@@ -1,5 +1,6 @@
 //! Tests of the integer instructions: short programs in each mode, run instruction by instruction.
 
+mod blocks;
 mod control;
 mod data;
 mod speed;

@@ -144,7 +144,7 @@ fn attention_and_single_step_interrupt_a_repetition() {
     start(&mut vcpu);
     // rep lodsb over a megabyte, with an interrupt waiting: it gives way after a bounded number.
     vcpu.attention().raise(INTERRUPT);
-    execute(&mut vcpu, &[0xf3, 0xac]).unwrap();
+    assert_eq!(*execute(&mut vcpu, &[0xf3, 0xac]).unwrap_err(), Stop::Restart);
     let done = vcpu.reg(RSI) - DATA;
     assert!((1..=0x2000).contains(&done));
     assert_eq!((vcpu.state.rip(), vcpu.reg(RCX)), (CODE, (1 << 20) - done));
@@ -157,7 +157,7 @@ fn attention_and_single_step_interrupt_a_repetition() {
     start(&mut vcpu);
     vcpu.set_reg(RCX, 2);
     vcpu.state.slow |= slow::SINGLE_STEP;
-    execute(&mut vcpu, &[0xf3, 0xaa]).unwrap();
+    assert_eq!(*execute(&mut vcpu, &[0xf3, 0xaa]).unwrap_err(), Stop::Restart);
     assert_eq!((vcpu.reg(RCX), vcpu.state.rip()), (1, CODE));
     execute(&mut vcpu, &[0xf3, 0xaa]).unwrap();
     assert_eq!((vcpu.reg(RCX), vcpu.state.rip()), (0, CODE + 2));
