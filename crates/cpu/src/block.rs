@@ -114,11 +114,17 @@ impl BlockCache {
     /// not kept by [`Self::keep`] is waste.
     pub(crate) fn arena(&mut self) -> &mut Vec<Insn> {
         if self.arena.len() + BLOCK_LENGTH > ARENA || self.blocks >= MOST_BLOCKS {
-            self.slots.fill(EMPTY);
-            self.blocks = 0;
-            self.arena.clear();
+            self.clear();
         }
         &mut self.arena
+    }
+
+    /// Forgets everything.
+    pub(crate) fn clear(&mut self) {
+        self.slots.fill(EMPTY);
+        self.blocks = 0;
+        self.arena.clear();
+        self.crossings.fill(None);
     }
 
     /// Makes the instructions in the arena from `start` on, at least one, a block.

@@ -9,6 +9,7 @@
 //! `address + size` lies in mapped guest RAM. The TLB is what establishes it.
 
 use std::arch::asm;
+use std::arch::x86_64::__m128i;
 
 use crate::data::Data;
 
@@ -56,6 +57,35 @@ pub(crate) unsafe fn store<T: Data>(address: usize, value: T) {
             _ => asm!("mov qword ptr [{a}], {v}", a = in(reg) address, v = in(reg) value,
                       options(nostack, preserves_flags)),
         }
+    }
+}
+
+/// Loads 16 bytes in one access, at any alignment.
+///
+/// # Safety
+/// `address .. address + 16` must be mapped guest RAM.
+#[inline(always)]
+pub(crate) unsafe fn load_16(address: usize) -> [u8; 16] {
+    let value: __m128i;
+    // SAFETY: needed and sound as for `load`; both types are 16 bytes without invalid values.
+    unsafe {
+        asm!("movdqu {v}, xmmword ptr [{a}]", a = in(reg) address, v = lateout(xmm_reg) value,
+             options(nostack, preserves_flags, readonly));
+        std::mem::transmute(value)
+    }
+}
+
+/// Stores 16 bytes in one access, at any alignment.
+///
+/// # Safety
+/// `address .. address + 16` must be mapped, writable guest RAM.
+#[inline(always)]
+pub(crate) unsafe fn store_16(address: usize, value: [u8; 16]) {
+    // SAFETY: needed and sound as for `store`; both types are 16 bytes without invalid values.
+    unsafe {
+        let value: __m128i = std::mem::transmute(value);
+        asm!("movdqu xmmword ptr [{a}], {v}", a = in(reg) address, v = in(xmm_reg) value,
+             options(nostack, preserves_flags));
     }
 }
 

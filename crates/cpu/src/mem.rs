@@ -180,6 +180,91 @@ impl Vcpu {
         }
     }
 
+    /// Reads the memory operand of `i`: 16 or 32 bytes, at a multiple of that if `ALIGNED`.
+    ///
+    /// # Errors
+    /// Any fault of a data read; #GP(0) if misaligned.
+    #[inline(always)]
+    pub(crate) fn load_vector<const N: usize, const ALIGNED: bool>(&mut self, i: &Insn) -> Exec<[u8; N]> {
+        let gva = self.linear(i, N as u64, false)?;
+        if ALIGNED && gva & (N as u64 - 1) != 0 {
+            return fault(Fault::gp(0));
+        }
+        let mut bytes = [0; N];
+        match self.tlb.read(self.state.tlb_base, self.state.tlb_tag, gva, N as u64) {
+            Some(host) => {
+                for (n, piece) in bytes.as_chunks_mut::<16>().0.iter_mut().enumerate() {
+                    // SAFETY: needed for speed; a TLB hit means that all N bytes lie in a page of guest RAM
+                    // that may be read.
+                    *piece = unsafe { hostmem::load_16(host + n * 16) };
+                }
+                Ok(bytes)
+            }
+            None => {
+                let privilege = self.privilege();
+                self.read_bytes_as(gva, &mut bytes, privilege).map_err(|e| stack_fault(i, e))?;
+                Ok(bytes)
+            }
+        }
+    }
+
+    /// Writes the memory operand of `i`: 16 or 32 bytes, at a multiple of that if `ALIGNED`.
+    ///
+    /// # Errors
+    /// Any fault of a data write; #GP(0) if misaligned.
+    #[inline(always)]
+    pub(crate) fn store_vector<const N: usize, const ALIGNED: bool>(
+        &mut self,
+        i: &Insn,
+        bytes: [u8; N],
+    ) -> Exec {
+        let gva = self.linear(i, N as u64, true)?;
+        if ALIGNED && gva & (N as u64 - 1) != 0 {
+            return fault(Fault::gp(0));
+        }
+        match self.tlb.write(self.state.tlb_base, self.state.tlb_tag, gva, N as u64) {
+            Some(host) => {
+                for (n, piece) in bytes.as_chunks::<16>().0.iter().enumerate() {
+                    // SAFETY: needed for speed; a TLB hit means that all N bytes lie in a page of guest RAM
+                    // that may be written and holds no decoded code.
+                    unsafe { hostmem::store_16(host + n * 16, *piece) };
+                }
+                Ok(())
+            }
+            None => {
+                let privilege = self.privilege();
+                self.write_bytes_as(gva, &bytes, privilege).map_err(|e| stack_fault(i, e))
+            }
+        }
+    }
+
+    /// Reads the memory operand of `i` into `buffer` (at most a page).
+    ///
+    /// # Errors
+    /// Any fault of a data read.
+    pub(crate) fn load_bytes(&mut self, i: &Insn, buffer: &mut [u8]) -> Exec {
+        let gva = self.linear(i, buffer.len() as u64, false)?;
+        self.read_bytes(gva, buffer).map_err(|e| stack_fault(i, e))
+    }
+
+    /// Writes `buffer` (at most a page) to the memory operand of `i`.
+    ///
+    /// # Errors
+    /// Any fault of a data write.
+    pub(crate) fn store_bytes(&mut self, i: &Insn, buffer: &[u8]) -> Exec {
+        let gva = self.linear(i, buffer.len() as u64, true)?;
+        self.write_bytes(gva, buffer).map_err(|e| stack_fault(i, e))
+    }
+
+    /// Checks that `size` bytes could be written to the memory operand of `i`.
+    ///
+    /// # Errors
+    /// As for the write.
+    pub(crate) fn probe_store(&mut self, i: &Insn, size: u64) -> Exec {
+        let gva = self.linear(i, size, true)?;
+        self.probe_write(gva, size).map_err(|e| stack_fault(i, e))
+    }
+
     // ---- linear addresses ----
 
     /// Reads a `T` at a linear address with the current privilege.

@@ -76,6 +76,7 @@ impl Interpreter {
     pub fn run(&mut self, vcpu: &mut Vcpu) -> Outcome {
         vcpu.attention.set_inside(true);
         let outcome = self.run_inside(vcpu);
+        vcpu.sync_mxcsr();
         vcpu.attention.set_inside(false);
         outcome
     }
@@ -88,6 +89,7 @@ impl Interpreter {
             Next::Leave(outcome) => Some(outcome),
             Next::Run | Next::Step => self.step_inside(vcpu),
         };
+        vcpu.sync_mxcsr();
         vcpu.attention.set_inside(false);
         outcome
     }
@@ -170,6 +172,7 @@ impl Interpreter {
     #[cold]
     #[inline(never)]
     fn decode(&mut self, vcpu: &mut Vcpu, gva: Gva, gpa: Gpa) -> Exec<Option<&[Insn]>> {
+        self.make_room(vcpu);
         let mode = vcpu.state.code_mode;
         let ram = std::sync::Arc::clone(&vcpu.ram);
         let Some(page) = ram.page(gpa) else { return Ok(None) };
@@ -267,12 +270,22 @@ impl Interpreter {
             len = INSTRUCTION_LENGTH;
             Decoder::with_ip(mode.bitness(), &bytes[..len], gva.0, DecoderOptions::NONE).decode_out(&mut i);
         }
+        self.make_room(vcpu);
         let insn = Insn::lower(vcpu, &i, mode);
         // RF has done its work. A fault sets it in its frame again, see `event`.
         if vcpu.state.slow & slow::RESUME != 0 {
             vcpu.set_rflags(flags::RF, 0);
         }
         execute(vcpu, std::slice::from_ref(&insn))
+    }
+
+    /// Makes sure that there is room for the native code of one more block. Blocks refer to that code, so
+    /// they are forgotten with it.
+    fn make_room(&mut self, vcpu: &mut Vcpu) {
+        if vcpu.native.is_nearly_full() {
+            self.blocks.clear();
+            vcpu.native.reset();
+        }
     }
 }
 
@@ -344,6 +357,7 @@ fn deliver(vcpu: &mut Vcpu, event: Event) -> Option<Outcome> {
 #[cold]
 #[inline(never)]
 fn service(vcpu: &mut Vcpu) -> Next {
+    vcpu.sync_mxcsr();
     let word = vcpu.attention.peek();
     if word & attention::WATCH != 0 {
         vcpu.serve_watch();

@@ -241,6 +241,8 @@ pub struct CpuState {
     pub cpl: u8,
     /// How code is decoded.
     pub code_mode: CodeMode,
+    /// Which vector and x87 instructions may execute now; kept by [`crate::Vcpu::refresh_mode`].
+    pub(crate) fpu_ok: u8,
     /// Whether the stack pointer is 64, 32 or 16 bits wide, as a mask.
     pub stack_mask: u64,
 
@@ -310,6 +312,7 @@ impl Default for CpuState {
             slow: 0,
             cpl: 0,
             code_mode: CodeMode::Bits16,
+            fpu_ok: 0,
             stack_mask: 0xffff,
             segments: [Segment::default(); 6],
             ldtr: SystemSegment::default(),

@@ -141,6 +141,8 @@ impl Vcpu {
             Exit::ReadCr8 { .. } | Exit::WriteCr8 { .. } => &mut count.cr8,
             Exit::Hypercall { .. } => &mut count.hypercall,
         } += 1;
+        // What the platform computes must not show in the guest's MXCSR.
+        self.sync_mxcsr();
         self.platform.exit(exit)
     }
 
@@ -219,7 +221,8 @@ impl Vcpu {
     }
 
     /// Recomputes the code mode, the stack width, the single-step reason and the TLB table. To be called
-    /// after a change of CS, SS, CPL, CR0.PE or AM, EFER, DR7, or RFLAGS.VM, TF, RF or AC.
+    /// after a change of CS, SS, CPL, CR0.PE, AM, MP, EM or TS, CR4.OSFXSR or OSXSAVE, XCR0, EFER, DR7, or
+    /// RFLAGS.VM, TF, RF or AC.
     pub fn refresh_mode(&mut self) {
         let state = &mut self.state;
         let cs = &state.segments[usize::from(seg::CS)];
@@ -242,6 +245,7 @@ impl Vcpu {
         } else {
             0xffff
         };
+        state.fpu_ok = crate::fpu::allowed(state);
         state.slow &= !(slow::SINGLE_STEP | slow::BREAKPOINTS | slow::RESUME);
         if state.flags.system() & flags::RF != 0 {
             state.slow |= slow::RESUME;

@@ -14,6 +14,7 @@ mod session;
 pub mod spec;
 pub mod spinner;
 pub mod terminal;
+mod stats;
 pub mod vm;
 
 use std::io::{self, IsTerminal};

@@ -1,18 +1,70 @@
 //! The seam to the machine: one run's [`VmSpec`] in, its [`Outcome`] out.
 
-use super::spec::{Outcome, VmSpec};
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::PoisonError;
+use std::thread;
+use std::time::Instant;
+
+use machine::loader::{BootProtocol, ImageError, KernelImage};
+use machine::power::PowerEvent;
+use machine::{Ended, Machine, MachineConfig, MachineError, MachineHandle};
+use rustix::event::{PollFd, PollFlags, poll};
+use virtio::block::{Block, BlockError};
+use virtio::console::{Console, ConsoleError, PortConfig, PortEnd};
+use virtio::fs::{DEFAULT_TIMEOUT, Fs, FsConfig, FsError};
+use virtio::rng::Rng;
+
+use super::spec::{Outcome, Ports, VmSpec};
+use super::stats;
+use crate::cli::Disk;
 
 /// Why a machine could not be built or run.
 #[derive(Debug, thiserror::Error)]
 pub enum VmError {
-    /// This build has no machine.
-    #[error("this build of ring3 has no machine to run {} on (engine {})", kernel.display(), engine)]
-    NoMachine {
-        /// The kernel that was to boot.
-        kernel: std::path::PathBuf,
-        /// The engine that was asked for.
-        engine: &'static str,
+    /// The kernel file is not one.
+    #[error("cannot boot {}", path.display())]
+    Kernel {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: ImageError,
     },
+    /// A disk cannot be opened.
+    #[error("cannot open the disk {}", path.display())]
+    OpenDisk {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// A disk cannot be used.
+    #[error("cannot use {} as a disk", path.display())]
+    Disk {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: BlockError,
+    },
+    /// The root cannot be shared.
+    #[error("cannot share {} with the guest", path.display())]
+    Root {
+        /// The directory.
+        path: PathBuf,
+        /// Why not.
+        source: FsError,
+    },
+    /// The console's ports cannot be made.
+    #[error("cannot connect the guest's console")]
+    Console(#[from] ConsoleError),
+    /// The machine.
+    #[error("cannot run the machine")]
+    Machine(#[from] MachineError),
+    /// A thread cannot be started.
+    #[error("cannot start a thread")]
+    Thread(#[source] std::io::Error),
 }
 
 /// Builds the machine, runs it to its end and says how it ended. Called on a thread of its own.
@@ -20,5 +72,108 @@ pub enum VmError {
 /// # Errors
 /// A [`VmError`] when the machine cannot be built, or fails by itself rather than by what the guest does.
 pub fn launch(spec: VmSpec) -> Result<Outcome, VmError> {
-    Err(VmError::NoMachine { kernel: spec.kernel_path, engine: spec.engine.name() })
+    let begin = Instant::now();
+    let image = KernelImage::from_bytes(spec.kernel)
+        .map_err(|source| VmError::Kernel { path: spec.kernel_path.clone(), source })?;
+    let mut machine = Machine::new(MachineConfig {
+        memory: spec.memory,
+        cpus: spec.cpus,
+        serial: Box::new(File::from(spec.serial.output)),
+    })?;
+    if let Some(ports) = spec.ports {
+        let (console, _) = Console::new(port_configs(ports))?;
+        machine.add_virtio(Box::new(console))?;
+    }
+    if let Some(root) = spec.shared_root {
+        let tag = guest_init::spec::ROOT_TAG.to_owned();
+        let fs = Fs::new(&FsConfig { tag, root: root.clone(), timeout: DEFAULT_TIMEOUT })
+            .map_err(|source| VmError::Root { path: root, source })?;
+        machine.add_virtio(Box::new(fs))?;
+    }
+    for disk in &spec.disks {
+        machine.add_virtio(Box::new(open_disk(disk)?))?;
+    }
+    machine.add_virtio(Box::new(Rng::new()))?;
+    machine.load(&image, BootProtocol::Linux64, Some(&spec.initramfs), &spec.command_line)?;
+    drop(image);
+    drop(spec.initramfs);
+
+    if let Some(input) = spec.serial.input {
+        let serial = std::sync::Arc::clone(machine.serial());
+        spawn("serial input", move || {
+            let mut input = File::from(input);
+            let mut buffer = [0; 256];
+            while let Ok(n @ 1..) = input.read(&mut buffer) {
+                serial.input(buffer.get(..n).unwrap_or_default());
+            }
+        })?;
+    }
+    stop_when_readable(spec.stop, machine.handle())?;
+
+    let memory = std::sync::Arc::clone(machine.memory());
+    let built = begin.elapsed();
+    let (ended, counted) = machine.run()?;
+    if let Some(text) = &spec.stats {
+        let report = stats::report(&stats::Run {
+            engine: spec.engine.name(),
+            built,
+            total: begin.elapsed(),
+            memory: spec.memory,
+            touched: stats::touched(&memory),
+            counted: &counted,
+        });
+        *text.lock().unwrap_or_else(PoisonError::into_inner) = report;
+    }
+    Ok(match ended {
+        Ended::Stopped => Outcome::Interrupted,
+        Ended::Guest(PowerEvent::PowerOff) => Outcome::PowerOff,
+        Ended::Guest(PowerEvent::Reset(_)) => Outcome::Reset,
+        Ended::Guest(PowerEvent::Panic) => Outcome::Panic { console: Vec::new() },
+        Ended::Guest(PowerEvent::TripleFault) => Outcome::TripleFault,
+    })
+}
+
+/// The console's ports in the order of their numbers.
+fn port_configs(ports: Ports) -> Vec<PortConfig> {
+    let (input, output) = match ports.terminal {
+        Some(terminal) => (Some(terminal.input), Some(terminal.output)),
+        None => (None, None),
+    };
+    let control = ports.control.try_clone().ok();
+    let named = |name: &str, input, output| PortConfig {
+        name: Some(name.to_owned()),
+        end: PortEnd::Fd { input, output },
+    };
+    use guest_init::spec::ports::{CONTROL, STDERR, STDIN, STDOUT};
+    vec![
+        PortConfig { name: None, end: PortEnd::Fd { input, output } },
+        named(STDIN, ports.stdin, None),
+        named(STDOUT, None, ports.stdout),
+        named(STDERR, None, ports.stderr),
+        named(CONTROL, Some(ports.control), control),
+    ]
+}
+
+fn open_disk(disk: &Disk) -> Result<Block, VmError> {
+    let file = File::options()
+        .read(true)
+        .write(!disk.readonly)
+        .open(&disk.path)
+        .map_err(|source| VmError::OpenDisk { path: disk.path.clone(), source })?;
+    let id = disk.path.file_name().unwrap_or_default().to_string_lossy();
+    Block::new(file, disk.readonly, &id)
+        .map_err(|source| VmError::Disk { path: disk.path.clone(), source })
+}
+
+fn stop_when_readable(stop: OwnedFd, handle: MachineHandle) -> Result<(), VmError> {
+    spawn("stop", move || {
+        let mut fds = [PollFd::new(&stop, PollFlags::IN)];
+        while matches!(poll(&mut fds, None), Err(rustix::io::Errno::INTR)) {}
+        handle.stop();
+    })
+}
+
+/// Starts a thread that nothing waits for: it ends with the process.
+fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<(), VmError> {
+    thread::Builder::new().name(name.into()).spawn(body).map(drop).map_err(VmError::Thread)
 }

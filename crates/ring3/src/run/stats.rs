@@ -1,0 +1,140 @@
+//! The text of `--stats`.
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use cpu::{Exits, GuestRam, VcpuStats};
+use machine::MachineStats;
+use vm_memory::{GuestMemory, GuestMemoryRegion};
+
+/// What there is to report of one run.
+pub(super) struct Run<'a> {
+    /// The engine's name.
+    pub(super) engine: &'a str,
+    /// From the start until the first instruction could run.
+    pub(super) built: Duration,
+    /// From the start until the machine ended.
+    pub(super) total: Duration,
+    /// Guest memory, in bytes.
+    pub(super) memory: u64,
+    /// How much of it the host had to give, in bytes.
+    pub(super) touched: Option<u64>,
+    /// What the machine counted.
+    pub(super) counted: &'a MachineStats,
+}
+
+/// Bytes of guest memory that the host has given.
+pub(super) fn touched(memory: &GuestRam) -> Option<u64> {
+    let region = memory.iter().next()?;
+    let file = region.file_offset()?.file();
+    // Blocks of a memfd are counted in units of 512 bytes.
+    rustix::fs::fstat(file).ok().map(|stat| stat.st_blocks as u64 * 512)
+}
+
+/// The most memory that this process ever had in use, in bytes (`/proc/self/status`).
+fn peak() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
+    line.split_whitespace().next()?.parse::<u64>().ok().map(|kib| kib << 10)
+}
+
+/// Formats the report: one line for a figure, the same on every run, easy to grep.
+pub(super) fn report(run: &Run<'_>) -> String {
+    let mut text = String::new();
+    let mut total = VcpuStats::default();
+    let seconds = (run.total - run.built).as_secs_f64();
+    for vcpu in &run.counted.vcpus {
+        add(&mut total, vcpu);
+    }
+    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+    // Writing to a String cannot fail.
+    let mut line = |name: &str, value: String| {
+        let _ = writeln!(text, "{name:<28} {value}");
+    };
+    line("engine", run.engine.to_owned());
+    line("vcpus", run.counted.vcpus.len().to_string());
+    line("time to build", format!("{:.3} s", run.built.as_secs_f64()));
+    line("time in the guest", format!("{seconds:.3} s"));
+    line("guest instructions", total.instructions.to_string());
+    line("instructions per second", format!("{:.1} M", total.instructions as f64 / seconds / 1e6));
+    line("blocks decoded", total.blocks_decoded.to_string());
+    line("stores to decoded code", total.code_writes.to_string());
+    line("TLB misses", total.tlb_misses.to_string());
+    line("exceptions", total.exceptions.to_string());
+    line("interrupts", total.interrupts.to_string());
+    line("HLT", total.halts.to_string());
+    let Exits { port_in, port_out, mmio_read, mmio_write, msr_read, msr_write, cr8, hypercall } = total.exits;
+    for (name, count) in [
+        ("exits: port read", port_in),
+        ("exits: port write", port_out),
+        ("exits: MMIO read", mmio_read),
+        ("exits: MMIO write", mmio_write),
+        ("exits: RDMSR", msr_read),
+        ("exits: WRMSR", msr_write),
+        ("exits: CR8", cr8),
+        ("exits: hypercall", hypercall),
+    ] {
+        line(name, count.to_string());
+    }
+    let (ports, mmio) = (run.counted.unclaimed_ports, run.counted.unclaimed_mmio);
+    line("unclaimed ports", format!("{} reads, {} writes", ports.reads, ports.writes));
+    line("unclaimed MMIO", format!("{} reads, {} writes", mmio.reads, mmio.writes));
+    line("guest memory", format!("{:.0} MiB", mib(run.memory)));
+    if let Some(touched) = run.touched {
+        line("guest memory in use", format!("{:.1} MiB", mib(touched)));
+    }
+    if let Some(peak) = peak() {
+        line("host memory at peak", format!("{:.1} MiB", mib(peak)));
+    }
+    for (name, count) in &total.unimplemented {
+        line("not implemented", format!("{name}: {count}"));
+    }
+    text
+}
+
+/// Adds what one vCPU counted to the sum.
+fn add(sum: &mut VcpuStats, vcpu: &VcpuStats) {
+    sum.instructions += vcpu.instructions;
+    sum.blocks_decoded += vcpu.blocks_decoded;
+    sum.tlb_misses += vcpu.tlb_misses;
+    sum.code_writes += vcpu.code_writes;
+    sum.interrupts += vcpu.interrupts;
+    sum.exceptions += vcpu.exceptions;
+    sum.halts += vcpu.halts;
+    let (a, b) = (&mut sum.exits, &vcpu.exits);
+    a.port_in += b.port_in;
+    a.port_out += b.port_out;
+    a.mmio_read += b.mmio_read;
+    a.mmio_write += b.mmio_write;
+    a.msr_read += b.msr_read;
+    a.msr_write += b.msr_write;
+    a.cr8 += b.cr8;
+    a.hypercall += b.hypercall;
+    for (name, count) in &vcpu.unimplemented {
+        *sum.unimplemented.entry(name.clone()).or_default() += count;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sums_all_vcpus_and_names_what_is_missing() {
+        let mut vcpu = VcpuStats { instructions: 10, ..VcpuStats::default() };
+        vcpu.exits.mmio_read = 2;
+        vcpu.unimplemented.insert("Vmlaunch".into(), 1);
+        let counted = MachineStats { vcpus: vec![vcpu.clone(), vcpu], ..MachineStats::default() };
+        let text = report(&Run {
+            engine: "interpret",
+            built: Duration::from_millis(10),
+            total: Duration::from_millis(1010),
+            memory: 64 << 20,
+            touched: Some(1 << 20),
+            counted: &counted,
+        });
+        for want in ["guest instructions           20", "exits: MMIO read             4", "Vmlaunch: 2", "1.0 MiB"] {
+            assert!(text.contains(want), "{want:?} in\n{text}");
+        }
+    }
+}
