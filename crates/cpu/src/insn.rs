@@ -4,7 +4,7 @@ use iced_x86::{Code, Instruction, OpKind, Register};
 
 use crate::exec;
 use crate::fault::Exec;
-use crate::state::{CodeMode, REG_RIP, REG_ZERO, seg};
+use crate::state::{CodeMode, REG_RIP, REG_ZERO, reg, seg};
 use crate::vcpu::Vcpu;
 
 /// What executes an instruction.
@@ -193,11 +193,16 @@ impl Insn {
     }
 
     fn segment(&mut self, segment: Register, mode: CodeMode) {
-        if segment == Register::SS {
-            self.flags |= insn_flags::STACK;
-        }
         let number = register_number(segment);
-        self.seg = if mode == CodeMode::Bits64 && number < seg::FS { seg::FLAT } else { number };
+        if mode == CodeMode::Bits64 && number < seg::FS {
+            // Overrides by CS, DS, ES and SS are ignored: the base alone makes it a stack access.
+            let stack = [reg::RSP, reg::RBP].contains(&self.base);
+            self.flags |= if stack { insn_flags::STACK } else { 0 };
+            self.seg = seg::FLAT;
+        } else {
+            self.flags |= if segment == Register::SS { insn_flags::STACK } else { 0 };
+            self.seg = number;
+        }
     }
 }
 

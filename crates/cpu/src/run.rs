@@ -196,8 +196,9 @@ impl Interpreter {
         let start = insns.len();
         let mut i = Instruction::default();
         while insns.len() < start + BLOCK_LENGTH && decoder.can_decode() {
+            let left = len - decoder.position();
             decoder.decode_out(&mut i);
-            if decoder.last_error() == DecoderError::NoMoreBytes {
+            if decoder.last_error() == DecoderError::NoMoreBytes && left < INSTRUCTION_LENGTH {
                 // It goes on in the next page, which may be anywhere.
                 break;
             }

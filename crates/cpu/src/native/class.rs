@@ -23,10 +23,14 @@ impl Class {
     /// The class of `i`, if it computes with x87 or vector registers.
     pub(crate) fn of(i: &Instruction) -> Option<Self> {
         match i.encoding() {
-            EncodingKind::VEX if has_register(i, Register::is_vector_register) => Some(Self::Avx),
+            EncodingKind::VEX if has_register(i, Register::is_vector_register) || converts(i) => {
+                Some(Self::Avx)
+            }
             EncodingKind::Legacy if has_register(i, Register::is_mm) => Some(Self::Mmx),
             EncodingKind::Legacy if is_x87(i) => Some(Self::X87),
-            EncodingKind::Legacy if has_register(i, Register::is_vector_register) => Some(Self::Sse),
+            EncodingKind::Legacy if has_register(i, Register::is_vector_register) || converts(i) => {
+                Some(Self::Sse)
+            }
             _ => None,
         }
     }
@@ -35,7 +39,7 @@ impl Class {
     pub(crate) fn needs(self, i: &Instruction) -> u8 {
         match self {
             Self::X87 => ok::X87,
-            Self::Mmx if has_register(i, Register::is_vector_register) => ok::MMX | ok::SSE,
+            Self::Mmx if has_register(i, Register::is_vector_register) || uses_mxcsr(i) => ok::MMX | ok::SSE,
             Self::Mmx => ok::MMX,
             Self::Sse => ok::SSE,
             Self::Avx => ok::AVX,
@@ -45,6 +49,22 @@ impl Class {
 
 fn has_register(i: &Instruction, kind: fn(Register) -> bool) -> bool {
     (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Register && kind(i.op_register(n)))
+}
+
+/// Whether `i` converts a scalar, which may lie in memory, to an integer.
+fn converts(i: &Instruction) -> bool {
+    use Mnemonic as M;
+    matches!(
+        i.mnemonic(),
+        M::Cvtss2si
+            | M::Cvtsd2si
+            | M::Cvttss2si
+            | M::Cvttsd2si
+            | M::Vcvtss2si
+            | M::Vcvtsd2si
+            | M::Vcvttss2si
+            | M::Vcvttsd2si
+    )
 }
 
 fn is_x87(i: &Instruction) -> bool {

@@ -80,6 +80,7 @@ fn emms(vcpu: &mut Vcpu, _: &Insn) -> Exec {
         return refused(vcpu, ok::MMX);
     }
     check_pending(vcpu)?;
+    vcpu.state.fpu.set_top_keeping_registers(0);
     vcpu.state.fpu.set_tags(0);
     Ok(())
 }

@@ -112,7 +112,7 @@ fn what_is_not_enabled_faults() {
         (|v| v.state.cr4 &= !cr4::OSFXSR, vector::UD, 0, 0),
         (|v| v.state.cr4 &= !cr4::OSXSAVE, 0, vector::UD, 0),
         (|v| v.state.xcr0 = 3, 0, vector::UD, 0),
-        (|v| v.state.cr0 = v.state.cr0 & !cr0::PE, 0, vector::UD, 0),
+        (|v| v.state.cr0 &= !cr0::PE, 0, vector::UD, 0),
     ];
     for (n, (change, sse, avx, x87)) in cases.into_iter().enumerate() {
         let mut v = vcpu();
