@@ -180,8 +180,7 @@ impl Interpreter {
         if left < INSTRUCTION_LENGTH && self.blocks.crossing(gpa, mode, page.stamp()).is_some() {
             return self.crossing(vcpu, gva, gpa);
         }
-        watch(vcpu, page);
-        let stamp = page.stamp();
+        let Some(stamp) = watch(vcpu, page) else { return Ok(None) };
         let offset = gpa.page_offset() as usize;
         // What the longest block can take, or the rest of the page.
         let mut bytes = [0; BLOCK_LENGTH * INSTRUCTION_LENGTH];
@@ -230,9 +229,9 @@ impl Interpreter {
             let known = self.blocks.crossing(gpa, mode, page.stamp());
             return Ok(known.map(|c| std::slice::from_ref(&c.insn)));
         }
-        watch(vcpu, page);
-        watch(vcpu, second_page);
-        let (stamp, second_stamp) = (page.stamp(), second_page.stamp());
+        let (Some(stamp), Some(second_stamp)) = (watch(vcpu, page), watch(vcpu, second_page)) else {
+            return Ok(None);
+        };
         let mut bytes = [0; INSTRUCTION_LENGTH];
         let (head, tail) = bytes.split_at_mut(first_len.min(INSTRUCTION_LENGTH));
         if !ram.copy_from(gpa, head) || !ram.copy_from(second, tail) {
@@ -290,13 +289,15 @@ impl Interpreter {
     }
 }
 
-/// Makes `page` watched, so that what is decoded from it is known to be valid until its stamp changes.
-fn watch(vcpu: &mut Vcpu, page: RamPage<'_>) {
-    if !page.is_watched() {
+/// Makes `page` watched and returns its stamp: what is decoded from the page from now on is valid until the
+/// stamp changes. `None` if the page was written meanwhile.
+fn watch(vcpu: &mut Vcpu, page: RamPage<'_>) -> Option<u32> {
+    if page.ready().is_none() {
         vcpu.tlb.write_protect(page.host);
         let (ram, peer) = (std::sync::Arc::clone(&vcpu.ram), std::sync::Arc::clone(&vcpu.peer));
         ram.group().watch(&peer, page, || vcpu.serve_watch());
     }
+    page.ready()
 }
 
 /// Runs the instructions of a block.
