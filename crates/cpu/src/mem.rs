@@ -255,9 +255,13 @@ impl Vcpu {
     /// Reads the memory operand of `i` into `buffer` (at most a page).
     ///
     /// # Errors
-    /// Any fault of a data read.
+    /// Any fault of a data read; alignment is checked where the operand is a number of 2, 4 or 8 bytes.
     pub(crate) fn load_bytes(&mut self, i: &Insn, buffer: &mut [u8]) -> Exec {
-        let gva = self.linear(i, buffer.len() as u64, false)?;
+        let size = buffer.len() as u64;
+        let gva = self.linear(i, size, false)?;
+        if matches!(size, 2 | 4 | 8) {
+            self.check_alignment(gva, size, self.privilege())?;
+        }
         self.read_bytes(gva, buffer).map_err(|e| stack_fault(i, e))
     }
 
@@ -276,6 +280,9 @@ impl Vcpu {
     /// As for the write.
     pub(crate) fn probe_store(&mut self, i: &Insn, size: u64) -> Exec {
         let gva = self.linear(i, size, true)?;
+        if matches!(size, 2 | 4 | 8) {
+            self.check_alignment(gva, size, self.privilege())?;
+        }
         self.probe_write(gva, size).map_err(|e| stack_fault(i, e))
     }
 

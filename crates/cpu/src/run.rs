@@ -39,7 +39,8 @@ pub enum Outcome {
     TripleFault,
 }
 
-/// The engine *interpret*: decodes, caches and executes.
+/// The engine *interpret*: decodes, caches and executes. It serves one vCPU for life: what it has decoded
+/// refers to native code that the vCPU holds.
 pub struct Interpreter {
     blocks: BlockCache,
 }
