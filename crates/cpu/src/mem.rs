@@ -31,6 +31,9 @@ enum Place {
     Mmio { gpa: Gpa },
 }
 
+/// Where the bytes of an access are: in one or two pages, each with the part of the buffer that it holds.
+type Places = [Option<(Place, std::ops::Range<usize>)>; 2];
+
 impl Vcpu {
     // ---- effective addresses ----
 
@@ -97,7 +100,8 @@ impl Vcpu {
             }
             let code = s.has(crate::state::Segment::CODE);
             let writable = s.has(crate::state::Segment::WRITABLE);
-            if (write && (code || !writable)) || (!write && code && !writable) {
+            let allowed = if write { writable && !code } else { writable || !code };
+            if !allowed {
                 return bad();
             }
         }
@@ -573,13 +577,7 @@ impl Vcpu {
 
     /// Where `len` bytes at `gva` are: one or two pages, both checked before anything moves, each with the
     /// part of the buffer that it holds.
-    fn places(
-        &mut self,
-        gva: u64,
-        len: usize,
-        kind: AccessKind,
-        privilege: Privilege,
-    ) -> Exec<[Option<(Place, std::ops::Range<usize>)>; 2]> {
+    fn places(&mut self, gva: u64, len: usize, kind: AccessKind, privilege: Privilege) -> Exec<Places> {
         let first = len.min(0x1000 - (gva & 0xfff) as usize);
         if first < len
             && self.walk.canonical(Gva(gva)) != self.walk.canonical(Gva(gva.wrapping_add(first as u64)))
