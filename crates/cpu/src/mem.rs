@@ -31,7 +31,7 @@ enum Place {
     Mmio { gpa: Gpa },
 }
 
-/// One or two pages, each with the part of a buffer that it holds.
+/// Where the bytes of an access are: in one or two pages, each with the part of the buffer that it holds.
 type Places = [Option<(Place, std::ops::Range<usize>)>; 2];
 
 impl Vcpu {

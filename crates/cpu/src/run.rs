@@ -111,7 +111,7 @@ impl Interpreter {
             }
             let result = match self.block(vcpu) {
                 Ok(Some(insns)) => execute(vcpu, insns),
-                Ok(None) => self.uncached(vcpu),
+                Ok(None) => self.uncached(vcpu, false),
                 Err(stop) => Err(stop),
             };
             if let Err(stop) = result
@@ -130,7 +130,7 @@ impl Interpreter {
         let pending = vcpu.state.pending_dr6;
         // A shadow lasts for one instruction; the instruction may begin one of its own.
         vcpu.state.slow &= !(shadows | slow::NO_STEP_TRAP);
-        let result = self.uncached(vcpu);
+        let result = self.uncached(vcpu, before & slow::SS_SHADOW != 0);
         if before & slow::SS_SHADOW != 0 {
             // Two loads of SS in a row do not shadow for ever.
             vcpu.state.slow &= !slow::SS_SHADOW;
@@ -250,12 +250,13 @@ impl Interpreter {
     }
 
     /// Decodes and executes one instruction without the cache: one that lies outside RAM, or is stepped.
+    /// `shadowed` if the instruction before it loaded SS: its breakpoint is then not met.
     #[cold]
     #[inline(never)]
-    fn uncached(&mut self, vcpu: &mut Vcpu) -> Exec {
+    fn uncached(&mut self, vcpu: &mut Vcpu, shadowed: bool) -> Exec {
         let gva = code_address(vcpu)?;
         let breakpoints = vcpu.instruction_breakpoint(gva.0);
-        if breakpoints != 0 {
+        if breakpoints != 0 && !shadowed {
             return fault(Fault::db(breakpoints, false));
         }
         let mut bytes = [0; INSTRUCTION_LENGTH];
