@@ -696,6 +696,12 @@ impl Vcpu {
     /// #AC for a misaligned access at CPL 3 when alignment checking is on.
     fn check_alignment(&self, gva: u64, size: u64, privilege: Privilege) -> Exec {
         if gva & (size - 1) != 0 && privilege == Privilege::User && self.alignment_check() {
+            // Canonical form comes first.
+            let long = self.state.code_mode == CodeMode::Bits64;
+            let last = gva.wrapping_add(size - 1);
+            if long && !(self.walk.canonical(Gva(gva)) && self.walk.canonical(Gva(last))) {
+                return fault(Fault::gp(0));
+            }
             return fault(Fault::with_code(vector::AC, 0));
         }
         Ok(())
