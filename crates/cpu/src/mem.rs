@@ -663,6 +663,10 @@ impl Vcpu {
     /// #AC for a misaligned access at CPL 3 when alignment checking is on.
     fn check_alignment(&self, gva: u64, size: u64, privilege: Privilege) -> Exec {
         if gva & (size - 1) != 0 && privilege == Privilege::User && self.alignment_check() {
+            let last = gva.wrapping_add(size - 1);
+            if !self.walk.canonical(Gva(gva)) || !self.walk.canonical(Gva(last)) {
+                return fault(Fault::gp(0));
+            }
             return fault(Fault::with_code(vector::AC, 0));
         }
         Ok(())

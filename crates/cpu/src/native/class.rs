@@ -39,7 +39,7 @@ impl Class {
     pub(crate) fn needs(self, i: &Instruction) -> u8 {
         match self {
             Self::X87 => ok::X87,
-            Self::Mmx if has_register(i, Register::is_vector_register) => ok::MMX | ok::SSE,
+            Self::Mmx if has_register(i, Register::is_vector_register) || uses_mxcsr(i) => ok::MMX | ok::SSE,
             Self::Mmx => ok::MMX,
             Self::Sse => ok::SSE,
             Self::Avx => ok::AVX,

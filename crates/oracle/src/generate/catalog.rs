@@ -41,6 +41,11 @@ impl Family {
         Self::Crypto,
     ];
 
+    /// Whether its instructions work on x87 or vector registers.
+    pub const fn is_vector(self) -> bool {
+        matches!(self, Self::X87 | Self::Mmx | Self::Sse | Self::Avx | Self::Crypto)
+    }
+
     /// How many of 100 cases are of the family.
     pub(super) const fn weight(self) -> u64 {
         match self {
@@ -69,6 +74,8 @@ pub const EXCLUDED: &[(Mnemonic, &str)] = {
     &[
         (M::Cpuid, "differs between processors"),
         (M::Rdtsc, "never the same twice"),
+        (M::Ud0, "processors differ in its length"),
+        (M::Ud1, "processors differ in its length"),
         (M::Syscall, SYSTEM),
         (M::Sysenter, SYSTEM),
         (M::Int, SYSTEM),
@@ -213,6 +220,11 @@ fn testable(code: Code, mode: Mode) -> bool {
         && !EXCLUDED.iter().any(|(m, _)| *m == code.mnemonic())
         && !op.op_kinds().iter().any(far_or_odd)
         && !writes_segment(code)
+        // With a register operand #UD on some processors.
+        && !matches!(
+            code,
+            Code::Reservednop_rm16_r16_0F0D | Code::Reservednop_rm32_r32_0F0D | Code::Reservednop_rm64_r64_0F0D
+        )
         && !far(code)
         // 16-bit near branches: the vendors disagree on the operand size prefix.
         && !(op.operand_size() == 16 && branches(code))

@@ -162,10 +162,26 @@ impl Generator {
         let legacy: Vec<u8> = bytes
             .iter()
             .copied()
-            .take_while(|b| matches!(b, 0x26 | 0x2e | 0x36 | 0x3e | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3))
+            .take_while(|b| {
+                let rex = self.mode == Mode::Bits64 && matches!(b, 0x40..=0x4f);
+                rex || matches!(b, 0x26 | 0x2e | 0x36 | 0x3e | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3)
+            })
             .collect();
-        // FS is the host thread's; near branches with an operand size prefix depend on the vendor.
-        if legacy.contains(&0x64) || family == Family::Branch && legacy.contains(&0x66) {
+        let has = |prefix: &u8| legacy.contains(prefix);
+        // FS is the host thread's. Near branches with an operand size prefix depend on the vendor, and so does
+        // LOOPcc with a REP prefix, which AMD processors go by.
+        let repeats = has(&0xf2) || has(&0xf3);
+        let conditional_loop = matches!(i.mnemonic(), Mnemonic::Loope | Mnemonic::Loopne);
+        if has(&0x64) || family == Family::Branch && has(&0x66) || conditional_loop && repeats {
+            return None;
+        }
+        // A prefix may have moved the target of a short branch onto the instruction itself, for ever.
+        let own = i.ip()..i.next_ip();
+        if i.near_branch_target() != 0 && own.contains(&i.near_branch_target()) {
+            return None;
+        }
+        // PAUSE with REX.B is XCHG with R8 on some processors.
+        if i.code() == Code::Pause && bytes.iter().any(|b| matches!(b, 0x40..=0x4f)) {
             return None;
         }
         Some((i, bytes.to_vec(), family))
