@@ -97,6 +97,7 @@ features! {
         22 "RDPID";
     (0x7, 0) Edx: 4 "FSRM", 14 "SERIALIZE", 26 "IBRS_IBPB", 29 "ARCH_CAPABILITIES";
     (0x7, 1) Eax: 10 "FZRM", 11 "FSRS";
+    (0x7, 2) Edx: 4 "BHI_CTRL";
     (0xd, 1) Eax: 0 "XSAVEOPT", 1 "XSAVEC", 2 "XGETBV1";
     (0x8000_0001, 0) Ecx: 0 "LAHF", 5 "LZCNT", 8 "PREFETCHW";
     (0x8000_0001, 0) Edx: 11 "SYSCALL", 20 "NX", 26 "PDPE1GB", 27 "RDTSCP", 29 "LM";
@@ -174,7 +175,7 @@ impl Cpuid {
         cpuid.set_leaf(0x5, 0, leaf(0, 0, 0, 0));
         cpuid.set_leaf(0x6, 0, leaf(0, 0, 0, 0));
         // EAX: the highest subleaf.
-        cpuid.set_leaf(0x7, 0, leaf(1, 0, 0, 0));
+        cpuid.set_leaf(0x7, 0, leaf(2, 0, 0, 0));
         cpuid.set_leaf(0x7, 1, leaf(0, 0, 0, 0));
         // No performance counters.
         cpuid.set_leaf(0xa, 0, leaf(0, 0, 0, 0));

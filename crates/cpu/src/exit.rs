@@ -96,6 +96,6 @@ pub trait Platform: Send {
     /// Whether [`Self::acknowledge_interrupt`] would return a vector.
     fn interrupt_pending(&mut self) -> bool;
 
-    /// The processor took INIT: its local interrupt controller does the same.
-    fn init(&mut self);
+    /// The processor took INIT: its local interrupt controller, if it has one, does the same.
+    fn init(&mut self) {}
 }

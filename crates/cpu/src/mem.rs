@@ -18,7 +18,7 @@ use crate::flags;
 use crate::hostmem;
 use crate::insn::{Insn, insn_flags};
 use crate::stack::as_stack_fault;
-use crate::state::{CodeMode, REG_ZERO, cr0, cr4, seg};
+use crate::state::{CodeMode, CpuState, REG_ZERO, cr0, cr4, seg};
 use crate::tlb::{Fill, Table};
 use crate::vcpu::Vcpu;
 
@@ -162,32 +162,46 @@ impl Vcpu {
         self.modify(gva, locked, f).map_err(|e| stack_fault(i, e))
     }
 
-    /// Reads the memory operand of `i`: 16 or 32 bytes, at a multiple of that if `ALIGNED`.
+    /// Reads the memory operand of `i`: N bytes, 16 or 32, at a multiple of that if `ALIGNED`, to the first N
+    /// bytes of `to`. (They go there at once, because a `Result` full of bytes is slow.)
     ///
     /// # Errors
-    /// Any fault of a data read; #GP(0) if misaligned.
+    /// Any fault of a data read; #GP(0) if misaligned. Nothing has been changed then.
     #[inline(always)]
-    pub(crate) fn load_vector<const N: usize, const ALIGNED: bool>(&mut self, i: &Insn) -> Exec<[u8; N]> {
+    pub(crate) fn load_vector<const N: usize, const ALIGNED: bool>(
+        &mut self,
+        i: &Insn,
+        to: impl FnOnce(&mut CpuState) -> &mut [u8],
+    ) -> Exec {
         let gva = self.linear(i, N as u64, false)?;
         if ALIGNED && gva & (N as u64 - 1) != 0 {
             return fault(Fault::gp(0));
         }
-        let mut bytes = [0; N];
-        match self.tlb.read(self.state.tlb_base, self.state.tlb_tag, gva, N as u64) {
-            Some(host) => {
-                for (n, piece) in bytes.as_chunks_mut::<16>().0.iter_mut().enumerate() {
-                    // SAFETY: needed for speed; a TLB hit means that all N bytes lie in a page of guest RAM
-                    // that may be read.
-                    *piece = unsafe { hostmem::load_16(host + n * 16) };
-                }
-                Ok(bytes)
-            }
-            None => {
-                let privilege = self.privilege();
-                self.read_bytes_as(gva, &mut bytes, privilege).map_err(|e| stack_fault(i, e))?;
-                Ok(bytes)
-            }
+        let Some(host) = self.tlb.read(self.state.tlb_base, self.state.tlb_tag, gva, N as u64) else {
+            return self.load_vector_slow::<N>(i, gva, to);
+        };
+        for (n, piece) in to(&mut self.state).as_chunks_mut::<16>().0.iter_mut().take(N / 16).enumerate() {
+            // SAFETY: needed for speed; a TLB hit means that all N bytes lie in a page of guest RAM that may
+            // be read.
+            *piece = unsafe { hostmem::load_16(host + n * 16) };
         }
+        Ok(())
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn load_vector_slow<const N: usize>(
+        &mut self,
+        i: &Insn,
+        gva: u64,
+        to: impl FnOnce(&mut CpuState) -> &mut [u8],
+    ) -> Exec {
+        let mut bytes = [0; N];
+        self.read_bytes_as(gva, &mut bytes, self.privilege()).map_err(|e| stack_fault(i, e))?;
+        for (to, from) in to(&mut self.state).iter_mut().zip(bytes) {
+            *to = from;
+        }
+        Ok(())
     }
 
     /// Writes the memory operand of `i`: 16 or 32 bytes, at a multiple of that if `ALIGNED`.

@@ -118,7 +118,8 @@ impl Default for Msrs {
             tsc_adjust: 0,
             // WB, WT, UC-, UC, twice.
             pat: 0x0007_0406_0007_0406,
-            mtrr_def_type: 0,
+            // Enabled, fixed ranges too, write-back by default: no firmware runs that would set it up.
+            mtrr_def_type: 0xc06,
             mtrr_fixed: [0; FIXED_MTRRS],
             mtrr_variable: [0; 2 * VARIABLE_MTRRS],
             misc_enable: MISC_ENABLE,
@@ -188,8 +189,8 @@ static TABLE: &[Msr] = &[
     msr(0x017, "IA32_PLATFORM_ID", Read::Constant(0), Write::Never),
     msr(0x03a, "IA32_FEATURE_CONTROL", Read::Constant(FEATURE_CONTROL), Write::Never),
     msr(0x03b, "IA32_TSC_ADJUST", field!(tsc_adjust), Write::Bits(ALL, Vcpu::write_tsc_adjust)),
-    // IBRS, STIBP, SSBD.
-    msr(0x048, "IA32_SPEC_CTRL", field!(spec_ctrl), field!(spec_ctrl, bits 0b111)),
+    // IBRS, STIBP, SSBD, BHI_DIS_S: taking them keeps kernels from mitigations in software.
+    msr(0x048, "IA32_SPEC_CTRL", field!(spec_ctrl), field!(spec_ctrl, bits 0x407)),
     // IBPB.
     msr(0x049, "IA32_PRED_CMD", Read::Never, Write::Bits(1, |_, _| ())),
     msr(0x079, "IA32_BIOS_UPDT_TRIG", Read::Never, Write::Ignored),

@@ -25,7 +25,9 @@ pub(crate) fn in_new_session(command: &mut Command, terminal: bool) {
 
 /// Sets `IFF_UP` on the interface `lo`.
 pub(crate) fn bring_up_loopback() -> io::Result<()> {
-    let socket = std::net::UdpSocket::bind(("0.0.0.0", 0))?;
+    use rustix::net::{AddressFamily, SocketType, socket};
+    // Not a socket of std's: that would link the resolver into this binary.
+    let socket = socket(AddressFamily::UNIX, SocketType::DGRAM, None)?;
     // SAFETY: needed to build a C structure with a union; all-zero bytes are a valid `ifreq`.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {

@@ -34,6 +34,7 @@ nothing of it reaches the host.
 
 Streams: the command gets a terminal when ring3's standard input is one. A first
 Ctrl-C or SIGTERM to ring3 goes to the command, a second one ends the machine.
+On a terminal, Ctrl-] pressed three times within a second ends the machine.
 
 Exit status:
   The command's own; 128+N when signal N ended it; 124 when --timeout ended the

@@ -1,5 +1,6 @@
 //! The `ring3` program: reads the command line and turns every outcome into an exit status.
 
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
@@ -16,10 +17,13 @@ fn main() -> ExitCode {
         Err(error) => return answer_or_complain(&error),
     };
     let result = match cli.command {
-        Task::Run(args) => run::run(&args, run::vm::launch).map_err(Into::into),
+        Task::Run(args) => {
+            start_log();
+            run::run(&args, run::vm::launch).map_err(Into::into)
+        }
         Task::Kernel { task } => kernels(task).map(|()| 0),
         Task::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "ring3", &mut std::io::stdout());
+            clap_complete::generate(shell, &mut Cli::command(), "ring3", &mut io::stdout());
             Ok(0)
         }
         Task::Man { subcommand } => manual(subcommand.as_deref()).map(|()| 0),
@@ -31,6 +35,16 @@ fn main() -> ExitCode {
             ExitCode::from(FAILED)
         }
     }
+}
+
+/// The machine's own log, for those who work on it: `RING3_LOG` is a level (error, warn, info, debug, trace).
+fn start_log() {
+    let level = std::env::var("RING3_LOG").ok().and_then(|level| level.parse().ok());
+    tracing_subscriber::fmt()
+        .with_writer(io::stderr)
+        .with_max_level(level.unwrap_or(tracing::Level::WARN))
+        .without_time()
+        .init();
 }
 
 type Failure = Box<dyn std::error::Error>;
@@ -71,6 +85,7 @@ fn kernels(task: KernelTask) -> Result<(), Failure> {
             let chosen = kernel::installed()?;
             let cached = store.list()?;
             let boot = kernel::in_boot();
+            let mut out = io::stdout().lock();
             if cached.is_empty() && boot.is_empty() {
                 eprintln!(
                     "ring3: no kernels in {} or /boot; `ring3 kernel fetch` gets one",
@@ -79,17 +94,15 @@ fn kernels(task: KernelTask) -> Result<(), Failure> {
             }
             for kernel in cached.iter().chain(&boot).rev() {
                 let mark = if chosen.as_ref() == Some(kernel) { '*' } else { ' ' };
-                println!("{mark} {:<40} {}", kernel.release, kernel.image.display());
+                writeln!(out, "{mark} {:<40} {}", kernel.release, kernel.image.display())?;
             }
             Ok(())
         }
         KernelTask::Fetch { version } => {
-            println!("{}", kernel::fetch(version.as_deref())?.release);
-            Ok(())
+            Ok(writeln!(io::stdout(), "{}", kernel::fetch(version.as_deref())?.release)?)
         }
         KernelTask::Add { file, modules } => {
-            println!("{}", kernel::add(&file, modules.as_deref())?.release);
-            Ok(())
+            Ok(writeln!(io::stdout(), "{}", kernel::add(&file, modules.as_deref())?.release)?)
         }
         KernelTask::Remove { versions } => {
             let store = kernel::store::Store::of_user()?;
@@ -112,6 +125,6 @@ fn manual(subcommand: Option<&str>) -> Result<(), Failure> {
             found.display_name(format!("ring3-{name}"))
         }
     };
-    clap_mangen::Man::new(page).render(&mut std::io::stdout())?;
+    clap_mangen::Man::new(page).render(&mut io::stdout())?;
     Ok(())
 }

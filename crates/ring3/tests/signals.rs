@@ -1,7 +1,5 @@
 //! Signals to ring3 itself. They are the whole process's: this file holds one test.
 
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on is to fail")]
-
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;

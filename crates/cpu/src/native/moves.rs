@@ -138,8 +138,10 @@ fn get<const N: usize>(vcpu: &Vcpu, n: u8) -> [u8; N] {
 
 fn load<const VEX: bool, const N: usize, const ALIGNED: bool>(vcpu: &mut Vcpu, i: &Insn) -> Exec {
     check::<VEX>(vcpu)?;
-    let value = vcpu.load_vector::<N, ALIGNED>(i)?;
-    set::<VEX, N>(vcpu, i.dst, value);
+    vcpu.load_vector::<N, ALIGNED>(i, |state| &mut state.fpu.ymm[usize::from(i.dst & 15)])?;
+    if VEX && N == 16 {
+        vcpu.state.fpu.ymm[usize::from(i.dst & 15)][16..].fill(0);
+    }
     Ok(())
 }
 
@@ -277,7 +279,13 @@ fn logic_registers<L: Logic, const VEX: bool, const N: usize>(vcpu: &mut Vcpu, i
 fn logic_memory<L: Logic, const VEX: bool, const N: usize>(vcpu: &mut Vcpu, i: &Insn) -> Exec {
     check::<VEX>(vcpu)?;
     // Legacy encodings demand alignment, VEX does not.
-    let b = if VEX { vcpu.load_vector::<N, false>(i)? } else { vcpu.load_vector::<N, true>(i)? };
+    if VEX {
+        vcpu.load_vector::<N, false>(i, |state| &mut state.fpu.scratch.0)?;
+    } else {
+        vcpu.load_vector::<N, true>(i, |state| &mut state.fpu.scratch.0)?;
+    }
+    let mut b = [0; N];
+    b.copy_from_slice(&vcpu.state.fpu.scratch.0[..N]);
     let a = get(vcpu, if VEX { i.src } else { i.dst });
     set::<VEX, N>(vcpu, i.dst, combine::<L, N>(a, b));
     Ok(())

@@ -26,7 +26,7 @@ mod bit {
     pub(super) const READS_FLAGS: u64 = 1 << 36;
     /// An x87 instruction (else MMX): its address is remembered.
     pub(super) const X87: u64 = 1 << 37;
-    /// XMM registers take part in an MMX instruction.
+    /// XMM registers or MXCSR take part in an MMX instruction.
     pub(super) const SSE: u64 = 1 << 38;
 }
 
@@ -59,20 +59,28 @@ pub(super) fn select(vcpu: &mut Vcpu, i: &Instruction, insn: &mut Insn) -> Optio
     insn.imm = word;
     insn.imm2 = u8::try_from(size).ok()?;
 
+    let float = class::uses_mxcsr(i);
+    // Nothing but memory changes.
+    let plain = !float && !flags;
     macro_rules! sized {
         ($vex:literal, $float:literal) => {
             match (load, store, size, aligned) {
                 (false, false, ..) => registers::<$vex, $float>,
+                (true, false, 1, false) => loads::<$vex, $float, 1, false>,
+                (true, false, 2, false) => loads::<$vex, $float, 2, false>,
                 (true, false, 4, false) => loads::<$vex, $float, 4, false>,
                 (true, false, 8, false) => loads::<$vex, $float, 8, false>,
                 (true, false, 16, false) => loads::<$vex, $float, 16, false>,
                 (true, false, 16, true) => loads::<$vex, $float, 16, true>,
                 (true, false, 32, false) => loads::<$vex, $float, 32, false>,
+                (false, true, 4, false) if plain => stores::<$vex, 4>,
+                (false, true, 8, false) if plain => stores::<$vex, 8>,
+                (false, true, 16, false) if plain => stores::<$vex, 16>,
                 _ => general::<$vex, $float>,
             }
         };
     }
-    Some(match (class, class::uses_mxcsr(i)) {
+    Some(match (class, float) {
         (Class::X87 | Class::Mmx, _) => x87,
         (Class::Sse, false) => sized!(false, false),
         (Class::Sse, true) => sized!(false, true),
@@ -192,6 +200,11 @@ fn loads<const VEX: bool, const FLOAT: bool, const N: usize, const ALIGNED: bool
 ) -> Exec {
     check::<VEX>(vcpu)?;
     match N {
+        1 => vcpu.state.fpu.scratch.0[0] = vcpu.load::<u8>(i)?,
+        2 => {
+            let value = vcpu.load::<u16>(i)?;
+            vcpu.state.fpu.scratch.0[..2].copy_from_slice(&value.to_le_bytes());
+        }
         4 => {
             let value = vcpu.load::<u32>(i)?;
             vcpu.state.fpu.scratch.0[..4].copy_from_slice(&value.to_le_bytes());
@@ -201,11 +214,24 @@ fn loads<const VEX: bool, const FLOAT: bool, const N: usize, const ALIGNED: bool
             vcpu.state.fpu.scratch.0[..8].copy_from_slice(&value.to_le_bytes());
         }
         _ => {
-            let value = vcpu.load_vector::<N, ALIGNED>(i)?;
-            vcpu.state.fpu.scratch.0[..N].copy_from_slice(&value);
+            vcpu.load_vector::<N, ALIGNED>(i, |state| &mut state.fpu.scratch.0)?;
         }
     }
     call::<FLOAT>(vcpu, i)
+}
+
+/// A memory destination of N bytes, where nothing else changes.
+fn stores<const VEX: bool, const N: usize>(vcpu: &mut Vcpu, i: &Insn) -> Exec {
+    check::<VEX>(vcpu)?;
+    call::<false>(vcpu, i)?;
+    let mut value = [0; 16];
+    value.copy_from_slice(&vcpu.state.fpu.scratch.0[..16]);
+    let whole = u128::from_le_bytes(value);
+    match N {
+        4 => vcpu.store(i, whole as u32),
+        8 => vcpu.store(i, whole as u64),
+        _ => vcpu.store_vector::<16, false>(i, value),
+    }
 }
 
 /// Any other memory operand.

@@ -29,6 +29,12 @@ impl Verified {
     pub(crate) fn bytes(&self) -> &[u8] {
         &self.0
     }
+
+    /// Code of a test that vouches for it.
+    #[cfg(test)]
+    pub(crate) fn trusted(code: Vec<u8>) -> Self {
+        Self(code)
+    }
 }
 
 /// Why code was turned down.

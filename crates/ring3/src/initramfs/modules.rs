@@ -27,6 +27,28 @@ impl Module {
     }
 }
 
+impl Module {
+    /// Removes the signature appended to the file (kernel: `Documentation/admin-guide/module-signing.rst`).
+    ///
+    /// The kernel spends ten million instructions on checking one, and the files come from the host, which the
+    /// guest trusts anyway. An unsigned module taints the guest's kernel (E) where signatures are expected.
+    pub fn strip_signature(&mut self) {
+        const MARKER: &[u8] = b"~Module signature appended~\n";
+        // `struct module_signature`: eight bytes, then the length of what stands before it, big-endian.
+        const INFO: usize = 12;
+        let Some(signed) = self.bytes.strip_suffix(MARKER) else { return };
+        let Some((body, info)) = signed.len().checked_sub(INFO).and_then(|at| signed.split_at_checked(at))
+        else {
+            return;
+        };
+        let length = info.last_chunk::<4>().map(|&bytes| u32::from_be_bytes(bytes));
+        let end = length.and_then(|length| body.len().checked_sub(usize::try_from(length).ok()?));
+        if let Some(end) = end {
+            self.bytes.truncate(end);
+        }
+    }
+}
+
 /// Why modules cannot be had.
 #[derive(Debug, thiserror::Error)]
 pub enum ModuleError {
@@ -255,5 +277,141 @@ fn read_optional(path: &Path) -> Result<Option<String>, ModuleError> {
         Ok(text) => Ok(Some(text)),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(source) => Err(ModuleError::Read { path: path.to_owned(), source }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A module as far as this file looks: an ELF object with a `.modinfo` section.
+    fn module(depends: &str) -> Vec<u8> {
+        let info = format!("license=GPL\0depends={depends}\0name=x\0").into_bytes();
+        let names = b"\0.modinfo\0.shstrtab\0";
+        let (info_at, names_at) = (64, 64 + info.len());
+        let table_at = (names_at + names.len()).next_multiple_of(8);
+        let header = |name: u32, kind: u32, at: usize, size: usize| {
+            // name, type, flags, address, offset, size, link and info, alignment, entry size (ELF-64, figure 3)
+            let mut bytes = [name.to_le_bytes(), kind.to_le_bytes()].concat();
+            for field in [0, 0, at as u64, size as u64, 0, 1, 0] {
+                bytes.extend(field.to_le_bytes());
+            }
+            bytes
+        };
+        let mut elf = b"\x7fELF\x02\x01\x01".to_vec();
+        elf.resize(16, 0);
+        for field in [1_u16, 62] {
+            elf.extend(field.to_le_bytes());
+        }
+        elf.extend(1_u32.to_le_bytes());
+        for field in [0, 0, table_at as u64] {
+            elf.extend(field.to_le_bytes());
+        }
+        elf.extend(0_u32.to_le_bytes());
+        for field in [64_u16, 0, 0, 64, 3, 2] {
+            elf.extend(field.to_le_bytes());
+        }
+        assert_eq!(elf.len(), info_at);
+        elf.extend(&info);
+        elf.extend(names);
+        elf.resize(table_at, 0);
+        elf.extend(header(0, 0, 0, 0));
+        elf.extend(header(1, 1, info_at, info.len()));
+        elf.extend(header(10, 3, names_at, names.len()));
+        elf
+    }
+
+    fn tree(with_index: bool) -> (tempfile::TempDir, ModuleTree) {
+        let dir = tempfile::tempdir().unwrap();
+        let put = |path: &str, bytes: &[u8]| {
+            let path = dir.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, bytes).unwrap();
+        };
+        let xz = {
+            let mut encoder = liblzma::write::XzEncoder::new(Vec::new(), 0);
+            std::io::Write::write_all(&mut encoder, &module("virtio,virtio-ring")).unwrap();
+            encoder.finish().unwrap()
+        };
+        put("kernel/v/virtio_pci.ko.xz", &xz);
+        put("kernel/v/virtio.ko", &module(""));
+        put("kernel/v/virtio_ring.ko", &module("virtio"));
+        put("kernel/f/virtiofs.ko", &module("fuse,virtio-ring"));
+        put("kernel/f/broken.ko", &module("nosuch"));
+        put("kernel/f/garbage.ko", b"not an ELF file");
+        put("modules.builtin", b"kernel/fs/fuse/fuse.ko\nkernel/fs/overlayfs/overlay.ko\n");
+        if with_index {
+            put(
+                "modules.dep",
+                b"kernel/v/virtio_pci.ko.xz: kernel/v/virtio_ring.ko kernel/v/virtio.ko\n\
+                  kernel/v/virtio_ring.ko: kernel/v/virtio.ko\n\
+                  kernel/v/virtio.ko:\nkernel/f/virtiofs.ko: kernel/v/virtio_ring.ko kernel/v/virtio.ko\n",
+            );
+        }
+        let tree = ModuleTree::open(dir.path()).unwrap();
+        (dir, tree)
+    }
+
+    #[test]
+    fn needs_come_first_with_and_without_an_index() {
+        for with_index in [true, false] {
+            let (_dir, tree) = tree(with_index);
+            let modules = tree.load(&["virtio_pci", "virtiofs", "overlay"], &["virtio_rng"]).unwrap();
+            let names: Vec<_> = modules.iter().map(Module::file_name).collect();
+            assert_eq!(names, ["virtio.ko", "virtio_ring.ko", "virtio_pci.ko", "virtiofs.ko"]);
+            assert_eq!(modules[2].bytes, module("virtio,virtio-ring"));
+        }
+    }
+
+    #[test]
+    fn a_missing_driver_is_named() {
+        let (_dir, tree) = tree(false);
+        let error = tree.load(&["virtio_blk"], &[]).unwrap_err();
+        assert!(matches!(&error, ModuleError::Missing { name, .. } if name == "virtio_blk"), "{error}");
+        let error = tree.load(&["broken"], &[]).unwrap_err();
+        assert!(
+            matches!(&error, ModuleError::BrokenDependency { needs, .. } if needs == "nosuch"),
+            "{error}"
+        );
+        assert!(matches!(tree.load(&["garbage"], &[]), Err(ModuleError::NotAModule { .. })));
+    }
+
+    #[test]
+    fn the_index_that_is_written_is_depmods() {
+        let (dir, _) = tree(false);
+        for name in ["broken", "garbage"] {
+            fs::remove_file(dir.path().join(format!("kernel/f/{name}.ko"))).unwrap();
+        }
+        let text = ModuleTree::open(dir.path()).unwrap().dependency_file().unwrap();
+        let line = "kernel/v/virtio_pci.ko.xz: kernel/v/virtio_ring.ko kernel/v/virtio.ko\n";
+        assert!(text.contains(line), "{text}");
+        fs::write(dir.path().join("modules.dep"), &text).unwrap();
+        let modules = ModuleTree::open(dir.path()).unwrap().load(&["virtio_pci"], &[]).unwrap();
+        assert_eq!(modules.len(), 3);
+    }
+
+    #[test]
+    fn signatures_go_and_damaged_ones_stay() {
+        let signed = |length: u32| {
+            let mut bytes = b"ELF".to_vec();
+            bytes.extend([7; 20]);
+            bytes.extend([0; 8]);
+            bytes.extend(length.to_be_bytes());
+            bytes.extend(b"~Module signature appended~\n");
+            Module { name: "x".into(), bytes }
+        };
+        let mut module = signed(20);
+        module.strip_signature();
+        assert_eq!(module.bytes, b"ELF");
+        module.strip_signature();
+        assert_eq!(module.bytes, b"ELF");
+        for length in [24, u32::MAX] {
+            let mut module = signed(length);
+            module.strip_signature();
+            assert_eq!(module, signed(length));
+        }
+        let mut module = Module { name: "x".into(), bytes: b"~Module signature appended~\n".to_vec() };
+        module.strip_signature();
+        assert_eq!(module.bytes.len(), 28);
     }
 }

@@ -115,7 +115,10 @@ pub fn choose(named: Option<&Path>) -> Result<Kernel, KernelError> {
 /// # Errors
 /// A [`KernelError`] when the cache cannot be read and `/boot` has nothing.
 pub fn installed() -> Result<Option<Kernel>, KernelError> {
-    let cached = Store::of_user().and_then(|store| store.list());
+    let cached = Store::of_user().and_then(|store| {
+        store.sweep();
+        store.list()
+    });
     if let Ok(Some(kernel)) = cached.as_ref().map(|kernels| kernels.last()) {
         return Ok(Some(kernel.clone()));
     }
@@ -247,4 +250,55 @@ fn copy_tree(from: &Path, to: &Path, depth: usize) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn put(path: &Path, content: &str) {
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, content).unwrap();
+    }
+
+    #[test]
+    fn only_boot_kernels_with_their_modules_count() {
+        let dir = tempfile::tempdir().unwrap();
+        let (boot, modules) = (dir.path().join("boot"), dir.path().join("modules"));
+        let builtin = "kernel/drivers/virtio/virtio_pci.ko\nkernel/fs/fuse/virtiofs.ko\n";
+        for release in ["6.1.0-9-amd64", "6.1.0-10-amd64", "6.9-nomodules", "6.10-novirtio"] {
+            put(&boot.join(format!("vmlinuz-{release}")), "kernel");
+        }
+        put(&boot.join("initrd.img-6.11"), "");
+        for release in ["6.1.0-9-amd64", "6.1.0-10-amd64"] {
+            put(&modules.join(release).join("modules.builtin"), builtin);
+        }
+        put(&modules.join("6.10-novirtio/modules.builtin"), "kernel/fs/ext4/ext4.ko\n");
+        let releases: Vec<_> =
+            boot_kernels(&boot, &modules).into_iter().map(|kernel| kernel.release).collect();
+        assert_eq!(releases, ["6.1.0-9-amd64", "6.1.0-10-amd64"]);
+        assert_eq!(boot_kernels(&dir.path().join("none"), &modules), []);
+    }
+
+    #[test]
+    fn modules_are_found_beside_a_kernel() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("boot/vmlinuz");
+        put(&image, "");
+        assert_eq!(modules_beside(&image, "0.0-none"), None);
+        put(&dir.path().join("lib/modules/0.0-none/modules.builtin"), "");
+        assert_eq!(modules_beside(&image, "0.0-none"), Some(dir.path().join("lib/modules/0.0-none")));
+        put(&dir.path().join("boot/modules/kernel/x.ko"), "");
+        assert_eq!(modules_beside(&image, "0.0-none"), Some(dir.path().join("boot/modules")));
+    }
+
+    #[test]
+    fn a_bad_kernel_file_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("k");
+        assert!(matches!(choose(Some(&path)), Err(KernelError::Image(ImageError::Read { .. }))));
+        put(&path, "#!/bin/sh");
+        assert!(matches!(choose(Some(&path)), Err(KernelError::Image(ImageError::NotAKernel { .. }))));
+        assert!(choose(Some(dir.path())).is_err());
+    }
 }

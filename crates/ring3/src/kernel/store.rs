@@ -10,6 +10,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 
 use super::{Kernel, Source, version};
 
@@ -24,7 +25,10 @@ const UNFINISHED: &str = ".unfinished-";
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// No directory to use.
-    #[error("no cache directory: neither XDG_CACHE_HOME nor HOME names an absolute path; set one of them")]
+    #[error(
+        "no cache directory for kernels: neither XDG_CACHE_HOME nor HOME names an absolute path; set one of them, \
+         or give a kernel by --kernel FILE"
+    )]
     NoHome,
     /// A file operation failed.
     #[error("cannot {what} {} (XDG_CACHE_HOME chooses another cache directory)", path.display())]
@@ -121,13 +125,21 @@ impl Store {
         let path = self.dir.join(LOCK);
         let lock = File::options().create(true).truncate(false).write(true).open(&path);
         let lock = lock.map_err(|e| self.io("open", &path, e))?;
-        if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+        if flock(&lock, FlockOperation::NonBlockingLockExclusive) == Err(Errno::WOULDBLOCK) {
             eprintln!("ring3: waiting for another ring3 that is changing {}", self.dir.display());
-            flock(&lock, FlockOperation::LockExclusive).map_err(|e| self.io("lock", &path, e.into()))?;
         }
+        flock(&lock, FlockOperation::LockExclusive).map_err(|e| self.io("lock", &path, e.into()))?;
         let writer = Writer { store: self, _lock: lock };
         writer.remove_unfinished()?;
         Ok(writer)
+    }
+
+    /// Removes what dead writers left, unless a live one is at work. Failing at it is no reason not to run.
+    pub fn sweep(&self) {
+        let Ok(lock) = File::options().write(true).open(self.dir.join(LOCK)) else { return };
+        if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok() {
+            let _ = Writer { store: self, _lock: lock }.remove_unfinished();
+        }
     }
 
     fn path_of(&self, release: &str) -> Result<PathBuf, StoreError> {
@@ -258,6 +270,14 @@ mod tests {
         assert!(left.exists());
         drop(store.lock().unwrap());
         assert!(!left.exists());
+
+        let writer = store.lock().unwrap();
+        let alive = fill(&writer, "half").keep();
+        store.sweep();
+        assert!(alive.exists());
+        drop(writer);
+        store.sweep();
+        assert!(!alive.exists());
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 /// Lines kept.
-const KEPT: usize = 40;
+const KEPT: usize = 24;
 /// A longer line is cut: the guest chooses its length.
 const LONGEST: usize = 512;
 
@@ -109,7 +109,7 @@ mod tests {
         tail.push(&[b'x'; 10_000]);
         let lines = tail.lines();
         assert_eq!(lines.len(), KEPT + 1);
-        assert_eq!(lines[0], "line[31m 60");
+        assert_eq!(lines[0], "line[31m 76");
         assert_eq!(lines[KEPT].len(), LONGEST);
     }
 

@@ -2,7 +2,7 @@
 //!
 //! `run` chooses the kernel, makes the initramfs ([`plan`]), opens the host ends of the machine's ports, and
 //! starts the machine ([`vm::launch`]) on a thread of its own. Three more threads turn what happens into
-//! [`Event`]s: the guest's control lines, signals, and the machine's end. [`Session`] is the one place that
+//! events: the guest's control lines, signals, and the machine's end. The session is the one place that
 //! acts on them: it forwards signals and sizes, watches the clock, and knows when the run is over.
 //!
 //! Nothing is left behind when ring3 is killed: the initramfs and the console are in memory, and no file is
@@ -34,7 +34,6 @@ use console::Console;
 use session::Session;
 use spec::{Duplex, Outcome, Ports, Serial, VmSpec};
 use spinner::Spinner;
-use terminal::RawMode;
 use vm::VmError;
 
 /// Why a run failed, as opposed to its command.
@@ -145,13 +144,14 @@ where
     let is_terminal = [io::stdin().is_terminal(), io::stdout().is_terminal(), io::stderr().is_terminal()];
     let streams = plan::streams(is_terminal)?;
     let own_initramfs = args.initramfs.is_none();
+    let command_line = plan::command_line(args.verbose || !own_initramfs, args.append.as_deref());
     let initramfs = match &args.initramfs {
         Some(path) => {
             std::fs::read(path).map_err(|source| RunError::Initramfs { path: path.clone(), source })?
         }
         None => {
             let spec = plan::guest_spec(args, &kernel, streams)?;
-            let modules = plan::modules(&kernel, &kernel_bytes, !args.disks.is_empty())?;
+            let modules = plan::modules(&kernel, &kernel_bytes, !args.disks.is_empty(), &command_line)?;
             initramfs::build(&spec, &modules)?.finish()
         }
     };
@@ -163,22 +163,23 @@ where
     let (console, console_end) = Console::start(args.verbose).map_err(RunError::SetUp)?;
     let (control, control_end) = UnixStream::pair().map_err(RunError::SetUp)?;
     let stop = eventfd(0, EventfdFlags::CLOEXEC).map_err(|e| RunError::SetUp(e.into()))?;
-    let uses_terminal = is_terminal.first() == Some(&true);
+    let (typed_end, typed) = match is_terminal {
+        [true, ..] => io::pipe().map(|(r, w)| (Some(r.into()), Some(w.into()))).map_err(RunError::SetUp)?,
+        [false, ..] => (None, None),
+    };
     let (serial, ports) = if own_initramfs {
-        let ports = open_ports(streams, control_end.into())?;
+        let ports = open_ports(streams, typed_end, control_end.into())?;
         (Serial { input: None, output: console_end }, Some(ports))
     } else {
-        (
-            Serial { input: Some(duplicate(io::stdin().as_fd())?), output: duplicate(io::stdout().as_fd())? },
-            None,
-        )
+        let input = typed_end.map_or_else(|| duplicate(io::stdin().as_fd()), Ok)?;
+        (Serial { input: Some(input), output: duplicate(io::stdout().as_fd())? }, None)
     };
     let stats = args.stats.then(|| Arc::new(Mutex::new(String::new())));
     let vm = VmSpec {
         kernel_path: kernel.image.clone(),
         kernel: kernel_bytes,
         initramfs,
-        command_line: plan::command_line(args.verbose || !own_initramfs, args.append.as_deref()),
+        command_line,
         memory: args.memory,
         cpus: args.cpus,
         shared_root: own_initramfs.then_some(root),
@@ -191,28 +192,29 @@ where
     };
 
     let spinner = Spinner::start(!args.verbose && own_initramfs, &format!("booting {}", kernel.release));
-    let raw = if uses_terminal { Some(RawMode::enter().map_err(RunError::Streams)?) } else { None };
-    let session = Session::new(control, stop, spinner, args.timeout, uses_terminal)?;
+    let mut session = Session::new(control, stop, spinner, args.timeout, typed)?;
+    if !own_initramfs {
+        session.hand_over_terminal().map_err(RunError::Streams)?;
+    }
     session.start(launch, vm).map_err(RunError::SetUp)?;
+    // This also gives the terminal back.
     let end = session.watch();
-    drop(raw);
     if let Some(stats) = stats {
         eprint!("{}", stats.lock().unwrap_or_else(PoisonError::into_inner));
     }
     end.status(own_initramfs, console)
 }
 
-/// The host ends of the virtio console: our own standard streams, or the terminal.
-fn open_ports(streams: [Stream; 3], control: OwnedFd) -> Result<Ports, RunError> {
+/// The host ends of the virtio console: our own standard streams, or the terminal, of which `typed` is the input.
+fn open_ports(streams: [Stream; 3], typed: Option<OwnedFd>, control: OwnedFd) -> Result<Ports, RunError> {
     let (stdin, stdout, stderr) = (io::stdin(), io::stdout(), io::stderr());
     let port = |index: usize, fd: BorrowedFd<'_>| {
         (streams.get(index) == Some(&Stream::Port)).then(|| duplicate(fd)).transpose()
     };
-    let terminal = if streams.contains(&Stream::Terminal) {
-        // A terminal can be written through any descriptor of it, standard input included.
-        Some(Duplex { input: duplicate(stdin.as_fd())?, output: duplicate(stdin.as_fd())? })
-    } else {
-        None
+    // A terminal can be written through any descriptor of it, standard input included.
+    let terminal = match typed {
+        Some(input) => Some(Duplex { input, output: duplicate(stdin.as_fd())? }),
+        None => None,
     };
     Ok(Ports {
         terminal,

@@ -11,11 +11,12 @@ use guest_init::control::{FromGuest, Lines, ToGuest};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH};
 use signal_hook::iterator::{Handle, Signals};
 
+use super::RunError;
 use super::console::Console;
 use super::spec::{Outcome, VmSpec};
 use super::spinner::Spinner;
+use super::terminal::{self, RawMode};
 use super::vm::VmError;
-use super::{RunError, terminal};
 
 /// Exit status of a run that `--timeout` ended, as with timeout(1).
 const TIMED_OUT: u8 = 124;
@@ -34,6 +35,8 @@ enum Event {
     BadLine(String),
     /// This process got a signal.
     Signal(i32),
+    /// The user typed the escape.
+    Escape,
     /// The machine ended.
     Machine(Result<Outcome, VmError>),
 }
@@ -69,7 +72,10 @@ pub(super) struct Session {
     control: UnixStream,
     stop: OwnedFd,
     spinner: Spinner,
-    uses_terminal: bool,
+    /// Where what is typed goes, until the command takes the terminal over.
+    typed: Option<OwnedFd>,
+    /// The terminal is the guest's.
+    raw: Option<RawMode>,
     phase: Phase,
     signals_seen: u32,
     /// When the run's own time is over.
@@ -88,7 +94,7 @@ impl Session {
         stop: OwnedFd,
         spinner: Spinner,
         timeout: Option<Duration>,
-        uses_terminal: bool,
+        typed: Option<OwnedFd>,
     ) -> Result<Self, RunError> {
         let (sender, events) = mpsc::channel();
         let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGWINCH])
@@ -113,7 +119,8 @@ impl Session {
             control,
             stop,
             spinner,
-            uses_terminal,
+            typed,
+            raw: None,
             phase: Phase::Booting,
             signals_seen: 0,
             deadline,
@@ -135,6 +142,16 @@ impl Session {
             let outcome = launch(vm);
             // Nobody listens any more when the watch gave up on us.
             let _ = to.send(Event::Machine(outcome));
+        })
+    }
+
+    /// Gives the terminal to the guest. Until then it is as it was, so that Ctrl-C ends a boot.
+    pub(super) fn hand_over_terminal(&mut self) -> io::Result<()> {
+        let Some(typed) = self.typed.take() else { return Ok(()) };
+        self.raw = Some(RawMode::enter()?);
+        let to = self.sender.clone();
+        terminal::pass_input(typed, move || {
+            let _ = to.send(Event::Escape);
         })
     }
 
@@ -193,6 +210,8 @@ impl Session {
                 self.spinner.clear();
                 if self.phase == Phase::Booting {
                     self.phase = Phase::Running;
+                    // A terminal that cannot be made raw can still be used.
+                    let _ = self.hand_over_terminal();
                     // The size may have changed while the guest booted.
                     self.send_size();
                 }
@@ -213,6 +232,10 @@ impl Session {
                     self.end.bad_line = Some(line);
                     self.stop();
                 }
+            }
+            Event::Escape => {
+                self.end.signal.get_or_insert(SIGINT);
+                self.stop();
             }
             Event::Signal(SIGWINCH) => self.send_size(),
             Event::Signal(signal) => self.signal(signal),
@@ -262,7 +285,7 @@ impl Session {
     }
 
     fn send_size(&mut self) {
-        if self.uses_terminal
+        if self.raw.is_some()
             && self.phase == Phase::Running
             && let Some((rows, columns)) = terminal::size()
         {

@@ -61,7 +61,7 @@ pub struct Serial {
 /// - what is in the transmit queues when the guest powers off is still written out before `launch` returns.
 #[derive(Debug)]
 pub struct Ports {
-    /// The terminal, already in raw mode; `None` when the command has none (the port exists all the same).
+    /// The terminal: a pipe with what is typed, and the terminal itself to write to; `None` when the command has none (the port exists all the same).
     pub terminal: Option<Duplex>,
     /// Bytes for the command's standard input; `None`: the guest does not use the port.
     pub stdin: Option<OwnedFd>,

@@ -2,6 +2,8 @@
 //! paging.
 
 mod control;
+mod engine;
+mod host;
 mod moves;
 mod vectors;
 
@@ -39,6 +41,8 @@ impl Platform for Nothing {
     fn acknowledge_interrupt(&mut self) -> Option<u8> {
         None
     }
+
+    fn init(&mut self) {}
 
     fn interrupt_pending(&mut self) -> bool {
         false

@@ -38,6 +38,8 @@ impl Platform for Nothing {
         None
     }
 
+    fn init(&mut self) {}
+
     fn interrupt_pending(&mut self) -> bool {
         false
     }
