@@ -90,6 +90,17 @@ pub const KNOWN: &[Known] = &[
         parts: &[],
     },
     Known {
+        name: "80-bit operand in two pieces",
+        reason: "a ten-byte operand that runs out of canonical addresses: AMD processors access eight bytes, which \
+                 may fault, before they look at the other two",
+        applies: |case, host, other| {
+            case.instruction.memory_size().size() == 10
+                && raised(host) == Some(PF)
+                && raised(other) == Some(GP)
+        },
+        parts: &[],
+    },
+    Known {
         name: "exact underflow",
         reason: "with underflow unmasked a tiny result raises #XM though it is exact; instructions that run \
                  with all exceptions masked do not show that",

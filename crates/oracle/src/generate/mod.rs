@@ -20,7 +20,7 @@ use iced_x86::{Code, Decoder, DecoderOptions, Encoder, Instruction, Mnemonic, Op
 use crate::case::{CODE, CODE_SIZE, Case, DATA, DATA_SIZE, GS_BASE, Memory, Mode, Registers};
 use crate::random::Random;
 use catalog::Catalog;
-pub use catalog::{EXCLUDED, Family, lacking};
+pub use catalog::{EXCLUDED, EXCLUDED_FORMS, Family, lacking};
 use operand::Plan;
 
 /// The longest instruction in bytes.
@@ -67,6 +67,11 @@ impl Generator {
                 return case;
             }
         }
+    }
+
+    /// Case `number` if the first attempt makes one, which [`Self::case`] repeats until it does.
+    pub fn try_case(&self, number: u64) -> Option<Case> {
+        self.attempt(number, &mut Random::for_case(self.seed, number))
     }
 
     fn draw(&self, random: &mut Random) -> Code {
@@ -211,7 +216,7 @@ fn steer(case: &mut Case, plan: Option<Plan>, random: &mut Random) {
     let i = &case.instruction;
     let window = |random: &mut Random, size| operand::linear(random, size, false);
     if random.chance(15, 16) {
-        gpr[4] = DATA + 0x200 + random.below(0x1c00) & !7;
+        gpr[4] = DATA + 0x200 + (random.below(0x1c00) & !7);
         if random.chance(1, 12) {
             gpr[4] = window(random, 8);
         }
