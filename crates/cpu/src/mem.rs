@@ -767,6 +767,6 @@ fn modify_ram<T: Data>(host: usize, locked: bool, f: impl Fn(T) -> T) -> (T, T) 
 
 /// In 64-bit mode a non-canonical address of a stack access is #SS, not #GP.
 #[cold]
-fn stack_fault(i: &Insn, stop: Box<crate::fault::Stop>) -> Box<crate::fault::Stop> {
+pub(crate) fn stack_fault(i: &Insn, stop: Box<crate::fault::Stop>) -> Box<crate::fault::Stop> {
     if i.has(insn_flags::STACK) { as_stack_fault(stop) } else { stop }
 }

@@ -261,20 +261,21 @@ fn stores<const VEX: bool, const N: usize>(vcpu: &mut Vcpu, i: &Insn) -> Exec {
 /// Any other memory operand.
 fn general<const VEX: bool, const FLOAT: bool>(vcpu: &mut Vcpu, i: &Insn) -> Exec {
     check::<VEX>(vcpu)?;
+    before(vcpu, i)?;
+    call::<FLOAT>(vcpu, i)?;
+    after(vcpu, i)
+}
+
+/// Checks alignment; reads a memory source into the scratch buffer; makes sure that a memory destination can
+/// be written.
+fn before(vcpu: &mut Vcpu, i: &Insn) -> Exec {
+    let size = usize::from(i.imm2).min(64);
     if i.imm & bit::ALIGNED != 0 {
         let gva = vcpu.linear(i, u64::from(i.imm2), i.imm & bit::STORE != 0)?;
         if gva & u64::from(i.imm2.wrapping_sub(1)) != 0 {
             return fault(Fault::gp(0));
         }
     }
-    before(vcpu, i)?;
-    call::<FLOAT>(vcpu, i)?;
-    after(vcpu, i)
-}
-
-/// Reads a memory source into the scratch buffer; makes sure that a memory destination can be written.
-fn before(vcpu: &mut Vcpu, i: &Insn) -> Exec {
-    let size = usize::from(i.imm2).min(64);
     if i.imm & bit::STORE != 0 {
         vcpu.probe_store(i, size as u64)?;
     }
