@@ -31,7 +31,7 @@ enum Place {
     Mmio { gpa: Gpa },
 }
 
-/// Where the bytes of an access are: in one or two pages, each with the part of the buffer that it holds.
+/// One or two pages, each with the part of a buffer that it holds.
 type Places = [Option<(Place, std::ops::Range<usize>)>; 2];
 
 impl Vcpu {
@@ -164,6 +164,20 @@ impl Vcpu {
     pub fn update<T: Data>(&mut self, i: &Insn, locked: bool, f: impl Fn(T) -> T) -> Exec<(T, T)> {
         let gva = self.linear(i, T::SIZE, true)?;
         self.modify(gva, locked, f).map_err(|e| stack_fault(i, e))
+    }
+
+    /// Exchanges the memory operand of `i` for `value`, atomically; returns what was there.
+    ///
+    /// # Errors
+    /// Any fault of a data write.
+    #[inline(always)]
+    pub fn exchange<T: Data>(&mut self, i: &Insn, value: T) -> Exec<T> {
+        let gva = self.linear(i, T::SIZE, true)?;
+        match self.tlb.write(self.state.tlb_base, self.state.tlb_tag, gva, T::SIZE) {
+            // SAFETY: as in `store`.
+            Some(host) => Ok(unsafe { hostmem::exchange(host, value) }),
+            None => Ok(self.modify(gva, true, |_| value).map_err(|e| stack_fault(i, e))?.0),
+        }
     }
 
     /// Reads the memory operand of `i`: N bytes, 16 or 32, at a multiple of that if `ALIGNED`, to the first N

@@ -20,13 +20,16 @@ const CONTROL_ENABLE: u16 = 1 << 15;
 const CONTROL_FUNCTION_MASK: u16 = 1 << 14;
 
 /// Takes message-signalled interrupts; the machine implements it.
+///
+/// An implementation must not wait for a lock that is held around calls of the function: a reset waits for the
+/// device's threads, and they may be just here.
 pub trait MsiSink: Send + Sync {
     /// A 32-bit write of `data` to guest-physical `address`, as the function's MSI. Any value may come: the
     /// guest chooses them. Called from any thread.
     fn signal(&self, address: u64, data: u32);
 }
 
-/// A level-triggered interrupt wire; the machine implements it.
+/// A level-triggered interrupt wire; the machine implements it, under the same rule as [`MsiSink`].
 pub trait IntxLine: Send + Sync {
     /// Drives the wire: `true` is asserted. May be called with the level it has. Called from any thread.
     fn set(&self, level: bool);

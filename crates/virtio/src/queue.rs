@@ -217,6 +217,8 @@ pub struct Virtq<M: GuestMem> {
     interrupts: Arc<Interrupts>,
     indirect: bool,
     broken: bool,
+    /// [`wait_for_kick`](Self::wait_for_kick) saw a chain that was not popped yet.
+    promised: bool,
     /// Entries pushed since the last [`signal`](Self::signal).
     unsignalled: bool,
 }
@@ -230,7 +232,17 @@ impl<M: GuestMem> Virtq<M> {
         interrupts: Arc<Interrupts>,
         indirect: bool,
     ) -> Self {
-        Virtq { index, queue, mem, kick, interrupts, indirect, broken: false, unsignalled: false }
+        Virtq {
+            index,
+            queue,
+            mem,
+            kick,
+            interrupts,
+            indirect,
+            broken: false,
+            promised: false,
+            unsignalled: false,
+        }
     }
 
     /// Number of the queue.
@@ -254,12 +266,20 @@ impl<M: GuestMem> Virtq<M> {
         let mem = self.mem.memory();
         let raw = match self.queue.iter(mem.clone()).map(|mut available| available.next()) {
             Ok(Some(raw)) => raw,
-            Ok(None) => return None,
+            Ok(None) => {
+                // The index only ever grows. One that goes back could make a worker look for ever.
+                if self.promised {
+                    let reason = virtio_queue::Error::InvalidAvailRingIndex;
+                    self.break_by(&QueueError::Ring { queue: self.index, reason });
+                }
+                return None;
+            }
             Err(reason) => {
                 self.break_by(&QueueError::Ring { queue: self.index, reason });
                 return None;
             }
         };
+        self.promised = false;
         let head = raw.head_index();
         let table = Table { address: GuestAddress(self.queue.desc_table()), size: self.queue.size().into() };
         match walk(&*mem, table, head, self.indirect) {
@@ -306,7 +326,10 @@ impl<M: GuestMem> Virtq<M> {
         }
         let mem = self.mem.memory();
         match self.queue.enable_notification(&*mem) {
-            Ok(more) => !more,
+            Ok(more) => {
+                self.promised = more;
+                !more
+            }
             Err(reason) => {
                 self.break_by(&QueueError::Ring { queue: self.index, reason });
                 true

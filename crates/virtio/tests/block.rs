@@ -1,4 +1,5 @@
 //! The disk from the driver's side.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
 

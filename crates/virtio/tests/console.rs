@@ -1,4 +1,5 @@
 //! The console from the driver's side and from the host's side.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
 
@@ -142,6 +143,39 @@ fn a_reader_that_goes_away_closes_the_port() {
     setup.guest.request(tx(2), &[b"nobody"], 0);
     assert_eq!(hear(&mut setup.guest, CONTROL_RX), message(2, 6, 0));
     setup.guest.request(tx(2), &[b"still nobody"], 0);
+}
+
+#[test]
+fn a_writer_that_goes_away_ends_the_stream_of_a_waiting_reader() {
+    let mut setup = setup();
+    handshake(&mut setup.guest, true);
+    let guest = &mut setup.guest;
+    let mut stdin = setup.stdin.take().unwrap();
+    stdin.write_all(b"first").unwrap();
+    assert_eq!(hear(guest, rx(1)), b"first");
+    // This buffer waits; another port's answer says that the device knows of it.
+    let buffer = guest.alloc(64);
+    guest.offer(rx(1), &[(buffer, 64, WRITE)]);
+    guest.kick(rx(1));
+    guest.request(tx(0), &[b"x"], 0);
+    drop(stdin);
+    assert_eq!(hear(guest, CONTROL_RX), message(1, 6, 0));
+    assert_eq!(guest.poll_used(rx(1)), None);
+}
+
+/// A reader that leaves while the guest waits for it.
+#[test]
+fn a_full_pipe_that_breaks_gives_the_buffer_back() {
+    let mut setup = setup();
+    handshake(&mut setup.guest, true);
+    let guest = &mut setup.guest;
+    let address = guest.alloc(300_000);
+    guest.offer(tx(2), &[(address, 300_000, 0)]);
+    guest.kick(tx(2));
+    guest.request(tx(0), &[b"x"], 0);
+    drop(setup.stdout.take());
+    guest.wait_used(tx(2));
+    assert_eq!(hear(guest, CONTROL_RX), message(2, 6, 0));
 }
 
 #[test]

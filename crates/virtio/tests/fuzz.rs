@@ -1,6 +1,7 @@
 //! A second of nonsense from a fixed seed for every device: random register accesses, random rings, chains
 //! that are almost right. The devices must stay inside guest memory, answer every access, and come back to
 //! work after a reset.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
 

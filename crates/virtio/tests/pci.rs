@@ -1,4 +1,5 @@
 //! The transport as a driver meets it: capabilities, the status protocol, interrupts, broken queues.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
 
@@ -202,6 +203,21 @@ fn queue_registers() {
 }
 
 #[test]
+fn an_available_index_that_goes_back_breaks_the_queue() {
+    let (mut guest, running) = probe();
+    guest.run(ALL);
+    guest.offer(0, &[(0x1000, 4, 0)]);
+    let (_, avail, _) = guest.ring_addresses(0);
+    let mut running = running.lock().unwrap();
+    let queue = running.as_mut().unwrap().queues[0].as_mut().unwrap();
+    assert!(!queue.wait_for_kick(), "there is one");
+    guest.mem.write_obj(0u16, GuestAddress(avail + 2)).unwrap();
+    assert!(queue.pop().is_none());
+    assert!(queue.wait_for_kick(), "broken");
+    assert_eq!(guest.status() & 0x40, 0x40);
+}
+
+#[test]
 fn event_index_saves_interrupts() {
     let (mut guest, running) = probe();
     guest.run(ALL);
@@ -295,6 +311,13 @@ fn broken_rings_and_chains_need_a_reset() {
         guest.expect_needs_reset();
         guest.run(ALL);
     }
+}
+
+/// The machine calls from any vCPU thread.
+#[test]
+fn a_function_may_move_between_threads() {
+    let (mut guest, _) = probe();
+    std::thread::spawn(move || assert_eq!(guest.status(), 0)).join().unwrap();
 }
 
 #[test]

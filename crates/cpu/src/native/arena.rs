@@ -16,8 +16,6 @@ use std::io;
 use super::verify::Verified;
 use crate::state::CpuState;
 
-/// Size of the arena in bytes. Pages are taken from the host as they are written.
-const SIZE: usize = 8 << 20;
 /// What the code of one block may take at most: 48 instructions of some 300 bytes.
 const MARGIN: usize = 64 << 10;
 /// Stubs start at multiples of this.
@@ -34,17 +32,20 @@ pub(crate) struct Arena {
     write: usize,
     /// Address of the executable view.
     execute: usize,
+    /// Size of each view in bytes.
+    size: usize,
     used: usize,
     /// Addresses of the stubs in the executable view.
     stubs: Vec<usize>,
 }
 
 impl Arena {
-    /// An empty arena.
+    /// An empty arena of `size` bytes, a multiple of the page size. Pages are taken from the host as they are
+    /// written.
     ///
     /// # Errors
     /// When the host refuses the memory, or to map it executable.
-    pub(crate) fn new() -> io::Result<Self> {
+    pub(crate) fn new(size: usize) -> io::Result<Self> {
         // SAFETY: needed because memory files and mappings exist only as system calls; the name is a C
         // string, all lengths agree, and the mappings are new ones at addresses the kernel chooses.
         unsafe {
@@ -53,21 +54,21 @@ impl Arena {
                 return Err(io::Error::last_os_error());
             }
             let map = |protection| {
-                let address = libc::mmap(std::ptr::null_mut(), SIZE, protection, libc::MAP_SHARED, fd, 0);
+                let address = libc::mmap(std::ptr::null_mut(), size, protection, libc::MAP_SHARED, fd, 0);
                 if address == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(address) }
             };
-            let views = if libc::ftruncate(fd, SIZE as libc::off_t) != 0 {
+            let views = if libc::ftruncate(fd, size as libc::off_t) != 0 {
                 Err(io::Error::last_os_error())
             } else {
                 map(libc::PROT_READ | libc::PROT_WRITE).and_then(|write| {
                     map(libc::PROT_READ | libc::PROT_EXEC).map(|execute| (write, execute)).inspect_err(|_| {
-                        libc::munmap(write, SIZE);
+                        libc::munmap(write, size);
                     })
                 })
             };
             libc::close(fd);
             let (write, execute) = views?;
-            Ok(Self { write: write as usize, execute: execute as usize, used: 0, stubs: Vec::new() })
+            Ok(Self { write: write as usize, execute: execute as usize, size, used: 0, stubs: Vec::new() })
         }
     }
 
@@ -75,7 +76,7 @@ impl Arena {
     pub(crate) fn add(&mut self, code: &Verified) -> Option<StubId> {
         let code = code.bytes();
         let end = self.used.checked_add(code.len())?;
-        if end > SIZE {
+        if end > self.size {
             return None;
         }
         let id = u32::try_from(self.stubs.len()).ok()?;
@@ -91,7 +92,7 @@ impl Arena {
 
     /// Whether the next block's code may not fit.
     pub(crate) fn is_nearly_full(&self) -> bool {
-        self.used > SIZE - MARGIN
+        self.used > self.size.saturating_sub(MARGIN)
     }
 
     /// Gives up all stubs.
@@ -145,8 +146,8 @@ impl Drop for Arena {
         // SAFETY: needed to give the mappings back; both are ours, of this size, and nobody can call into
         // them without the arena.
         unsafe {
-            libc::munmap(self.write as *mut libc::c_void, SIZE);
-            libc::munmap(self.execute as *mut libc::c_void, SIZE);
+            libc::munmap(self.write as *mut libc::c_void, self.size);
+            libc::munmap(self.execute as *mut libc::c_void, self.size);
         }
     }
 }

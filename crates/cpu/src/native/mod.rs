@@ -44,6 +44,9 @@ use crate::insn::{Handler, Insn};
 use crate::state::CodeMode;
 use crate::vcpu::Vcpu;
 
+/// Size of the arena in bytes: room for more than a hundred thousand distinct instructions.
+const ARENA_SIZE: usize = 8 << 20;
+
 /// The code that runs guest instructions on the host CPU.
 #[derive(Debug)]
 pub(crate) struct Native {
@@ -59,7 +62,11 @@ impl Native {
     /// # Errors
     /// When the host refuses executable memory.
     pub(crate) fn new() -> std::io::Result<Self> {
-        Ok(Self { arena: Arena::new()?, stubs: HashMap::new(), live: false })
+        Self::with_size(ARENA_SIZE)
+    }
+
+    fn with_size(size: usize) -> std::io::Result<Self> {
+        Ok(Self { arena: Arena::new(size)?, stubs: HashMap::new(), live: false })
     }
 
     /// Whether there may not be room for the code of one more block. Then all decoded instructions are to

@@ -283,20 +283,42 @@ fn read_optional(path: &Path) -> Result<Option<String>, ModuleError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use object::write::{Object, StandardSection};
-    use object::{Architecture, BinaryFormat, Endianness, SectionKind};
 
     /// A module as far as this file looks: an ELF object with a `.modinfo` section.
     fn module(depends: &str) -> Vec<u8> {
-        let mut elf = Object::new(BinaryFormat::Elf, Architecture::X86_64, Endianness::Little);
-        let section = elf.add_section(
-            elf.segment_name(object::write::StandardSegment::Data).to_vec(),
-            b".modinfo".to_vec(),
-            SectionKind::ReadOnlyData,
-        );
-        elf.append_section_data(section, format!("license=GPL\0depends={depends}\0name=x\0").as_bytes(), 1);
-        elf.section_id(StandardSection::Text);
-        elf.write().unwrap()
+        let info = format!("license=GPL\0depends={depends}\0name=x\0").into_bytes();
+        let names = b"\0.modinfo\0.shstrtab\0";
+        let (info_at, names_at) = (64, 64 + info.len());
+        let table_at = (names_at + names.len()).next_multiple_of(8);
+        let header = |name: u32, kind: u32, at: usize, size: usize| {
+            // name, type, flags, address, offset, size, link and info, alignment, entry size (ELF-64, figure 3)
+            let mut bytes = [name.to_le_bytes(), kind.to_le_bytes()].concat();
+            for field in [0, 0, at as u64, size as u64, 0, 1, 0] {
+                bytes.extend(field.to_le_bytes());
+            }
+            bytes
+        };
+        let mut elf = b"\x7fELF\x02\x01\x01".to_vec();
+        elf.resize(16, 0);
+        for field in [1_u16, 62] {
+            elf.extend(field.to_le_bytes());
+        }
+        elf.extend(1_u32.to_le_bytes());
+        for field in [0, 0, table_at as u64] {
+            elf.extend(field.to_le_bytes());
+        }
+        elf.extend(0_u32.to_le_bytes());
+        for field in [64_u16, 0, 0, 64, 3, 2] {
+            elf.extend(field.to_le_bytes());
+        }
+        assert_eq!(elf.len(), info_at);
+        elf.extend(&info);
+        elf.extend(names);
+        elf.resize(table_at, 0);
+        elf.extend(header(0, 0, 0, 0));
+        elf.extend(header(1, 1, info_at, info.len()));
+        elf.extend(header(10, 3, names_at, names.len()));
+        elf
     }
 
     fn tree(with_index: bool) -> (tempfile::TempDir, ModuleTree) {

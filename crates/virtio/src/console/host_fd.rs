@@ -234,6 +234,30 @@ mod tests {
     }
 
     #[test]
+    fn a_terminal_is_opened_again_and_its_master_is_not() {
+        use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
+        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY;
+        let master = openpt(flags).unwrap();
+        grantpt(&master).unwrap();
+        unlockpt(&master).unwrap();
+        let terminal = ioctl_tiocgptpeer(&master, flags).unwrap();
+        let shared = terminal.try_clone().unwrap();
+        let mut input = HostFd::new(terminal, Direction::Input).unwrap();
+        assert_eq!(input.kind, Kind::NonBlocking);
+        assert!(!nonblocking(&shared));
+        let mut buffer = [0; 8];
+        let slice = VolatileSlice::from(&mut buffer[..]);
+        assert_eq!(input.read(&[slice]).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        rustix::io::write(&master, b"line\n").unwrap();
+        assert_eq!(input.read(&[slice]).unwrap(), 5);
+        let mut output = HostFd::new(shared, Direction::Output).unwrap();
+        assert_eq!(output.write(&[slice]).unwrap(), 8);
+        let mut master = HostFd::new(master, Direction::Input).unwrap();
+        assert_eq!(master.kind, Kind::PollFirst);
+        assert!(master.read(&[slice]).unwrap() > 0);
+    }
+
+    #[test]
     fn files_and_dev_null_are_always_ready() {
         let null = File::options().write(true).open("/dev/null").unwrap();
         assert!(!HostFd::new(null.into(), Direction::Output).unwrap().pollable());

@@ -54,6 +54,7 @@ const MAX_PORTS: usize = 31;
 pub enum PortEnd {
     /// Descriptors to read from and write to, each optional. They may be anything: pipes, terminals, sockets,
     /// files, `/dev/null`. Their flags are not changed. Without an output, what the guest writes is dropped.
+    /// The process must ignore SIGPIPE, as Rust programs do, to learn that nobody reads any more.
     Fd {
         /// Bytes for the guest.
         input: Option<OwnedFd>,

@@ -1,5 +1,6 @@
 //! The driver's side of a virtio PCI function, as small as the tests need it.
 #![allow(dead_code, unreachable_pub, reason = "each test program uses a part")]
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::sync::atomic::{Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex};

@@ -184,7 +184,7 @@ struct Pair {
 
 impl Pair {
     fn new(seed: u64) -> Self {
-        Self { random: Random(seed), v: vcpu(), arena: Arena::new().unwrap() }
+        Self { random: Random(seed), v: vcpu(), arena: Arena::new(1 << 16).unwrap() }
     }
 
     /// Runs `bytes` on both and compares all that they can change. `index` is a register that holds the

@@ -2,6 +2,7 @@
 //! paging.
 
 mod control;
+mod engine;
 mod host;
 mod moves;
 mod vectors;

@@ -216,30 +216,3 @@ fn crossing_a_page_works() {
     v.read_bytes(at, &mut seen).unwrap();
     assert_eq!(seen, bytes.map(|b| b * 2));
 }
-
-#[test]
-fn a_full_arena_is_given_up_and_filled_again() {
-    let mut v = vcpu();
-    let mut n = 0u32;
-    while !v.native.is_nearly_full() {
-        let imm = n as u8;
-        let (x, y) = (n >> 8 & 15, n >> 12 & 15);
-        let bytes = [
-            0x66,
-            0x40 | (x >> 3 << 2) as u8 | (y >> 3) as u8,
-            0x0f,
-            0x70,
-            0xc0 | ((x & 7) << 3 | y & 7) as u8,
-            imm,
-        ];
-        run_bytes(&mut v, &bytes).unwrap();
-        n += 1;
-        if n > 1 << 16 {
-            break;
-        }
-    }
-    v.native.reset();
-    v.state.fpu.set_xmm(1, 7);
-    run(&mut v, |a| a.paddd(xmm1, xmm1)).unwrap();
-    assert_eq!(v.state.fpu.xmm(1), 14);
-}

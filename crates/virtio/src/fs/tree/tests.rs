@@ -132,7 +132,7 @@ fn the_host_says_who_may_read() {
     let dir = TempDir::new("rights");
     let path = dir.0.join("secret");
     std::fs::write(&path, b"x").unwrap();
-    std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0)).unwrap();
+    std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o0)).unwrap();
     let host = std::fs::File::open(&path).err().map(|error| Errno::from_io_error(&error).unwrap());
     let tree = dir.tree(64);
     let secret = lookup(&tree, ROOT, c"secret").inode;
