@@ -104,7 +104,7 @@ fn the_tss_bitmap_decides_for_users() {
     let run = |port: u32, program: fn(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>| {
         let mut g = Guest::long();
         g.poke::<u16>(TSS + 0x66, 0x68);
-        g.poke::<u64>(TSS + 0x68, u64::MAX & !(1 << 9) & !(1 << 15) & !(1 << 16));
+        g.poke::<u64>(TSS + 0x68, !(1 << 9 | 1 << 15 | 1 << 16));
         g.poke::<u64>(TSS + 0x70, u64::MAX);
         g.vcpu.state.tr.segment = Segment { limit: 0x72, ..g.vcpu.state.tr.segment };
         g.user(sel::USER_CODE64);
