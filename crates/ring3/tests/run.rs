@@ -124,9 +124,9 @@ fn a_timeout_while_booting_stops_the_machine() {
 fn a_machine_that_cannot_start_says_why() {
     let kernel = kernel();
     let error = run(&args(&kernel, &[]), |vm: VmSpec| {
-        Err(VmError::NoMachine { kernel: vm.kernel_path, engine: vm.engine.name() })
+        Err(VmError::Thread(std::io::Error::other(vm.engine.name())))
     });
-    assert!(matches!(error, Err(RunError::Vm(VmError::NoMachine { .. }))));
+    assert!(matches!(error, Err(RunError::Vm(VmError::Thread(_)))));
 }
 
 #[test]
