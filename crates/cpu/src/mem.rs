@@ -31,7 +31,7 @@ enum Place {
     Mmio { gpa: Gpa },
 }
 
-/// One or two pages, each with the part of a buffer that it holds.
+/// Where the bytes of an access are: in one or two pages, each with the part of the buffer that it holds.
 type Places = [Option<(Place, std::ops::Range<usize>)>; 2];
 
 impl Vcpu {
@@ -255,9 +255,13 @@ impl Vcpu {
     /// Reads the memory operand of `i` into `buffer` (at most a page).
     ///
     /// # Errors
-    /// Any fault of a data read.
+    /// Any fault of a data read; alignment is checked where the operand is a number of 2, 4 or 8 bytes.
     pub(crate) fn load_bytes(&mut self, i: &Insn, buffer: &mut [u8]) -> Exec {
-        let gva = self.linear(i, buffer.len() as u64, false)?;
+        let size = buffer.len() as u64;
+        let gva = self.linear(i, size, false)?;
+        if matches!(size, 2 | 4 | 8) {
+            self.check_alignment(gva, size, self.privilege())?;
+        }
         self.read_bytes(gva, buffer).map_err(|e| stack_fault(i, e))
     }
 
@@ -276,6 +280,9 @@ impl Vcpu {
     /// As for the write.
     pub(crate) fn probe_store(&mut self, i: &Insn, size: u64) -> Exec {
         let gva = self.linear(i, size, true)?;
+        if matches!(size, 2 | 4 | 8) {
+            self.check_alignment(gva, size, self.privilege())?;
+        }
         self.probe_write(gva, size).map_err(|e| stack_fault(i, e))
     }
 
@@ -689,6 +696,12 @@ impl Vcpu {
     /// #AC for a misaligned access at CPL 3 when alignment checking is on.
     fn check_alignment(&self, gva: u64, size: u64, privilege: Privilege) -> Exec {
         if gva & (size - 1) != 0 && privilege == Privilege::User && self.alignment_check() {
+            // Canonical form comes first.
+            let long = self.state.code_mode == CodeMode::Bits64;
+            let last = gva.wrapping_add(size - 1);
+            if long && !(self.walk.canonical(Gva(gva)) && self.walk.canonical(Gva(last))) {
+                return fault(Fault::gp(0));
+            }
             return fault(Fault::with_code(vector::AC, 0));
         }
         Ok(())
@@ -754,6 +767,6 @@ fn modify_ram<T: Data>(host: usize, locked: bool, f: impl Fn(T) -> T) -> (T, T) 
 
 /// In 64-bit mode a non-canonical address of a stack access is #SS, not #GP.
 #[cold]
-fn stack_fault(i: &Insn, stop: Box<crate::fault::Stop>) -> Box<crate::fault::Stop> {
+pub(crate) fn stack_fault(i: &Insn, stop: Box<crate::fault::Stop>) -> Box<crate::fault::Stop> {
     if i.has(insn_flags::STACK) { as_stack_fault(stop) } else { stop }
 }

@@ -39,7 +39,8 @@ pub enum Outcome {
     TripleFault,
 }
 
-/// The engine *interpret*: decodes, caches and executes.
+/// The engine *interpret*: decodes, caches and executes. It serves one vCPU for life: what it has decoded
+/// refers to native code that the vCPU holds.
 pub struct Interpreter {
     blocks: BlockCache,
 }
@@ -110,7 +111,7 @@ impl Interpreter {
             }
             let result = match self.block(vcpu) {
                 Ok(Some(insns)) => execute(vcpu, insns),
-                Ok(None) => self.uncached(vcpu),
+                Ok(None) => self.uncached(vcpu, false),
                 Err(stop) => Err(stop),
             };
             if let Err(stop) = result
@@ -129,7 +130,7 @@ impl Interpreter {
         let pending = vcpu.state.pending_dr6;
         // A shadow lasts for one instruction; the instruction may begin one of its own.
         vcpu.state.slow &= !(shadows | slow::NO_STEP_TRAP);
-        let result = self.uncached(vcpu);
+        let result = self.uncached(vcpu, before & slow::SS_SHADOW != 0);
         if before & slow::SS_SHADOW != 0 {
             // Two loads of SS in a row do not shadow for ever.
             vcpu.state.slow &= !slow::SS_SHADOW;
@@ -180,8 +181,7 @@ impl Interpreter {
         if left < INSTRUCTION_LENGTH && self.blocks.crossing(gpa, mode, page.stamp()).is_some() {
             return self.crossing(vcpu, gva, gpa);
         }
-        watch(vcpu, page);
-        let stamp = page.stamp();
+        let Some(stamp) = watch(vcpu, page) else { return Ok(None) };
         let offset = gpa.page_offset() as usize;
         // What the longest block can take, or the rest of the page.
         let mut bytes = [0; BLOCK_LENGTH * INSTRUCTION_LENGTH];
@@ -230,9 +230,9 @@ impl Interpreter {
             let known = self.blocks.crossing(gpa, mode, page.stamp());
             return Ok(known.map(|c| std::slice::from_ref(&c.insn)));
         }
-        watch(vcpu, page);
-        watch(vcpu, second_page);
-        let (stamp, second_stamp) = (page.stamp(), second_page.stamp());
+        let (Some(stamp), Some(second_stamp)) = (watch(vcpu, page), watch(vcpu, second_page)) else {
+            return Ok(None);
+        };
         let mut bytes = [0; INSTRUCTION_LENGTH];
         let (head, tail) = bytes.split_at_mut(first_len.min(INSTRUCTION_LENGTH));
         if !ram.copy_from(gpa, head) || !ram.copy_from(second, tail) {
@@ -250,12 +250,13 @@ impl Interpreter {
     }
 
     /// Decodes and executes one instruction without the cache: one that lies outside RAM, or is stepped.
+    /// `shadowed` if the instruction before it loaded SS: its breakpoint is then not met.
     #[cold]
     #[inline(never)]
-    fn uncached(&mut self, vcpu: &mut Vcpu) -> Exec {
+    fn uncached(&mut self, vcpu: &mut Vcpu, shadowed: bool) -> Exec {
         let gva = code_address(vcpu)?;
         let breakpoints = vcpu.instruction_breakpoint(gva.0);
-        if breakpoints != 0 {
+        if breakpoints != 0 && !shadowed {
             return fault(Fault::db(breakpoints, false));
         }
         let mut bytes = [0; INSTRUCTION_LENGTH];
@@ -290,13 +291,15 @@ impl Interpreter {
     }
 }
 
-/// Makes `page` watched, so that what is decoded from it is known to be valid until its stamp changes.
-fn watch(vcpu: &mut Vcpu, page: RamPage<'_>) {
-    if !page.is_watched() {
+/// Makes `page` watched and returns its stamp: what is decoded from the page from now on is valid until the
+/// stamp changes. `None` if the page was written meanwhile.
+fn watch(vcpu: &mut Vcpu, page: RamPage<'_>) -> Option<u32> {
+    if page.ready().is_none() {
         vcpu.tlb.write_protect(page.host);
         let (ram, peer) = (std::sync::Arc::clone(&vcpu.ram), std::sync::Arc::clone(&vcpu.peer));
         ram.group().watch(&peer, page, || vcpu.serve_watch());
     }
+    page.ready()
 }
 
 /// Runs the instructions of a block.

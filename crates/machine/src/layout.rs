@@ -52,8 +52,11 @@ pub const HOLE_640K: Gpa = Gpa(0xa_0000);
 /// ACPI tables, RSDP first. In the range that the ACPI specification (5.2.5.1) tells a system to
 /// search, so that one that is not told the RSDP's address finds it.
 pub const ACPI_TABLES: Gpa = Gpa(0xe_0000);
-/// End of the room for ACPI tables. The 16 bytes of the 8086's reset vector follow.
+/// End of the room for ACPI tables.
 pub const ACPI_TABLES_END: Gpa = Gpa(0xf_fff0);
+/// The 8086's reset vector, 16 bytes, to which a kernel jumps in real mode to reset by firmware; see
+/// [`crate::power`].
+pub const REAL_MODE_RESET: Gpa = ACPI_TABLES_END;
 /// 1 MiB: where RAM starts again, and the lowest address a kernel may be loaded to.
 pub const HIGH_MEMORY: Gpa = Gpa(0x10_0000);
 

@@ -70,6 +70,9 @@ pub enum MachineError {
     /// The ACPI tables do not fit.
     #[error("cannot describe the machine to the guest")]
     Acpi(#[from] AcpiError),
+    /// There is no memory at the reset vector.
+    #[error("cannot write the reset vector")]
+    ResetVector(#[source] vm_memory::GuestMemoryError),
     /// A PCI function could not be added.
     #[error("cannot add a PCI device")]
     Pci(#[from] PciError),
@@ -265,6 +268,7 @@ impl Machine {
         let acpi_config =
             AcpiConfig { cpus: self.config.cpus, mmio64: layout::mmio64_window(self.config.memory) };
         let rsdp = acpi::write(&*self.memory, &acpi_config)?;
+        power::write_reset_vector(&*self.memory).map_err(MachineError::ResetVector)?;
         let memory_map = layout::memory_map(self.config.memory);
         let request = BootRequest { protocol, initramfs, cmdline, memory_map: &memory_map, rsdp };
         self.boot = Some(loader::load(&*self.memory, kernel, &request)?);
@@ -326,8 +330,7 @@ impl Machine {
             signals.timers.stop();
             timers?;
             for thread in running? {
-                let (counted, state) =
-                    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+                let (counted, state) = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
                 stats.vcpus.push(counted);
                 stats.states.push(state);
             }

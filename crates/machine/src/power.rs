@@ -11,10 +11,13 @@
 //! | reset register (ACPI 4.8.3.6) | the value in the FADT | reset |
 //! | port 0xcf9 | bit 2 goes from 0 to 1 | reset |
 //! | port 0x64 | command 0xfe: pulse the reset line | reset |
+//! | f000:fff0 | a jump there in real mode, to what on a PC is firmware | reset, by port 0x64 |
 //! | pvpanic port | bit 0 | panic |
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use crate::bus::{BusError, PortDevice};
 use crate::layout;
@@ -152,6 +155,20 @@ impl PortDevice for ResetLine {
             self.0.raise(PowerEvent::Reset(ResetBy::KeyboardController));
         }
     }
+}
+
+/// `mov al, 0xfe; out 0x64, al`, then `hlt` for good.
+const RESET_CODE: [u8; 7] = [0xb0, I8042_PULSE_RESET, 0xe6, 0x64, 0xf4, 0xeb, 0xfd];
+
+/// Puts the code at the reset vector. Linux goes there first when ACPI says that the hardware is reduced and
+/// there is no EFI to ask.
+///
+/// # Errors
+/// When that is not in guest memory.
+pub fn write_reset_vector(
+    memory: &impl Bytes<GuestAddress, E = GuestMemoryError>,
+) -> Result<(), GuestMemoryError> {
+    memory.write_slice(&RESET_CODE, GuestAddress(layout::REAL_MODE_RESET.0))
 }
 
 /// The only event of the pvpanic interface that is offered: the guest has panicked.

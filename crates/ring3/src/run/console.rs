@@ -12,10 +12,15 @@ const KEPT: usize = 24;
 /// A longer line is cut: the guest chooses its length.
 const LONGEST: usize = 512;
 
+/// How a kernel says why it gives up.
+const PANIC: &str = "Kernel panic - not syncing";
+
 /// The last lines of a console.
 #[derive(Debug, Default)]
 pub struct Tail {
     lines: VecDeque<String>,
+    /// The first line with [`PANIC`], once it is no longer among the last: a trace has pushed it out.
+    panic: Option<String>,
     partial: Vec<u8>,
 }
 
@@ -27,8 +32,12 @@ impl Tail {
                 let line = String::from_utf8_lossy(&self.partial);
                 let line: String = line.chars().filter(|c| !c.is_control()).collect();
                 self.partial.clear();
-                if self.lines.len() == KEPT {
-                    self.lines.pop_front();
+                if self.lines.len() == KEPT
+                    && let Some(oldest) = self.lines.pop_front()
+                    && self.panic.is_none()
+                    && oldest.contains(PANIC)
+                {
+                    self.panic = Some(oldest);
                 }
                 self.lines.push_back(line);
             } else if self.partial.len() < LONGEST {
@@ -37,12 +46,17 @@ impl Tail {
         }
     }
 
-    /// The lines kept, oldest first, an unfinished one last.
+    /// The lines kept, oldest first, an unfinished one last; before them the reason of a panic.
     #[must_use]
     pub fn lines(&self) -> Vec<String> {
         let partial = String::from_utf8_lossy(&self.partial);
         let partial: String = partial.chars().filter(|c| !c.is_control()).collect();
-        self.lines.iter().cloned().chain((!partial.is_empty()).then_some(partial)).collect()
+        self.panic
+            .iter()
+            .chain(&self.lines)
+            .cloned()
+            .chain((!partial.is_empty()).then_some(partial))
+            .collect()
     }
 }
 
@@ -111,6 +125,18 @@ mod tests {
         assert_eq!(lines.len(), KEPT + 1);
         assert_eq!(lines[0], "line[31m 76");
         assert_eq!(lines[KEPT].len(), LONGEST);
+    }
+
+    #[test]
+    fn the_reason_of_a_panic_is_not_lost_in_its_trace() {
+        let mut tail = Tail::default();
+        tail.push(b"[1.0] Kernel panic - not syncing: tired\n");
+        for i in 0..100 {
+            tail.push(format!("frame {i}\n").as_bytes());
+        }
+        let lines = tail.lines();
+        assert_eq!((lines.len(), lines[0].as_str()), (KEPT + 1, "[1.0] Kernel panic - not syncing: tired"));
+        assert_eq!(lines[1], "frame 76");
     }
 
     #[test]
