@@ -199,6 +199,7 @@ where
         disks,
         serial,
         ports,
+        boot: args.boot,
         engine: args.engine,
         isolation: confined,
         verbose: args.verbose,

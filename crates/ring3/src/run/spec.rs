@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use super::isolation::Confined;
-use crate::cli::Engine;
+use crate::cli::{Boot, Engine};
 
 /// Everything that the machine needs. All descriptors are blocking and close-on-exec; dropping the spec's
 /// descriptors is how the machine says that it is done with them.
@@ -32,6 +32,8 @@ pub struct VmSpec {
     pub serial: Serial,
     /// The virtio console's ports; `None`: no such device.
     pub ports: Option<Ports>,
+    /// How the kernel is entered.
+    pub boot: Boot,
     /// How the processor is run.
     pub engine: Engine,
     /// The process's first step of confinement, for the machine to take the second before the guest runs; `None`

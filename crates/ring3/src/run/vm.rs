@@ -20,6 +20,7 @@ use virtio::rng::Rng;
 use super::isolation::{Confined, Measures};
 use super::spec::{OpenDisk, Outcome, Ports, VmSpec};
 use super::stats;
+use crate::cli::Boot;
 
 /// Why a machine could not be built or run.
 #[derive(Debug, thiserror::Error)]
@@ -86,7 +87,11 @@ pub fn launch(spec: VmSpec) -> Result<Outcome, VmError> {
         machine.add_virtio(Box::new(block(disk)?))?;
     }
     machine.add_virtio(Box::new(Rng::new()))?;
-    machine.load(&image, BootProtocol::Linux64, Some(&spec.initramfs), &spec.command_line)?;
+    let protocol = match spec.boot {
+        Boot::Linux => BootProtocol::Linux64,
+        Boot::Pvh => BootProtocol::Pvh,
+    };
+    machine.load(&image, protocol, Some(&spec.initramfs), &spec.command_line)?;
     drop(image);
     drop(spec.initramfs);
 
