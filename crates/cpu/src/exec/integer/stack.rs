@@ -177,7 +177,7 @@ fn enter<T: Data>(vcpu: &mut Vcpu, i: &Insn) -> Exec {
     let mut pointer = vcpu.stack_pointer().wrapping_sub(T::SIZE);
     let put = |vcpu: &mut Vcpu, pointer, value: T| {
         let address = vcpu.stack_address(pointer, T::SIZE, true)?;
-        vcpu.write(address, value)
+        vcpu.write(address, value).map_err(as_stack_fault)
     };
     let mut enclosing = vcpu.reg(reg::RBP);
     put(vcpu, pointer, T::truncate(enclosing))?;
@@ -187,7 +187,7 @@ fn enter<T: Data>(vcpu: &mut Vcpu, i: &Insn) -> Exec {
             enclosing = enclosing.wrapping_sub(T::SIZE);
             pointer = pointer.wrapping_sub(T::SIZE);
             let address = vcpu.stack_address(enclosing & vcpu.state.stack_mask, T::SIZE, false)?;
-            let saved: T = vcpu.read(address)?;
+            let saved: T = vcpu.read(address).map_err(as_stack_fault)?;
             put(vcpu, pointer, saved)?;
         }
         pointer = pointer.wrapping_sub(T::SIZE);
