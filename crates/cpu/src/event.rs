@@ -7,7 +7,7 @@
 //! leaves the state as it was, and becomes the event to deliver next, by the rules of Intel SDM vol. 3,
 //! table 6-5: serially, as a double fault, or not at all (shutdown).
 //!
-//! Software interrupts are delivered from inside their instruction by [`Vcpu::software_interrupt`], so that a fault
+//! Software interrupts are delivered from inside their instruction by `Vcpu::software_interrupt`, so that a fault
 //! during their delivery is an ordinary fault of the instruction.
 
 use mmu::{Gva, Privilege};

@@ -102,8 +102,8 @@ pub enum Stop {
     Halt,
     /// The vCPU cannot go on: an event could not be delivered three times over.
     TripleFault,
-    /// The instruction was given up half-way without effect and is to be run again from its start:
-    /// another vCPU, or the machine, asked for attention meanwhile.
+    /// The instruction was given up half-way, without effect or (a repeated string instruction) with some
+    /// elements done, and is to be run again: something asked for attention meanwhile.
     Restart,
 }
 

@@ -77,7 +77,8 @@ pub struct Fpu {
     pub fip: u64,
     /// The address of the last x87 memory operand.
     pub fdp: u64,
-    /// The last x87 opcode, 11 bits.
+    /// The last x87 opcode, 11 bits: what was loaded, for instructions do not set it (as on processors
+    /// without the opcode compatibility mode).
     pub fop: u16,
 }
 

@@ -31,6 +31,9 @@ enum Place {
     Mmio { gpa: Gpa },
 }
 
+/// Where the bytes of an access are: in one or two pages, each with the part of the buffer that it holds.
+type Places = [Option<(Place, std::ops::Range<usize>)>; 2];
+
 impl Vcpu {
     // ---- effective addresses ----
 
@@ -97,7 +100,8 @@ impl Vcpu {
             }
             let code = s.has(crate::state::Segment::CODE);
             let writable = s.has(crate::state::Segment::WRITABLE);
-            if (write && (code || !writable)) || (!write && code && !writable) {
+            let allowed = if write { writable && !code } else { writable || !code };
+            if !allowed {
                 return bad();
             }
         }
@@ -160,6 +164,20 @@ impl Vcpu {
     pub fn update<T: Data>(&mut self, i: &Insn, locked: bool, f: impl Fn(T) -> T) -> Exec<(T, T)> {
         let gva = self.linear(i, T::SIZE, true)?;
         self.modify(gva, locked, f).map_err(|e| stack_fault(i, e))
+    }
+
+    /// Exchanges the memory operand of `i` for `value`, atomically; returns what was there.
+    ///
+    /// # Errors
+    /// Any fault of a data write.
+    #[inline(always)]
+    pub fn exchange<T: Data>(&mut self, i: &Insn, value: T) -> Exec<T> {
+        let gva = self.linear(i, T::SIZE, true)?;
+        match self.tlb.write(self.state.tlb_base, self.state.tlb_tag, gva, T::SIZE) {
+            // SAFETY: as in `store`.
+            Some(host) => Ok(unsafe { hostmem::exchange(host, value) }),
+            None => Ok(self.modify(gva, true, |_| value).map_err(|e| stack_fault(i, e))?.0),
+        }
     }
 
     /// Reads the memory operand of `i`: N bytes, 16 or 32, at a multiple of that if `ALIGNED`, to the first N
@@ -237,9 +255,13 @@ impl Vcpu {
     /// Reads the memory operand of `i` into `buffer` (at most a page).
     ///
     /// # Errors
-    /// Any fault of a data read.
+    /// Any fault of a data read; alignment is checked where the operand is a number of 2, 4 or 8 bytes.
     pub(crate) fn load_bytes(&mut self, i: &Insn, buffer: &mut [u8]) -> Exec {
-        let gva = self.linear(i, buffer.len() as u64, false)?;
+        let size = buffer.len() as u64;
+        let gva = self.linear(i, size, false)?;
+        if matches!(size, 2 | 4 | 8) {
+            self.check_alignment(gva, size, self.privilege())?;
+        }
         self.read_bytes(gva, buffer).map_err(|e| stack_fault(i, e))
     }
 
@@ -258,6 +280,9 @@ impl Vcpu {
     /// As for the write.
     pub(crate) fn probe_store(&mut self, i: &Insn, size: u64) -> Exec {
         let gva = self.linear(i, size, true)?;
+        if matches!(size, 2 | 4 | 8) {
+            self.check_alignment(gva, size, self.privilege())?;
+        }
         self.probe_write(gva, size).map_err(|e| stack_fault(i, e))
     }
 
@@ -573,13 +598,7 @@ impl Vcpu {
 
     /// Where `len` bytes at `gva` are: one or two pages, both checked before anything moves, each with the
     /// part of the buffer that it holds.
-    fn places(
-        &mut self,
-        gva: u64,
-        len: usize,
-        kind: AccessKind,
-        privilege: Privilege,
-    ) -> Exec<[Option<(Place, std::ops::Range<usize>)>; 2]> {
+    fn places(&mut self, gva: u64, len: usize, kind: AccessKind, privilege: Privilege) -> Exec<Places> {
         let first = len.min(0x1000 - (gva & 0xfff) as usize);
         if first < len
             && self.walk.canonical(Gva(gva)) != self.walk.canonical(Gva(gva.wrapping_add(first as u64)))
@@ -677,6 +696,12 @@ impl Vcpu {
     /// #AC for a misaligned access at CPL 3 when alignment checking is on.
     fn check_alignment(&self, gva: u64, size: u64, privilege: Privilege) -> Exec {
         if gva & (size - 1) != 0 && privilege == Privilege::User && self.alignment_check() {
+            // Canonical form comes first.
+            let long = self.state.code_mode == CodeMode::Bits64;
+            let last = gva.wrapping_add(size - 1);
+            if long && !(self.walk.canonical(Gva(gva)) && self.walk.canonical(Gva(last))) {
+                return fault(Fault::gp(0));
+            }
             return fault(Fault::with_code(vector::AC, 0));
         }
         Ok(())
@@ -742,6 +767,6 @@ fn modify_ram<T: Data>(host: usize, locked: bool, f: impl Fn(T) -> T) -> (T, T) 
 
 /// In 64-bit mode a non-canonical address of a stack access is #SS, not #GP.
 #[cold]
-fn stack_fault(i: &Insn, stop: Box<crate::fault::Stop>) -> Box<crate::fault::Stop> {
+pub(crate) fn stack_fault(i: &Insn, stop: Box<crate::fault::Stop>) -> Box<crate::fault::Stop> {
     if i.has(insn_flags::STACK) { as_stack_fault(stop) } else { stop }
 }

@@ -2,8 +2,9 @@
 //!
 //! # Theory of operation
 //! Decoded blocks are valid as long as the bytes they came from. Each 4 KiB page of RAM has a *stamp*:
-//! bit 0 says that some vCPU has decoded code from the page, the other bits count how often the page
-//! was written while so watched. A block remembers its page's stamp and is dropped when they differ.
+//! bit 0 says that the page is watched, because some vCPU decodes code from it, bit 1 that every vCPU knows
+//! it, and the other bits count how often the page was written while watched. A block is made only from a page
+//! with both bits set; it remembers the stamp and is dropped when they differ.
 //!
 //! Writers are made to notice: a vCPU never has a writable TLB entry for a watched page, so that its
 //! stores to it take the slow path, which calls [`PageStamps::note_write`]; devices write through
@@ -25,7 +26,11 @@ use crate::hostmem;
 /// Guest memory: `vm-memory` with [`PageStamps`] as its dirty-bitmap hook.
 pub type GuestRam = GuestMemoryMmap<PageStamps>;
 
-const WATCHED: u32 = 1;
+const WATCHED: u32 = 1 << 0;
+/// The hand-shake of [`WatchGroup`] is over: no vCPU has a writable TLB entry for the page.
+const READY: u32 = 1 << 1;
+/// One write.
+const COUNT: u32 = 1 << 2;
 const PAGE: usize = 4096;
 
 /// The stamps of the pages of one memory region.
@@ -54,8 +59,10 @@ impl PageStamps {
 fn note_write(stamp: &AtomicU32) {
     let seen = stamp.load(Ordering::Acquire);
     if seen & WATCHED != 0 {
-        // Clears the mark and counts one write. Losing the race means that another writer did it.
-        let _ = stamp.compare_exchange(seen, seen.wrapping_add(1), Ordering::AcqRel, Ordering::Acquire);
+        // Clears the marks and counts one write.
+        let written = |s: u32| (s & WATCHED != 0).then(|| (s & !(WATCHED | READY)).wrapping_add(COUNT));
+        // An error means that another writer has done it.
+        let _ = stamp.fetch_update(Ordering::AcqRel, Ordering::Acquire, written);
     }
 }
 
@@ -112,8 +119,20 @@ impl RamPage<'_> {
         note_write(self.stamp);
     }
 
+    /// The stamp, if blocks may be made from the page.
+    pub(crate) fn ready(&self) -> Option<u32> {
+        let stamp = self.stamp();
+        (stamp & (WATCHED | READY) == WATCHED | READY).then_some(stamp)
+    }
+
     fn watch(&self) {
         self.stamp.fetch_or(WATCHED, Ordering::AcqRel);
+    }
+
+    /// The hand-shake is over. If the page was written meanwhile it is not watched any more.
+    fn set_ready(&self) {
+        let ready = |s: u32| (s & WATCHED != 0).then_some(s | READY);
+        let _ = self.stamp.fetch_update(Ordering::AcqRel, Ordering::Acquire, ready);
     }
 }
 
@@ -258,9 +277,6 @@ impl WatchGroup {
         page.watch();
         let peers: Vec<_> = {
             let all = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
-            if all.len() == 1 {
-                return;
-            }
             all.iter().filter(|p| !Arc::ptr_eq(p, own)).cloned().collect()
         };
         for peer in &peers {
@@ -280,6 +296,7 @@ impl WatchGroup {
                 }
             }
         }
+        page.set_ready();
     }
 }
 

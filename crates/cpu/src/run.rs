@@ -14,18 +14,17 @@ use iced_x86::{Decoder, DecoderError, DecoderOptions, FlowControl, Instruction};
 use mmu::{AccessKind, Gpa, Gva, Privilege};
 
 use crate::attention;
-use crate::block::BlockCache;
+use crate::block::{BLOCK_LENGTH, BlockCache, Crossing};
 use crate::debug::dr6;
 use crate::event::Event;
 use crate::exit::Exit;
 use crate::fault::{Exec, Fault, Stop, fault};
 use crate::flags;
 use crate::insn::Insn;
+use crate::ram::RamPage;
 use crate::state::{CodeMode, Segment, seg, slow};
 use crate::vcpu::Vcpu;
 
-/// The longest block, in instructions.
-const BLOCK_LENGTH: usize = 48;
 /// The longest instruction, in bytes.
 const INSTRUCTION_LENGTH: usize = 15;
 
@@ -40,7 +39,8 @@ pub enum Outcome {
     TripleFault,
 }
 
-/// The engine *interpret*: decodes, caches and executes.
+/// The engine *interpret*: decodes, caches and executes. It serves one vCPU for life: what it has decoded
+/// refers to native code that the vCPU holds.
 pub struct Interpreter {
     blocks: BlockCache,
 }
@@ -111,7 +111,7 @@ impl Interpreter {
             }
             let result = match self.block(vcpu) {
                 Ok(Some(insns)) => execute(vcpu, insns),
-                Ok(None) => self.uncached(vcpu),
+                Ok(None) => self.uncached(vcpu, false),
                 Err(stop) => Err(stop),
             };
             if let Err(stop) = result
@@ -130,7 +130,7 @@ impl Interpreter {
         let pending = vcpu.state.pending_dr6;
         // A shadow lasts for one instruction; the instruction may begin one of its own.
         vcpu.state.slow &= !(shadows | slow::NO_STEP_TRAP);
-        let result = self.uncached(vcpu);
+        let result = self.uncached(vcpu, before & slow::SS_SHADOW != 0);
         if before & slow::SS_SHADOW != 0 {
             // Two loads of SS in a row do not shadow for ever.
             vcpu.state.slow &= !slow::SS_SHADOW;
@@ -165,38 +165,41 @@ impl Interpreter {
         // Once for the borrow checker's sake; the second look-up below is the one that returns.
         let Some(stamp) = vcpu.ram.page(gpa).map(|p| p.stamp()) else { return Ok(None) };
         if self.blocks.get(gpa, mode, stamp).is_some() {
-            return Ok(self.blocks.get(gpa, mode, stamp).map(|b| &b.insns[..]));
+            return Ok(self.blocks.get(gpa, mode, stamp));
         }
-        self.decode(vcpu, gpa, mode)
+        self.decode(vcpu, gva, gpa)
     }
 
     #[cold]
     #[inline(never)]
-    fn decode(&mut self, vcpu: &mut Vcpu, gpa: Gpa, mode: CodeMode) -> Exec<Option<&[Insn]>> {
+    fn decode(&mut self, vcpu: &mut Vcpu, gva: Gva, gpa: Gpa) -> Exec<Option<&[Insn]>> {
         self.make_room(vcpu);
+        let mode = vcpu.state.code_mode;
         let ram = std::sync::Arc::clone(&vcpu.ram);
         let Some(page) = ram.page(gpa) else { return Ok(None) };
-        if !page.is_watched() {
-            vcpu.tlb.write_protect(page.host);
-            let peer = std::sync::Arc::clone(&vcpu.peer);
-            ram.group().watch(&peer, page, || vcpu.serve_watch());
+        let left = 0x1000 - gpa.page_offset() as usize;
+        if left < INSTRUCTION_LENGTH && self.blocks.crossing(gpa, mode, page.stamp()).is_some() {
+            return self.crossing(vcpu, gva, gpa);
         }
-        let stamp = page.stamp();
+        let Some(stamp) = watch(vcpu, page) else { return Ok(None) };
         let offset = gpa.page_offset() as usize;
-        let mut bytes = [0; 4096];
-        if !ram.copy_from(gpa, &mut bytes[offset..]) {
+        // What the longest block can take, or the rest of the page.
+        let mut bytes = [0; BLOCK_LENGTH * INSTRUCTION_LENGTH];
+        let len = bytes.len().min(0x1000 - offset);
+        let bytes = &mut bytes[..len];
+        if !ram.copy_from(gpa, bytes) {
             return Ok(None);
         }
         // Relative to the page, so that nothing in a block depends on where the page is mapped.
-        let mut decoder =
-            Decoder::with_ip(mode.bitness(), &bytes[offset..], offset as u64, DecoderOptions::NONE);
-        let mut insns = Vec::with_capacity(16);
+        let mut decoder = Decoder::with_ip(mode.bitness(), bytes, offset as u64, DecoderOptions::NONE);
+        let insns = self.blocks.arena();
+        let start = insns.len();
         let mut i = Instruction::default();
-        while insns.len() < BLOCK_LENGTH && decoder.can_decode() {
-            let left = bytes.len() - (offset + decoder.position());
+        while insns.len() < start + BLOCK_LENGTH && decoder.can_decode() {
+            let left = len - decoder.position();
             decoder.decode_out(&mut i);
             if decoder.last_error() == DecoderError::NoMoreBytes && left < INSTRUCTION_LENGTH {
-                // It may go on in the next page, which may be anywhere.
+                // It goes on in the next page, which may be anywhere.
                 break;
             }
             insns.push(Insn::lower(vcpu, &i, mode));
@@ -204,25 +207,56 @@ impl Interpreter {
                 break;
             }
         }
-        if insns.is_empty() {
-            return Ok(None);
+        if insns.len() == start {
+            return self.crossing(vcpu, gva, gpa);
         }
         vcpu.stats.blocks_decoded += 1;
         if page.stamp() != stamp {
             // Written while it was decoded: run what is there now, once.
             return Ok(None);
         }
-        Ok(Some(&self.blocks.insert(gpa, mode, stamp, insns.into_boxed_slice()).insns))
+        Ok(Some(self.blocks.keep(gpa, mode, stamp, start)))
     }
 
-    /// Decodes and executes one instruction without the cache: one that crosses a page, lies outside RAM, or
-    /// is stepped.
+    /// The instruction at `gpa`, which goes on in the next page.
+    fn crossing(&mut self, vcpu: &mut Vcpu, gva: Gva, gpa: Gpa) -> Exec<Option<&[Insn]>> {
+        let mode = vcpu.state.code_mode;
+        let ram = std::sync::Arc::clone(&vcpu.ram);
+        let first_len = 0x1000 - gpa.page_offset() as usize;
+        let second = fetch(vcpu, gva.wrapping_add(first_len as u64))?;
+        let (Some(page), Some(second_page)) = (ram.page(gpa), ram.page(second)) else { return Ok(None) };
+        let known = self.blocks.crossing(gpa, mode, page.stamp());
+        if known.is_some_and(|c| c.second == second && c.second_stamp == second_page.stamp()) {
+            let known = self.blocks.crossing(gpa, mode, page.stamp());
+            return Ok(known.map(|c| std::slice::from_ref(&c.insn)));
+        }
+        let (Some(stamp), Some(second_stamp)) = (watch(vcpu, page), watch(vcpu, second_page)) else {
+            return Ok(None);
+        };
+        let mut bytes = [0; INSTRUCTION_LENGTH];
+        let (head, tail) = bytes.split_at_mut(first_len.min(INSTRUCTION_LENGTH));
+        if !ram.copy_from(gpa, head) || !ram.copy_from(second, tail) {
+            return Ok(None);
+        }
+        let mut i = Instruction::default();
+        Decoder::with_ip(mode.bitness(), &bytes, gpa.page_offset(), DecoderOptions::NONE).decode_out(&mut i);
+        let insn = Insn::lower(vcpu, &i, mode);
+        vcpu.stats.blocks_decoded += 1;
+        if page.stamp() != stamp || second_page.stamp() != second_stamp {
+            return Ok(None);
+        }
+        let crossing = Crossing { gpa, mode, stamp, second, second_stamp, insn };
+        Ok(Some(std::slice::from_ref(self.blocks.keep_crossing(crossing))))
+    }
+
+    /// Decodes and executes one instruction without the cache: one that lies outside RAM, or is stepped.
+    /// `shadowed` if the instruction before it loaded SS: its breakpoint is then not met.
     #[cold]
     #[inline(never)]
-    fn uncached(&mut self, vcpu: &mut Vcpu) -> Exec {
+    fn uncached(&mut self, vcpu: &mut Vcpu, shadowed: bool) -> Exec {
         let gva = code_address(vcpu)?;
         let breakpoints = vcpu.instruction_breakpoint(gva.0);
-        if breakpoints != 0 {
+        if breakpoints != 0 && !shadowed {
             return fault(Fault::db(breakpoints, false));
         }
         let mut bytes = [0; INSTRUCTION_LENGTH];
@@ -255,6 +289,17 @@ impl Interpreter {
             vcpu.native.reset();
         }
     }
+}
+
+/// Makes `page` watched and returns its stamp: what is decoded from the page from now on is valid until the
+/// stamp changes. `None` if the page was written meanwhile.
+fn watch(vcpu: &mut Vcpu, page: RamPage<'_>) -> Option<u32> {
+    if page.ready().is_none() {
+        vcpu.tlb.write_protect(page.host);
+        let (ram, peer) = (std::sync::Arc::clone(&vcpu.ram), std::sync::Arc::clone(&vcpu.peer));
+        ram.group().watch(&peer, page, || vcpu.serve_watch());
+    }
+    page.ready()
 }
 
 /// Runs the instructions of a block.

@@ -47,7 +47,7 @@ impl Vcpu {
     pub fn push<T: Data>(&mut self, value: T) -> Exec {
         let pointer = self.stack_pointer().wrapping_sub(T::SIZE);
         let address = self.stack_address(pointer, T::SIZE, true)?;
-        self.write(address, value)?;
+        self.write(address, value).map_err(as_stack_fault)?;
         self.set_stack_pointer(pointer);
         Ok(())
     }
@@ -72,7 +72,7 @@ impl Vcpu {
     pub fn peek<T: Data>(&mut self, offset: u64) -> Exec<T> {
         let pointer = self.stack_pointer().wrapping_add(offset);
         let address = self.stack_address(pointer, T::SIZE, false)?;
-        self.read(address)
+        self.read(address).map_err(as_stack_fault)
     }
 
     /// As [`Self::push`], in 64-bit mode.

@@ -1,4 +1,5 @@
 //! Small guest programs for privileged state.
+#![allow(clippy::unwrap_used, reason = "in tests a panic is the report")]
 
 mod harness;
 

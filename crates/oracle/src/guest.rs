@@ -221,22 +221,23 @@ fn stopped(rip: u64, what: String) -> EngineError {
 fn build(memory: &GuestRam) -> Result<(), vm_memory::GuestMemoryError> {
     let put =
         |page: u64, offset: u64, value: u64| memory.write_obj(value, GuestAddress(page * PAGE + offset));
+    let frame = |page: u64| page * PAGE;
     let index = |va: u64, level: u64| (va >> (12 + 9 * level) & 511) * 8;
     // PML4, PDPT and PD entries of the two halves.
     for (va, [pdpt, pd, pt]) in [(DATA, page::LOW), (KERNEL, page::HIGH)] {
-        put(page::PML4, index(va, 3), pdpt * PAGE | P | W | U)?;
-        put(pdpt, index(va, 2), pd * PAGE | P | W | U)?;
-        put(pd, index(va, 1), pt * PAGE | P | W | U)?;
+        put(page::PML4, index(va, 3), frame(pdpt) | P | W | U)?;
+        put(pdpt, index(va, 2), frame(pd) | P | W | U)?;
+        put(pd, index(va, 1), frame(pt) | P | W | U)?;
     }
     for n in 0..DATA_SIZE / PAGE {
         let writable = if n * PAGE < DATA_WRITABLE { W } else { 0 };
-        put(page::LOW[2], index(DATA + n * PAGE, 0), (page::DATA + n) * PAGE | P | U | writable | NX)?;
+        put(page::LOW[2], index(DATA + n * PAGE, 0), frame(page::DATA + n) | P | U | writable | NX)?;
     }
     for n in 0..CODE_SIZE / PAGE {
-        put(page::LOW[2], index(CODE + n * PAGE, 0), (page::CODE + n) * PAGE | P | U)?;
+        put(page::LOW[2], index(CODE + n * PAGE, 0), frame(page::CODE + n) | P | U)?;
     }
     for n in 0..3 {
-        put(page::HIGH[2], index(KERNEL + n * PAGE, 0), (page::TABLES + n) * PAGE | P | W)?;
+        put(page::HIGH[2], index(KERNEL + n * PAGE, 0), frame(page::TABLES + n) | P | W)?;
     }
     for (n, descriptor) in GDT.iter().enumerate() {
         put(page::TABLES, GDT_AT + n as u64 * 8, *descriptor)?;

@@ -10,6 +10,7 @@ pub mod compare;
 pub mod generate;
 pub mod guest;
 mod interpret;
+pub mod known;
 mod native;
 mod random;
 pub mod undefined;

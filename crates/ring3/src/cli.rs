@@ -135,6 +135,12 @@ pub struct RunArgs {
     /// How the guest's processor is run
     #[arg(long, value_enum, default_value_t = Engine::Interpret)]
     pub engine: Engine,
+    /// Whether ring3 gives up all rights that the run does not need before the guest starts
+    ///
+    /// Descriptors, privileges, files outside the root, system calls: see docs/isolation.md. With -v ring3 says
+    /// which measures the host allows. `off` is for debuggers and other tools that look into ring3.
+    #[arg(long, value_enum, default_value_t = Isolation::On)]
+    pub isolation: Isolation,
     /// Show the guest's console on standard error
     #[arg(short, long)]
     pub verbose: bool,
@@ -148,6 +154,15 @@ pub struct RunArgs {
 pub enum Engine {
     /// Decode and execute in software, one instruction after the other
     Interpret,
+}
+
+/// Whether ring3 confines itself while a guest runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Isolation {
+    /// As far as the host allows
+    On,
+    /// Not at all
+    Off,
 }
 
 impl Engine {
@@ -312,6 +327,7 @@ mod tests {
         assert_eq!(args.env, [("A".into(), Some("b=c".into())), ("HOME".into(), None)]);
         assert_eq!((args.timeout, args.cpus, args.memory), (Some(Duration::from_secs(300)), 2, 2 << 30));
         assert!(args.verbose && args.stats);
+        assert_eq!(args.isolation, Isolation::On);
         let args = run(&[]).unwrap();
         assert_eq!(
             (args.command.len(), args.cpus, args.memory, args.engine),
@@ -334,6 +350,7 @@ mod tests {
             (&["--cpus", "65"], "1..=64"),
             (&["--env", "=x"], "needs a name"),
             (&["--engine", "magic"], "interpret"),
+            (&["--isolation", "some"], "on, off"),
             (&["--initramfs", "x", "--", "ls"], "cannot be used with"),
             (&["ls"], "'ls'"),
         ] {

@@ -16,7 +16,8 @@ fn the_first_signal_is_the_commands_the_second_stops_the_machine() {
     let mut kernel = tempfile::NamedTempFile::new().unwrap();
     kernel.write_all(b"\x7fELF Linux version 0.0-test x virtio-pci virtio_console virtiofs overlay").unwrap();
     let Task::Run(args) =
-        Cli::parse_from(["ring3", "run", "--kernel", kernel.path().to_str().unwrap()]).command
+        Cli::parse_from(["ring3", "run", "--isolation=off", "--kernel", kernel.path().to_str().unwrap()])
+            .command
     else {
         panic!()
     };

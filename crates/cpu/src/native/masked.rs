@@ -11,6 +11,7 @@ use crate::data::Data;
 use crate::fault::Exec;
 use crate::fpu::ok;
 use crate::insn::{Handler, Insn};
+use crate::mem::stack_fault;
 use crate::state::reg;
 use crate::vcpu::Vcpu;
 
@@ -105,7 +106,7 @@ fn load<T: Data, const N: usize>(vcpu: &mut Vcpu, i: &Insn) -> Exec {
     for n in 0..N / T::SIZE as usize {
         if chosen(element::<T>(vcpu, i.src, n)) {
             let gva = address(vcpu, i, n as u64 * T::SIZE, T::SIZE, false)?;
-            set_element(&mut result, n, vcpu.read::<T>(gva)?);
+            set_element(&mut result, n, vcpu.read::<T>(gva).map_err(|e| stack_fault(i, e))?);
         }
     }
     vcpu.state.fpu.ymm[usize::from(i.dst & 15)] = result;
@@ -123,7 +124,7 @@ fn store<T: Data, const N: usize>(vcpu: &mut Vcpu, i: &Insn) -> Exec {
                 if write {
                     vcpu.write(gva, element::<T>(vcpu, i.src2, n))?;
                 } else {
-                    vcpu.probe_write(gva, T::SIZE)?;
+                    vcpu.probe_write(gva, T::SIZE).map_err(|e| stack_fault(i, e))?;
                 }
             }
         }
@@ -139,7 +140,8 @@ fn gather<T: Data, I: Data>(vcpu: &mut Vcpu, i: &Insn) -> Exec {
         if chosen(element::<T>(vcpu, i.src2, n)) {
             let offset = vcpu.offset(i).wrapping_add(element::<I>(vcpu, index, n).sign_extend() << i.shift)
                 & address_mask(i);
-            let value = vcpu.segmented(i.seg, offset, T::SIZE, false).and_then(|gva| vcpu.read::<T>(gva))?;
+            let gva = vcpu.segmented(i.seg, offset, T::SIZE, false)?;
+            let value = vcpu.read::<T>(gva).map_err(|e| stack_fault(i, e))?;
             set_element(&mut vcpu.state.fpu.ymm[usize::from(i.dst & 15)], n, value);
         }
         set_element(&mut vcpu.state.fpu.ymm[usize::from(i.src2 & 15)], n, T::truncate(0));

@@ -34,12 +34,12 @@ mod x87;
 mod xsave;
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 
 use iced_x86::{EncodingKind, Instruction};
 
 use self::arena::{Arena, StubId};
-use self::class::Class;
+use self::run::Lowered;
+use self::stub::{Key, Rewritten};
 use crate::insn::{Handler, Insn};
 use crate::state::CodeMode;
 use crate::vcpu::Vcpu;
@@ -51,7 +51,8 @@ const ARENA_SIZE: usize = 8 << 20;
 #[derive(Debug)]
 pub(crate) struct Native {
     arena: Arena,
-    stubs: HashMap<stub::Key, StubId>,
+    /// How to run each instruction seen so far.
+    stubs: HashMap<Key, Lowered>,
     /// Whether the guest's MXCSR flags gather in the host's register.
     live: bool,
 }
@@ -88,17 +89,11 @@ impl Native {
         self.stubs.len()
     }
 
-    /// The stub for `i`, made now if there is none.
-    fn stub(&mut self, i: &Instruction, class: Class) -> Option<StubId> {
-        let rewritten = stub::rewrite(i, class)?;
-        match self.stubs.entry(rewritten.key()?) {
-            Entry::Occupied(entry) => Some(*entry.get()),
-            Entry::Vacant(entry) => {
-                let code = verify::verify(rewritten.code()?);
-                debug_assert!(code.is_ok(), "{i}: {code:?}");
-                Some(*entry.insert(self.arena.add(&code.ok()?)?))
-            }
-        }
+    /// The stub for a rewritten instruction: generated, checked and added now.
+    fn generate(&mut self, rewritten: &Rewritten) -> Option<StubId> {
+        let code = verify::verify(rewritten.code()?);
+        debug_assert!(code.is_ok(), "{code:?}");
+        self.arena.add(&code.ok()?)
     }
 }
 

@@ -4,6 +4,7 @@ use iced_x86::{Instruction, OpAccess, OpKind};
 
 use super::arena::{self, StubId};
 use super::class::{self, Class};
+use super::stub;
 use crate::exec::undefined;
 use crate::fault::{Exec, Fault, fault, vector};
 use crate::flags;
@@ -30,13 +31,38 @@ mod bit {
     pub(super) const SSE: u64 = 1 << 38;
 }
 
+/// How an instruction is run: what goes into `Insn`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Lowered {
+    handler: Handler,
+    word: u64,
+    size: u8,
+}
+
 /// Chooses the handler of an instruction that runs natively.
 pub(super) fn select(vcpu: &mut Vcpu, i: &Instruction, insn: &mut Insn) -> Option<Handler> {
     if !class::computes(i) {
         return None;
     }
     let class = Class::of(i)?;
-    let mut word = u64::from(vcpu.native.stub(i, class)?.0);
+    let rewritten = stub::rewrite(i, class)?;
+    let key = rewritten.key()?;
+    let lowered = match vcpu.native.stubs.get(&key) {
+        Some(lowered) => *lowered,
+        None => {
+            let id = vcpu.native.generate(&rewritten)?;
+            let lowered = lower(i, class, id)?;
+            vcpu.native.stubs.insert(key, lowered);
+            lowered
+        }
+    };
+    (insn.imm, insn.imm2) = (lowered.word, lowered.size);
+    Some(lowered.handler)
+}
+
+/// How `i` is run with stub `id`.
+fn lower(i: &Instruction, class: Class, id: StubId) -> Option<Lowered> {
+    let mut word = u64::from(id.0);
     let mut mark = |on: bool, bit: u64| word |= if on { bit } else { 0 };
     let memory = (0..i.op_count()).find(|&n| i.op_kind(n) == OpKind::Memory);
     let (mut load, mut store) = (false, false);
@@ -56,9 +82,6 @@ pub(super) fn select(vcpu: &mut Vcpu, i: &Instruction, insn: &mut Insn) -> Optio
     mark(class::reads_flags(i), bit::READS_FLAGS);
     mark(class == Class::X87, bit::X87);
     mark(class.needs(i) & ok::SSE != 0, bit::SSE);
-    insn.imm = word;
-    insn.imm2 = u8::try_from(size).ok()?;
-
     let float = class::uses_mxcsr(i);
     // Nothing but memory changes.
     let plain = !float && !flags;
@@ -80,13 +103,14 @@ pub(super) fn select(vcpu: &mut Vcpu, i: &Instruction, insn: &mut Insn) -> Optio
             }
         };
     }
-    Some(match (class, float) {
+    let handler: Handler = match (class, float) {
         (Class::X87 | Class::Mmx, _) => x87,
         (Class::Sse, false) => sized!(false, false),
         (Class::Sse, true) => sized!(false, true),
         (Class::Avx, false) => sized!(true, false),
         (Class::Avx, true) => sized!(true, true),
-    })
+    };
+    Some(Lowered { handler, word, size: u8::try_from(size).ok()? })
 }
 
 /// Checks that a vector instruction may execute.
@@ -237,20 +261,21 @@ fn stores<const VEX: bool, const N: usize>(vcpu: &mut Vcpu, i: &Insn) -> Exec {
 /// Any other memory operand.
 fn general<const VEX: bool, const FLOAT: bool>(vcpu: &mut Vcpu, i: &Insn) -> Exec {
     check::<VEX>(vcpu)?;
+    before(vcpu, i)?;
+    call::<FLOAT>(vcpu, i)?;
+    after(vcpu, i)
+}
+
+/// Checks alignment; reads a memory source into the scratch buffer; makes sure that a memory destination can
+/// be written.
+fn before(vcpu: &mut Vcpu, i: &Insn) -> Exec {
+    let size = usize::from(i.imm2).min(64);
     if i.imm & bit::ALIGNED != 0 {
         let gva = vcpu.linear(i, u64::from(i.imm2), i.imm & bit::STORE != 0)?;
         if gva & u64::from(i.imm2.wrapping_sub(1)) != 0 {
             return fault(Fault::gp(0));
         }
     }
-    before(vcpu, i)?;
-    call::<FLOAT>(vcpu, i)?;
-    after(vcpu, i)
-}
-
-/// Reads a memory source into the scratch buffer; makes sure that a memory destination can be written.
-fn before(vcpu: &mut Vcpu, i: &Insn) -> Exec {
-    let size = usize::from(i.imm2).min(64);
     if i.imm & bit::STORE != 0 {
         vcpu.probe_store(i, size as u64)?;
     }

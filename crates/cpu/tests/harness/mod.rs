@@ -89,13 +89,19 @@ pub struct Script {
     pub msrs: Vec<u32>,
     /// Interrupts to deliver.
     pub interrupts: VecDeque<u8>,
+    /// An interrupt that arrives with the next exit.
+    pub interrupt_at_exit: Option<u8>,
 }
 
-struct TestPlatform(Arc<Mutex<Script>>);
+struct TestPlatform(Arc<Mutex<Script>>, Arc<Attention>);
 
 impl Platform for TestPlatform {
     fn exit(&mut self, exit: Exit<'_>) -> Answer {
         let mut script = self.0.lock().unwrap();
+        if let Some(vector) = script.interrupt_at_exit.take() {
+            script.interrupts.push_back(vector);
+            self.1.raise(cpu::attention::INTERRUPT);
+        }
         let mut answer = || script.answers.pop_front().unwrap_or(0);
         let seen = match exit {
             Exit::PortIn { port, data } => {
@@ -263,7 +269,7 @@ impl Guest {
         let script = Arc::new(Mutex::new(Script::default()));
         let attention = Arc::new(Attention::new());
         let config = VcpuConfig { cpuid: Cpuid::default(), tsc_offset: 0 };
-        let platform = Box::new(TestPlatform(Arc::clone(&script)));
+        let platform = Box::new(TestPlatform(Arc::clone(&script), Arc::clone(&attention)));
         let vcpu = Vcpu::new(config, Arc::clone(&ram), platform, Arc::clone(&attention)).unwrap();
         let guest = Self { vcpu, engine: Interpreter::new(), script, attention, ram };
         let table: [(u16, u64); 11] = [

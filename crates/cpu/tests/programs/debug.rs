@@ -204,3 +204,20 @@ fn a_debug_trap_waits_for_the_shadow_of_mov_ss() {
     let nop = (0..32).find(|n| g.peek::<u8>(CODE + n) == 0x90).unwrap();
     assert_eq!(t.rip, CODE + nop + 1);
 }
+
+#[test]
+fn a_breakpoint_behind_mov_ss_is_not_met() {
+    let mut g = Guest::long();
+    g.vcpu.set_reg(reg::RAX, sel::DATA.into());
+    g.code(|a| {
+        a.mov(ss, eax)?;
+        a.nop()?;
+        a.nop()
+    });
+    let nop = (0..32).find(|n| g.peek::<u8>(CODE + n) == 0x90).unwrap();
+    g.vcpu.state.dr = [CODE + nop, CODE + nop + 1, 0, 0];
+    g.vcpu.state.dr7 = 0x400 | 1 | 1 << 2;
+    g.vcpu.refresh();
+    assert_eq!(g.fault(1).rip, CODE + nop + 1);
+    assert_eq!(g.vcpu.state.dr6, FIXED | 2);
+}

@@ -241,3 +241,50 @@ fn protection_keys_need_their_state_component() {
     let component = cpuid.query(0xd, 0, &state).eax >> 9 & 1;
     assert_eq!(cpuid.has("PKU"), component == 1);
 }
+
+/// Goes from protected mode to 32-bit or PAE paging with the tables at `TABLES`.
+fn turn_on(g: &mut Guest, cr4_value: u64) {
+    g.code(|a| {
+        a.mov(eax, cr4_value as u32)?;
+        a.mov(cr4, eax)?;
+        a.mov(eax, TABLES as u32)?;
+        a.mov(cr3, eax)?;
+        a.mov(eax, 0x8001_0001u32)?;
+        a.mov(cr0, eax)?;
+        a.mov(ebx, dword_ptr(0x0060_0000))?;
+        a.mov(dword_ptr(0x0060_0004), ebx)
+    });
+}
+
+#[test]
+fn paging_with_32_bit_entries() {
+    let mut g = Guest::protected();
+    // 4 MiB pages: the first one to itself, the second to the same place.
+    g.poke::<u32>(TABLES, 0x83);
+    g.poke::<u32>(TABLES + 4, 0x83);
+    g.poke::<u32>(0x20_0000, 77);
+    turn_on(&mut g, cr4::PSE);
+    g.finish();
+    assert_eq!((g.reg(reg::RBX), g.peek::<u32>(0x20_0004)), (77, 77));
+    assert_eq!(g.peek::<u32>(TABLES + 4), 0xe3);
+}
+
+#[test]
+fn paging_with_page_directory_pointers() {
+    let mut g = Guest::protected();
+    g.poke::<u64>(TABLES, TABLES + 0x1001);
+    g.poke::<u64>(TABLES + 0x1000, 0x83);
+    g.poke::<u64>(TABLES + 0x1018, 0x20_0083);
+    g.poke::<u32>(0x20_0000, 77);
+    turn_on(&mut g, cr4::PAE);
+    g.finish();
+    assert_eq!((g.reg(reg::RBX), g.peek::<u32>(0x20_0004)), (77, 77));
+
+    // A reserved bit in one of the four is found when they are loaded.
+    let mut g = Guest::protected();
+    g.poke::<u64>(TABLES, TABLES + 0x1001);
+    g.poke::<u64>(TABLES + 0x18, 3);
+    turn_on(&mut g, cr4::PAE);
+    assert_eq!(g.fault(13).error_code, Some(0));
+    assert_eq!(g.vcpu.state.cr0 >> 31, 0);
+}

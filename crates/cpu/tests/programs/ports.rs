@@ -1,7 +1,7 @@
 //! Port and MMIO exits, and who may use which port.
 
+use cpu::flags;
 use cpu::state::{Segment, reg};
-use cpu::{attention, flags};
 use iced_x86::code_asm::*;
 use mmu::Gpa;
 
@@ -87,24 +87,24 @@ fn an_interrupt_comes_in_between_two_iterations() {
         a.mov(edx, 0x1f0)?;
         a.rep().insb()
     });
-    // The interrupt is there from the start, but is masked by the step that runs up to the INS.
-    for _ in 0..3 {
-        g.engine.step(&mut g.vcpu);
-    }
-    g.attention.raise(attention::FLUSH_TLB);
-    g.script.lock().unwrap().interrupts.push_back(0x40);
-    // FLUSH_TLB is served before the instruction; the first iteration raises nothing itself.
+    g.script.lock().unwrap().interrupt_at_exit = Some(0x40);
+    let trap = g.fault(0x40);
+    assert_eq!((trap.rip, trap.rflags & flags::RF), (CODE + 15, flags::RF));
+    assert_eq!((g.reg(reg::RCX), g.reg(reg::RDI)), (4, DATA + 1));
+    // The rest follows when the handler returns.
+    g.code_at(HANDLERS + 0x400, 64, |a| a.iretq());
+    g.resume_at(HANDLERS + 0x400);
     g.finish();
-    assert_eq!(g.reg(reg::RCX), 0);
+    assert_eq!((g.reg(reg::RCX), g.seen().len()), (0, 5));
+    assert_eq!(g.vcpu.state.flags.bits() & flags::RF, 0);
 }
 
 #[test]
 fn the_tss_bitmap_decides_for_users() {
-    let run = |port: u32, size: u32, program: fn(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>| {
-        let _ = size;
+    let run = |port: u32, program: fn(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>| {
         let mut g = Guest::long();
         g.poke::<u16>(TSS + 0x66, 0x68);
-        g.poke::<u64>(TSS + 0x68, u64::MAX & !(1 << 9) & !(1 << 15) & !(1 << 16));
+        g.poke::<u64>(TSS + 0x68, !(1 << 9 | 1 << 15 | 1 << 16));
         g.poke::<u64>(TSS + 0x70, u64::MAX);
         g.vcpu.state.tr.segment = Segment { limit: 0x72, ..g.vcpu.state.tr.segment };
         g.user(sel::USER_CODE64);
@@ -116,13 +116,13 @@ fn the_tss_bitmap_decides_for_users() {
         assert_eq!(g.run(), cpu::Outcome::Halted);
         g.trap().unwrap().vector
     };
-    assert_eq!(run(9, 1, |a| a.in_(al, dx)), 6);
-    assert_eq!(run(8, 1, |a| a.in_(al, dx)), 13);
+    assert_eq!(run(9, |a| a.in_(al, dx)), 6);
+    assert_eq!(run(8, |a| a.in_(al, dx)), 13);
     // Across two bytes of the map.
-    assert_eq!(run(15, 2, |a| a.in_(ax, dx)), 6);
-    assert_eq!(run(15, 4, |a| a.in_(eax, dx)), 13);
+    assert_eq!(run(15, |a| a.in_(ax, dx)), 6);
+    assert_eq!(run(15, |a| a.in_(eax, dx)), 13);
     // Beyond the limit.
-    assert_eq!(run(0x1000, 1, |a| a.in_(al, dx)), 13);
+    assert_eq!(run(0x1000, |a| a.in_(al, dx)), 13);
 }
 
 #[test]

@@ -198,3 +198,43 @@ fn popf_changes_what_the_privilege_allows() {
     let all = flags::IF | flags::IOPL | flags::ID | flags::CF;
     assert_eq!(t.rflags & all, flags::IF | flags::ID | flags::CF);
 }
+
+#[test]
+fn segments_of_the_local_table() {
+    let mut g = Guest::long();
+    g.poke(GDT + u64::from(sel::SPARE), descriptor(DATA as u32, 15, 0x8200));
+    g.poke::<u64>(GDT + u64::from(sel::SPARE) + 8, 0);
+    g.poke(DATA + 8, descriptor(0x1000, 0xff, 0x9300 | DPL3));
+    g.code(|a| {
+        a.mov(eax, u32::from(sel::SPARE))?;
+        a.lldt(ax)?;
+        a.sldt(ebx)?;
+        a.mov(eax, 0xc)?;
+        a.mov(gs, ax)?;
+        // Beyond its limit.
+        a.mov(eax, 0x14)?;
+        a.mov(gs, ax)
+    });
+    assert_eq!(g.fault(13).error_code, Some(0x14));
+    assert_eq!(
+        (g.reg(reg::RBX), g.vcpu.state.segments[usize::from(seg::GS)].selector),
+        (sel::SPARE.into(), 0xc)
+    );
+    assert_eq!(g.vcpu.state.seg_base[usize::from(seg::GS)], 0x1000);
+}
+
+#[test]
+fn limits_and_types_are_checked_outside_64_bit_mode() {
+    let mut g = Guest::protected();
+    g.poke(GDT + u64::from(sel::SPARE), descriptor(DATA as u32, 0xf, 0x9300));
+    g.code(|a| {
+        a.mov(eax, u32::from(sel::SPARE))?;
+        a.mov(es, ax)?;
+        a.mov(ebx, dword_ptr(0xc).es())?;
+        a.mov(ecx, dword_ptr(0xd).es())
+    });
+    assert_eq!(g.fault(13).error_code, Some(0));
+    let mut g = Guest::protected();
+    g.code(|a| a.mov(dword_ptr(DATA as i32).cs(), eax));
+    assert_eq!(g.fault(13).error_code, Some(0));
+}

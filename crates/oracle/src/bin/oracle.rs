@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
-use oracle::{Engine as _, Family, Generator, HostCpu, Interpret, Mode, compare, report};
+use oracle::{Engine as _, Family, Generator, HostCpu, Interpret, Mode, compare, known, report};
 
 /// Runs random instructions on the host CPU and in the interpreter, and reports where they differ.
 #[derive(Parser, Debug)]
@@ -84,6 +84,7 @@ fn run(options: &Options) -> Result<bool, Box<dyn std::error::Error>> {
         .with_style(ProgressStyle::with_template("{wide_bar} {human_pos}/{human_len} {per_sec} {eta}")?);
     let mut counts: BTreeMap<Family, Count> = BTreeMap::new();
     let mut forms: BTreeMap<String, u64> = BTreeMap::new();
+    let mut explained: BTreeMap<&str, u64> = BTreeMap::new();
     for number in first..first.saturating_add(cases) {
         if number % 4096 == 0 {
             bar.set_position(number - first);
@@ -91,6 +92,9 @@ fn run(options: &Options) -> Result<bool, Box<dyn std::error::Error>> {
         let case = generator.case(number);
         let count = counts.entry(case.family).or_default();
         count.cases += 1;
+        if options.case.is_some() {
+            print!("{}", report(&case, &[]));
+        }
         let expected = host.run(&case)?;
         count.faults += u64::from(expected.exception.is_some());
         let text = match interpret.run(&case) {
@@ -101,6 +105,13 @@ fn run(options: &Options) -> Result<bool, Box<dyn std::error::Error>> {
                 }
                 if differences.is_empty() {
                     continue;
+                }
+                if let Some(known) = known::explain(&case, &expected, &actual, &differences) {
+                    *explained.entry(known.name).or_default() += 1;
+                    if options.case.is_none() {
+                        continue;
+                    }
+                    println!("known: {}: {}", known.name, known.reason);
                 }
                 report(&case, &differences)
             }
@@ -127,6 +138,9 @@ fn run(options: &Options) -> Result<bool, Box<dyn std::error::Error>> {
             count.faults,
             count.differ
         );
+    }
+    for (name, n) in &explained {
+        println!("known: {name} {n}");
     }
     for (form, n) in &forms {
         println!("differs: {form} {n}");

@@ -41,6 +41,11 @@ impl Family {
         Self::Crypto,
     ];
 
+    /// Whether its instructions work on x87 or vector registers.
+    pub const fn is_vector(self) -> bool {
+        matches!(self, Self::X87 | Self::Mmx | Self::Sse | Self::Avx | Self::Crypto)
+    }
+
     /// How many of 100 cases are of the family.
     pub(super) const fn weight(self) -> u64 {
         match self {
@@ -69,6 +74,8 @@ pub const EXCLUDED: &[(Mnemonic, &str)] = {
     &[
         (M::Cpuid, "differs between processors"),
         (M::Rdtsc, "never the same twice"),
+        (M::Ud0, "processors differ in its length"),
+        (M::Ud1, "processors differ in its length"),
         (M::Syscall, SYSTEM),
         (M::Sysenter, SYSTEM),
         (M::Int, SYSTEM),
@@ -107,8 +114,22 @@ pub const EXCLUDED: &[(Mnemonic, &str)] = {
     ]
 };
 
+/// Instruction forms left out, and why.
+pub const EXCLUDED_FORMS: &[(Code, &str)] = {
+    const HINT: &str = "with a register operand #UD on AMD processors";
+    &[
+        (Code::Reservednop_rm16_r16_0F0D, HINT),
+        (Code::Reservednop_rm32_r32_0F0D, HINT),
+        (Code::Reservednop_rm64_r64_0F0D, HINT),
+        (Code::Movsxd_r16_rm16, "reads two bytes on Intel's processors, four on AMD's"),
+    ]
+};
+
+/// Whether the host has a feature.
+type Detect = fn() -> bool;
+
 /// The CPUID features whose instructions are tested; those without a second part every x86-64 processor has.
-const FEATURES: &[(CpuidFeature, Option<fn() -> bool>)] = {
+const FEATURES: &[(CpuidFeature, Option<Detect>)] = {
     use CpuidFeature as F;
     macro_rules! detect {
         ($name:tt) => {
@@ -213,6 +234,7 @@ fn testable(code: Code, mode: Mode) -> bool {
         && !EXCLUDED.iter().any(|(m, _)| *m == code.mnemonic())
         && !op.op_kinds().iter().any(far_or_odd)
         && !writes_segment(code)
+        && !EXCLUDED_FORMS.iter().any(|(c, _)| *c == code)
         && !far(code)
         // 16-bit near branches: the vendors disagree on the operand size prefix.
         && !(op.operand_size() == 16 && branches(code))

@@ -20,7 +20,7 @@ use iced_x86::{Code, Decoder, DecoderOptions, Encoder, Instruction, Mnemonic, Op
 use crate::case::{CODE, CODE_SIZE, Case, DATA, DATA_SIZE, GS_BASE, Memory, Mode, Registers};
 use crate::random::Random;
 use catalog::Catalog;
-pub use catalog::{EXCLUDED, Family, lacking};
+pub use catalog::{EXCLUDED, EXCLUDED_FORMS, Family, lacking};
 use operand::Plan;
 
 /// The longest instruction in bytes.
@@ -67,6 +67,11 @@ impl Generator {
                 return case;
             }
         }
+    }
+
+    /// Case `number` if the first attempt makes one, which [`Self::case`] repeats until it does.
+    pub fn try_case(&self, number: u64) -> Option<Case> {
+        self.attempt(number, &mut Random::for_case(self.seed, number))
     }
 
     fn draw(&self, random: &mut Random) -> Code {
@@ -162,10 +167,26 @@ impl Generator {
         let legacy: Vec<u8> = bytes
             .iter()
             .copied()
-            .take_while(|b| matches!(b, 0x26 | 0x2e | 0x36 | 0x3e | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3))
+            .take_while(|b| {
+                let rex = self.mode == Mode::Bits64 && matches!(b, 0x40..=0x4f);
+                rex || matches!(b, 0x26 | 0x2e | 0x36 | 0x3e | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3)
+            })
             .collect();
-        // FS is the host thread's; near branches with an operand size prefix depend on the vendor.
-        if legacy.contains(&0x64) || family == Family::Branch && legacy.contains(&0x66) {
+        let has = |prefix: &u8| legacy.contains(prefix);
+        // FS is the host thread's. Near branches with an operand size prefix depend on the vendor, and so does
+        // LOOPcc with a REP prefix, which AMD processors go by.
+        let repeats = has(&0xf2) || has(&0xf3);
+        let conditional_loop = matches!(i.mnemonic(), Mnemonic::Loope | Mnemonic::Loopne);
+        if has(&0x64) || family == Family::Branch && has(&0x66) || conditional_loop && repeats {
+            return None;
+        }
+        // A prefix may have moved the target of a short branch onto the instruction itself, for ever.
+        let own = i.ip()..i.next_ip();
+        if i.near_branch_target() != 0 && own.contains(&i.near_branch_target()) {
+            return None;
+        }
+        // PAUSE with REX.B is XCHG with R8 on some processors.
+        if i.code() == Code::Pause && bytes.iter().any(|b| matches!(b, 0x40..=0x4f)) {
             return None;
         }
         Some((i, bytes.to_vec(), family))
@@ -195,7 +216,7 @@ fn steer(case: &mut Case, plan: Option<Plan>, random: &mut Random) {
     let i = &case.instruction;
     let window = |random: &mut Random, size| operand::linear(random, size, false);
     if random.chance(15, 16) {
-        gpr[4] = DATA + 0x200 + random.below(0x1c00) & !7;
+        gpr[4] = DATA + 0x200 + (random.below(0x1c00) & !7);
         if random.chance(1, 12) {
             gpr[4] = window(random, 8);
         }

@@ -158,8 +158,8 @@ pub(super) fn fill(
             return match kind {
                 K::mem => memory(instruction, n, mode, rip, random),
                 K::mem_offs => Some(absolute(instruction, n, mode, random)),
-                K::mem_vsib32x | K::mem_vsib64x => Some(vsib(instruction, n, R::XMM0, random)),
-                _ => Some(vsib(instruction, n, R::YMM0, random)),
+                K::mem_vsib32x | K::mem_vsib64x => Some(vsib(instruction, n, mode, R::XMM0, random)),
+                _ => Some(vsib(instruction, n, mode, R::YMM0, random)),
             }
             .map(Some);
         }
@@ -436,17 +436,19 @@ fn absolute(instruction: &mut Instruction, n: u32, mode: Mode, random: &mut Rand
 }
 
 /// A gather's operand: the base in the middle of the window, the index a vector.
-fn vsib(instruction: &mut Instruction, n: u32, indexes: Register, random: &mut Random) -> Plan {
+fn vsib(instruction: &mut Instruction, n: u32, mode: Mode, indexes: Register, random: &mut Random) -> Plan {
     instruction.set_op_kind(n, OpKind::Memory);
     let size = access_size(instruction);
     let target = linear(random, size, false);
     let mut plan = Plan::new(random, target, size);
-    plan.base = register(random, Register::RAX, 16);
+    let (first, count) = if mode == Mode::Bits64 { (Register::RAX, 16) } else { (Register::EAX, 8) };
+    plan.base = register(random, first, count);
     instruction.set_memory_base(plan.base);
-    instruction.set_memory_index(register(random, indexes, 16));
+    instruction.set_memory_index(register(random, indexes, count));
     instruction.set_memory_index_scale(plan.scale as u32);
     plan.displacement = random.next() as i8 as i64 as u64;
-    instruction.set_memory_displacement64(plan.displacement);
+    let mask = if mode == Mode::Bits64 { u64::MAX } else { 0xffff_ffff };
+    instruction.set_memory_displacement64(plan.displacement & mask);
     instruction.set_memory_displ_size(1);
     plan
 }

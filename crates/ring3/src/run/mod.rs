@@ -5,16 +5,19 @@
 //! events: the guest's control lines, signals, and the machine's end. The session is the one place that
 //! acts on them: it forwards signals and sizes, watches the clock, and knows when the run is over.
 //!
+//! Before any of these threads starts, the process gives up what the run does not need ([`isolation`]).
+//!
 //! Nothing is left behind when ring3 is killed: the initramfs and the console are in memory, and no file is
 //! made. The terminal is restored on every way out but SIGKILL.
 
 pub mod console;
+pub mod isolation;
 pub mod plan;
 mod session;
 pub mod spec;
 pub mod spinner;
-pub mod terminal;
 mod stats;
+pub mod terminal;
 pub mod vm;
 
 use std::io::{self, IsTerminal};
@@ -26,11 +29,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use guest_init::spec::{SpecError, Stream};
 use rustix::event::{EventfdFlags, eventfd};
 
-use crate::cli::RunArgs;
+use crate::cli::{Isolation, RunArgs};
 use crate::initramfs::{self, ModuleError};
 use crate::kernel::image::ImageError;
 use crate::kernel::{self, KernelError};
 use console::Console;
+use isolation::Inherited;
 use session::Session;
 use spec::{Duplex, Outcome, Ports, Serial, VmSpec};
 use spinner::Spinner;
@@ -131,15 +135,20 @@ fn excerpt(console: &[String]) -> String {
 
 /// Runs what the options say; `launch` is the machine. Returns the exit status.
 ///
+/// With `--isolation on` this confines the calling thread and then the process for good, and closes descriptors
+/// that the process was started with.
+///
 /// # Errors
 /// A [`RunError`] for everything that is not the command's own doing.
 pub fn run<F>(args: &RunArgs, launch: F) -> Result<u8, RunError>
 where
     F: FnOnce(VmSpec) -> Result<Outcome, VmError> + Send + 'static,
 {
+    // First of all, while every descriptor is one that the parent left.
+    let inherited = (args.isolation == Isolation::On).then(Inherited::find);
     let kernel = kernel::choose(args.kernel.as_deref())?;
     let kernel_bytes = kernel::image::read(&kernel.image)?;
-    plan::check_disks(&args.disks)?;
+    let disks = plan::open_disks(&args.disks)?;
     let root = plan::checked_root(&args.root)?;
     let is_terminal = [io::stdin().is_terminal(), io::stdout().is_terminal(), io::stderr().is_terminal()];
     let streams = plan::streams(is_terminal)?;
@@ -158,6 +167,10 @@ where
     if args.verbose || args.stats {
         eprintln!("ring3: engine: {}, kernel: {}", args.engine.name(), kernel.image.display());
     }
+
+    let shared_root = own_initramfs.then_some(root);
+    let status = std::fs::File::open("/proc/self/status").ok();
+    let confined = inherited.map(|inherited| isolation::confine(inherited, shared_root.as_deref()));
 
     // What the machine is connected to.
     let (console, console_end) = Console::start(args.verbose).map_err(RunError::SetUp)?;
@@ -182,11 +195,14 @@ where
         command_line,
         memory: args.memory,
         cpus: args.cpus,
-        shared_root: own_initramfs.then_some(root),
-        disks: args.disks.clone(),
+        shared_root,
+        disks,
         serial,
         ports,
         engine: args.engine,
+        isolation: confined,
+        verbose: args.verbose,
+        status,
         stats: stats.clone(),
         stop: stop.try_clone().map_err(RunError::SetUp)?,
     };

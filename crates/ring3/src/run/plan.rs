@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use guest_init::spec::{Root, Spec, Stream};
 
+use super::spec::OpenDisk;
 use super::{RunError, terminal};
 use crate::cli::{Disk, EnvVar, RunArgs};
 use crate::initramfs::{Module, ModuleTree};
@@ -185,12 +186,12 @@ fn checked_workdir(root: &Path, dir: &Path) -> Result<PathBuf, RunError> {
     if there.is_dir() || there.is_symlink() { Ok(absolute) } else { Err(bad()) }
 }
 
-/// Checks what can be checked about disks before the guest starts.
+/// Opens the disks, and checks what can be checked about them before the guest starts.
 ///
 /// # Errors
 /// [`RunError::BadDisk`].
-pub fn check_disks(disks: &[Disk]) -> Result<(), RunError> {
-    for disk in disks {
+pub fn open_disks(disks: &[Disk]) -> Result<Vec<OpenDisk>, RunError> {
+    let open = |disk: &Disk| {
         let bad = |source| RunError::BadDisk { path: disk.path.clone(), source };
         let refuse = |why: String| Err(bad(std::io::Error::other(why)));
         let file = fs::File::options().read(true).write(!disk.readonly).open(&disk.path).map_err(bad)?;
@@ -201,8 +202,9 @@ pub fn check_disks(disks: &[Disk]) -> Result<(), RunError> {
         if about.is_file() && (about.len() == 0 || about.len() % 512 != 0) {
             return refuse(format!("its size, {} bytes, is not a multiple of 512 above 0", about.len()));
         }
-    }
-    Ok(())
+        Ok(OpenDisk { path: disk.path.clone(), readonly: disk.readonly, file })
+    };
+    disks.iter().map(open).collect()
 }
 
 /// The modules that the guest's first process is to load.
@@ -304,14 +306,14 @@ mod tests {
     fn bad_disks_are_found_before_the_guest_starts() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("disk");
-        let check = |readonly| check_disks(&[Disk { path: path.clone(), readonly }]);
+        let check = |readonly| open_disks(&[Disk { path: path.clone(), readonly }]);
         assert!(check(true).is_err());
         fs::write(&path, [0; 700]).unwrap();
         let error = check(true).unwrap_err();
         assert!(std::error::Error::source(&error).unwrap().to_string().contains("700 bytes"));
         fs::write(&path, [0; 1024]).unwrap();
         assert!(check(true).is_ok() && check(false).is_ok());
-        assert!(check_disks(&[Disk { path: dir.path().into(), readonly: true }]).is_err());
+        assert!(open_disks(&[Disk { path: dir.path().into(), readonly: true }]).is_err());
     }
 
     #[test]

@@ -1,10 +1,12 @@
 //! What a machine is told, and how a run can end.
 
+use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
-use crate::cli::{Disk, Engine};
+use super::isolation::Confined;
+use crate::cli::Engine;
 
 /// Everything that the machine needs. All descriptors are blocking and close-on-exec; dropping the spec's
 /// descriptors is how the machine says that it is done with them.
@@ -25,18 +27,36 @@ pub struct VmSpec {
     /// The directory to share read-only by virtio-fs, tag [`guest_init::spec::ROOT_TAG`].
     pub shared_root: Option<PathBuf>,
     /// Disks in the order in which the guest is to see them.
-    pub disks: Vec<Disk>,
+    pub disks: Vec<OpenDisk>,
     /// The first serial port (0x3f8), the kernel's console.
     pub serial: Serial,
     /// The virtio console's ports; `None`: no such device.
     pub ports: Option<Ports>,
     /// How the processor is run.
     pub engine: Engine,
+    /// The process's first step of confinement, for the machine to take the second before the guest runs; `None`
+    /// when the user wants none.
+    pub isolation: Option<Confined>,
+    /// Say on standard error what the host allowed.
+    pub verbose: bool,
+    /// `/proc/self/status`, which cannot be opened any more.
+    pub status: Option<File>,
     /// Where to leave the text for `--stats`; `None` when nobody asked.
     pub stats: Option<Arc<Mutex<String>>>,
     /// An eventfd that becomes readable when the run is to end now: the machine stops its processors wherever
     /// they are and returns [`Outcome::Interrupted`].
     pub stop: OwnedFd,
+}
+
+/// A disk, open: its path may be out of reach once the process is confined.
+#[derive(Debug)]
+pub struct OpenDisk {
+    /// Where it is, for messages.
+    pub path: PathBuf,
+    /// The guest cannot write it, and the file is open for reading only.
+    pub readonly: bool,
+    /// The image or block device.
+    pub file: File,
 }
 
 /// The serial port's ends.

@@ -1,16 +1,21 @@
 //! The text of `--stats`.
 
 use std::fmt::Write as _;
+use std::fs::File;
 use std::time::Duration;
 
 use cpu::{Exits, GuestRam, VcpuStats};
 use machine::MachineStats;
 use vm_memory::{GuestMemory, GuestMemoryRegion};
 
+use super::isolation::Measures;
+
 /// What there is to report of one run.
 pub(super) struct Run<'a> {
     /// The engine's name.
     pub(super) engine: &'a str,
+    /// What the process gave up.
+    pub(super) isolation: &'a Measures,
     /// From the start until the first instruction could run.
     pub(super) built: Duration,
     /// From the start until the machine ended.
@@ -19,6 +24,8 @@ pub(super) struct Run<'a> {
     pub(super) memory: u64,
     /// How much of it the host had to give, in bytes.
     pub(super) touched: Option<u64>,
+    /// The most memory that the process ever had in use, in bytes.
+    pub(super) peak: Option<u64>,
     /// What the machine counted.
     pub(super) counted: &'a MachineStats,
 }
@@ -31,9 +38,9 @@ pub(super) fn touched(memory: &GuestRam) -> Option<u64> {
     rustix::fs::fstat(file).ok().map(|stat| stat.st_blocks as u64 * 512)
 }
 
-/// The most memory that this process ever had in use, in bytes (`/proc/self/status`).
-fn peak() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+/// The most memory that a process ever had in use, in bytes, by its `/proc/PID/status`.
+pub(super) fn peak(mut status: File) -> Option<u64> {
+    let status = std::io::read_to_string(&mut status).ok()?;
     let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
     line.split_whitespace().next()?.parse::<u64>().ok().map(|kib| kib << 10)
 }
@@ -52,6 +59,7 @@ pub(super) fn report(run: &Run<'_>) -> String {
         let _ = writeln!(text, "{name:<28} {value}");
     };
     line("engine", run.engine.to_owned());
+    line("isolation", run.isolation.to_string());
     line("vcpus", run.counted.vcpus.len().to_string());
     line("time to build", format!("{:.3} s", run.built.as_secs_f64()));
     line("time in the guest", format!("{seconds:.3} s"));
@@ -83,7 +91,7 @@ pub(super) fn report(run: &Run<'_>) -> String {
     if let Some(touched) = run.touched {
         line("guest memory in use", format!("{:.1} MiB", mib(touched)));
     }
-    if let Some(peak) = peak() {
+    if let Some(peak) = run.peak {
         line("host memory at peak", format!("{:.1} MiB", mib(peak)));
     }
     for (name, count) in &total.unimplemented {
@@ -127,13 +135,17 @@ mod tests {
         let counted = MachineStats { vcpus: vec![vcpu.clone(), vcpu], ..MachineStats::default() };
         let text = report(&Run {
             engine: "interpret",
+            isolation: &Measures::off(),
+            peak: None,
             built: Duration::from_millis(10),
             total: Duration::from_millis(1010),
             memory: 64 << 20,
             touched: Some(1 << 20),
             counted: &counted,
         });
-        for want in ["guest instructions           20", "exits: MMIO read             4", "Vmlaunch: 2", "1.0 MiB"] {
+        for want in
+            ["guest instructions           20", "exits: MMIO read             4", "Vmlaunch: 2", "1.0 MiB"]
+        {
             assert!(text.contains(want), "{want:?} in\n{text}");
         }
     }

@@ -17,9 +17,9 @@ use virtio::console::{Console, ConsoleError, PortConfig, PortEnd};
 use virtio::fs::{DEFAULT_TIMEOUT, Fs, FsConfig, FsError};
 use virtio::rng::Rng;
 
-use super::spec::{Outcome, Ports, VmSpec};
+use super::isolation::{Confined, Measures};
+use super::spec::{OpenDisk, Outcome, Ports, VmSpec};
 use super::stats;
-use crate::cli::Disk;
 
 /// Why a machine could not be built or run.
 #[derive(Debug, thiserror::Error)]
@@ -31,14 +31,6 @@ pub enum VmError {
         path: PathBuf,
         /// Why not.
         source: ImageError,
-    },
-    /// A disk cannot be opened.
-    #[error("cannot open the disk {}", path.display())]
-    OpenDisk {
-        /// The file.
-        path: PathBuf,
-        /// Why not.
-        source: std::io::Error,
     },
     /// A disk cannot be used.
     #[error("cannot use {} as a disk", path.display())]
@@ -90,8 +82,8 @@ pub fn launch(spec: VmSpec) -> Result<Outcome, VmError> {
             .map_err(|source| VmError::Root { path: root, source })?;
         machine.add_virtio(Box::new(fs))?;
     }
-    for disk in &spec.disks {
-        machine.add_virtio(Box::new(open_disk(disk)?))?;
+    for disk in spec.disks {
+        machine.add_virtio(Box::new(block(disk)?))?;
     }
     machine.add_virtio(Box::new(Rng::new()))?;
     machine.load(&image, BootProtocol::Linux64, Some(&spec.initramfs), &spec.command_line)?;
@@ -110,16 +102,23 @@ pub fn launch(spec: VmSpec) -> Result<Outcome, VmError> {
     }
     stop_when_readable(spec.stop, machine.handle())?;
 
+    let isolation = spec.isolation.map_or_else(Measures::off, Confined::seal);
+    if spec.verbose {
+        eprintln!("ring3: isolation: {isolation}");
+    }
+
     let memory = std::sync::Arc::clone(machine.memory());
     let built = begin.elapsed();
     let (ended, counted) = machine.run()?;
     if let Some(text) = &spec.stats {
         let report = stats::report(&stats::Run {
             engine: spec.engine.name(),
+            isolation: &isolation,
             built,
             total: begin.elapsed(),
             memory: spec.memory,
             touched: stats::touched(&memory),
+            peak: spec.status.and_then(stats::peak),
             counted: &counted,
         });
         *text.lock().unwrap_or_else(PoisonError::into_inner) = report;
@@ -154,15 +153,9 @@ fn port_configs(ports: Ports) -> Vec<PortConfig> {
     ]
 }
 
-fn open_disk(disk: &Disk) -> Result<Block, VmError> {
-    let file = File::options()
-        .read(true)
-        .write(!disk.readonly)
-        .open(&disk.path)
-        .map_err(|source| VmError::OpenDisk { path: disk.path.clone(), source })?;
-    let id = disk.path.file_name().unwrap_or_default().to_string_lossy();
-    Block::new(file, disk.readonly, &id)
-        .map_err(|source| VmError::Disk { path: disk.path.clone(), source })
+fn block(disk: OpenDisk) -> Result<Block, VmError> {
+    let id = disk.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    Block::new(disk.file, disk.readonly, &id).map_err(|source| VmError::Disk { path: disk.path, source })
 }
 
 fn stop_when_readable(stop: OwnedFd, handle: MachineHandle) -> Result<(), VmError> {

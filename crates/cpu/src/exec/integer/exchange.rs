@@ -49,7 +49,7 @@ fn xchg_reg<T: Data>(vcpu: &mut Vcpu, i: &Insn) -> Exec {
 /// XCHG with memory is atomic without a LOCK prefix.
 fn xchg_mem<T: Data>(vcpu: &mut Vcpu, i: &Insn) -> Exec {
     let new: T = vcpu.get(i.src);
-    let (old, _) = vcpu.update(i, true, |_| new)?;
+    let old = vcpu.exchange(i, new)?;
     vcpu.set(i.src, old);
     Ok(())
 }

@@ -272,16 +272,18 @@ fn double<const LEFT: bool>(i: &Instruction) -> Option<Handler> {
 
 /// The result and CF of SHLD or SHRD by a masked count that is not zero.
 ///
-/// A count above 16 of a 16-bit operand, undefined by the manual, goes on into the destination's own bits, as
-/// processors do.
+/// A count above 16 of a 16-bit operand, undefined by the manual, shifts the source in twice, as
+/// some processors do.
 #[inline(always)]
 fn double_shift<T: Data, const LEFT: bool>(a: T, b: T, count: u32) -> (T, bool) {
     let (wide_a, wide_b) = (u128::from(a.widen()), u128::from(b.widen()));
     if T::BITS == 16 {
-        let value = a.widen() << 32 | b.widen() << 16 | a.widen();
+        let (a, b) = (a.widen(), b.widen());
         return if LEFT {
+            let value = a << 32 | b << 16 | b;
             (T::truncate(value << count >> 32), bit(value, 48 - count))
         } else {
+            let value = b << 32 | b << 16 | a;
             (T::truncate(value >> count), bit(value, count - 1))
         };
     }

@@ -6,6 +6,7 @@ use super::form::{Form, form};
 use crate::data::Data;
 use crate::fault::Exec;
 use crate::insn::{Handler, Insn};
+use crate::stack::as_stack_fault;
 use crate::state::{CodeMode, reg};
 use crate::vcpu::Vcpu;
 
@@ -176,7 +177,7 @@ fn enter<T: Data>(vcpu: &mut Vcpu, i: &Insn) -> Exec {
     let mut pointer = vcpu.stack_pointer().wrapping_sub(T::SIZE);
     let put = |vcpu: &mut Vcpu, pointer, value: T| {
         let address = vcpu.stack_address(pointer, T::SIZE, true)?;
-        vcpu.write(address, value)
+        vcpu.write(address, value).map_err(as_stack_fault)
     };
     let mut enclosing = vcpu.reg(reg::RBP);
     put(vcpu, pointer, T::truncate(enclosing))?;
@@ -186,7 +187,7 @@ fn enter<T: Data>(vcpu: &mut Vcpu, i: &Insn) -> Exec {
             enclosing = enclosing.wrapping_sub(T::SIZE);
             pointer = pointer.wrapping_sub(T::SIZE);
             let address = vcpu.stack_address(enclosing & vcpu.state.stack_mask, T::SIZE, false)?;
-            let saved: T = vcpu.read(address)?;
+            let saved: T = vcpu.read(address).map_err(as_stack_fault)?;
             put(vcpu, pointer, saved)?;
         }
         pointer = pointer.wrapping_sub(T::SIZE);
@@ -205,7 +206,7 @@ fn enter<T: Data>(vcpu: &mut Vcpu, i: &Insn) -> Exec {
 fn leave<T: Data>(vcpu: &mut Vcpu, _: &Insn) -> Exec {
     let pointer = vcpu.reg(reg::RBP) & vcpu.state.stack_mask;
     let address = vcpu.stack_address(pointer, T::SIZE, false)?;
-    let value: T = vcpu.read(address)?;
+    let value: T = vcpu.read(address).map_err(as_stack_fault)?;
     vcpu.set_stack_pointer(pointer.wrapping_add(T::SIZE));
     vcpu.set(reg::RBP, value);
     Ok(())

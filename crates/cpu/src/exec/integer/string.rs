@@ -3,7 +3,7 @@
 //! # Theory of operation
 //! One element is one step: access, then advance the pointers. A repeated instruction is a loop of steps
 //! that leaves the registers consistent after each, so that a fault, or a request for attention, can stop it
-//! between any two; RIP then points to the instruction again and it goes on from where it is. It looks for
+//! between any two: it then returns [`Stop::Restart`] and later goes on from where it is. It looks for
 //! attention every [`BUDGET`] elements, and for traps (single-step, data breakpoints) after each.
 //!
 //! Forward MOVS and STOS on flat addresses go in runs, at most to the end of a page, where the TLB has
@@ -13,7 +13,7 @@ use iced_x86::{Instruction, Mnemonic as M};
 
 use super::form::sized;
 use crate::data::Data;
-use crate::fault::Exec;
+use crate::fault::{Exec, Stop};
 use crate::insn::{Handler, Insn, insn_flags};
 use crate::state::{CodeMode, reg, seg, slow};
 use crate::vcpu::Vcpu;
@@ -246,10 +246,7 @@ fn repeat<T: Data, S: StringOp>(vcpu: &mut Vcpu, i: &Insn) -> Exec {
         if vcpu.state.slow & (slow::SINGLE_STEP | slow::DEBUG_TRAP) != 0
             || budget == 0 && vcpu.attention().peek() != 0
         {
-            let rip = vcpu.state.rip();
-            vcpu.state.set_rip(rip.wrapping_sub(u64::from(i.len)));
-            vcpu.end_block();
-            break;
+            return Err(Box::new(Stop::Restart));
         }
         if budget == 0 {
             budget = BUDGET;

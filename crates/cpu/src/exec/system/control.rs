@@ -243,6 +243,8 @@ pub(super) fn mov_to_cr(vcpu: &mut Vcpu, i: &Insn) -> Exec {
 pub(super) fn clts(vcpu: &mut Vcpu, _i: &Insn) -> Exec {
     vcpu.require_cpl0()?;
     vcpu.state.cr0 &= !cr0::TS;
+    // Vector and x87 instructions may execute now.
+    vcpu.refresh_mode();
     Ok(())
 }
 
@@ -269,8 +271,7 @@ pub(super) fn xgetbv(vcpu: &mut Vcpu, _i: &Insn) -> Exec {
     }
     let value = match vcpu.get::<u32>(reg::RCX) {
         0 => vcpu.state.xcr0,
-        // XINUSE: the state components that are not known to be in their initial state.
-        1 => vcpu.state.xcr0,
+        1 => vcpu.state.xcr0 & vcpu.xinuse(),
         _ => return fault(Fault::gp(0)),
     };
     vcpu.set(reg::RAX, value as u32);
@@ -292,6 +293,7 @@ pub(super) fn xsetbv(vcpu: &mut Vcpu, _i: &Insn) -> Exec {
         return fault(Fault::gp(0));
     }
     vcpu.state.xcr0 = value;
+    vcpu.refresh_mode();
     vcpu.end_block();
     Ok(())
 }

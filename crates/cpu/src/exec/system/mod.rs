@@ -53,6 +53,11 @@ fn lock_prefix(_vcpu: &mut Vcpu, _i: &Insn) -> Exec {
     fault(Fault::ud())
 }
 
+/// An instruction of an extension that CPUID does not offer: known, so not counted as unimplemented.
+fn not_offered(_vcpu: &mut Vcpu, _i: &Insn) -> Exec {
+    fault(Fault::ud())
+}
+
 /// Nothing to do: SERIALIZE.
 fn nothing(_vcpu: &mut Vcpu, _i: &Insn) -> Exec {
     Ok(())
@@ -205,6 +210,12 @@ fn handler(code: Code) -> Option<(Handler, u8)> {
         C::Rdpid_r64 => (identity::rdpid, 8),
         C::Rdpmc => (identity::rdpmc, 0),
         C::Vmcall | C::Vmmcall => (identity::hypercall, 0),
+
+        // MONITOR, virtualization, SGX, TDX, SMM.
+        C::Monitorw | C::Monitord | C::Monitorq | C::Mwait => (not_offered, 0),
+        C::Vmlaunch | C::Vmresume | C::Vmxoff | C::Vmxon_m64 | C::Vmfunc => (not_offered, 0),
+        C::Vmrunw | C::Vmrund | C::Vmrunq | C::Skinit | C::Stgi | C::Clgi => (not_offered, 0),
+        C::Encls | C::Enclu | C::Enclv | C::Tdcall | C::Seamcall | C::Rsm => (not_offered, 0),
 
         // Ports.
         C::In_AL_imm8 => (io::port_in::<true>, 1),

@@ -150,3 +150,20 @@ fn real_mode_has_sse_and_x87_but_no_vex() {
     run(&mut v, |a| a.fldenv(ptr(si))).unwrap();
     assert_eq!((v.state.fpu.fip, v.state.fpu.fdp, v.state.fpu.top()), (0x1_2345, 0xf_4321, 7));
 }
+
+#[test]
+fn what_the_system_enables_works_at_once() {
+    let mut v = vcpu();
+    v.state.cr0 |= cr0::TS;
+    v.refresh_mode();
+    v.state.fpu.set_xmm(1, 21);
+    assert_eq!(fault_of(run(&mut v, |a| a.paddd(xmm1, xmm1))).vector, vector::NM);
+    run_engine(&mut v, |a| {
+        a.clts()?;
+        a.paddd(xmm1, xmm1)?;
+        a.mov(ecx, 1)?;
+        a.xgetbv()
+    });
+    assert_eq!(v.state.fpu.xmm(1), 42);
+    assert_eq!(v.reg(0), component::SSE, "XGETBV of 1 tells what is in use");
+}

@@ -216,3 +216,21 @@ fn crossing_a_page_works() {
     v.read_bytes(at, &mut seen).unwrap();
     assert_eq!(seen, bytes.map(|b| b * 2));
 }
+
+#[test]
+fn alignment_checks_of_user_code() {
+    let mut v = vcpu();
+    v.state.cpl = 3;
+    v.state.cr0 |= cr0::AM;
+    v.set_rflags(flags::AC, flags::AC);
+    v.refresh_mode();
+    assert_eq!(fault_of(run(&mut v, |a| a.fld(qword_ptr(DATA + 4)))).vector, vector::AC);
+    assert_eq!(fault_of(run(&mut v, |a| a.fst(dword_ptr(DATA + 2)))).vector, vector::AC);
+    assert_eq!(fault_of(run(&mut v, |a| a.addsd(xmm0, qword_ptr(DATA + 4)))).vector, vector::AC);
+    assert_eq!(fault_of(run(&mut v, |a| a.movq(qword_ptr(DATA + 4), xmm0))).vector, vector::AC);
+    run(&mut v, |a| {
+        a.fld(qword_ptr(DATA + 8))?;
+        a.addsd(xmm0, qword_ptr(DATA + 8))
+    })
+    .unwrap();
+}

@@ -1,6 +1,10 @@
 //! Tests of the integer instructions: short programs in each mode, run instruction by instruction.
 
+mod blocks;
+mod control;
+mod data;
 mod speed;
+mod strings;
 
 use std::sync::Arc;
 
@@ -38,11 +42,11 @@ impl Platform for Nothing {
         None
     }
 
-    fn init(&mut self) {}
-
     fn interrupt_pending(&mut self) -> bool {
         false
     }
+
+    fn init(&mut self) {}
 }
 
 /// A vCPU with 1 MiB of RAM: in 64-bit mode identity-mapped but for the page at [`DATA_END`], in the others

@@ -1,0 +1,275 @@
+//! The system calls that are left once the guest runs.
+//!
+//! # Theory of operation
+//! Two filters, on all threads. The first ends the process at a call that only somebody else's code can want in
+//! it ([`FATAL`]): starting a program, a socket, a look into another process. The second lets through what
+//! [`allowed`] lists, where it matters by its arguments too, and answers every other call with ENOSYS: the
+//! libraries below us take that as an older kernel's answer and do without, so that a new version of one of them
+//! does not end the run.
+//!
+//! Nothing here says *which* descriptor may be used: that is decided by what is open.
+//!
+//! A call that is missing shows in `strace -f ring3 run ...` as an ENOSYS that goes away with `--isolation off`.
+
+use std::collections::BTreeMap;
+
+use libc::c_long;
+use seccompiler::{
+    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch, apply_filter_all_threads,
+};
+
+/// A condition on one argument: its bits under `mask` are `value`.
+struct Arg {
+    /// Its number, from 0.
+    index: u8,
+    mask: u64,
+    value: u64,
+}
+
+/// An argument of type `int`, whose upper half the kernel ignores.
+const INT: u64 = 0xffff_ffff;
+/// A pointer or a `long`.
+const LONG: u64 = u64::MAX;
+
+const fn arg(index: u8, mask: u64, value: u64) -> Arg {
+    Arg { index, mask, value }
+}
+
+/// A call that is allowed whenever all conditions hold. Several entries for one call are alternatives.
+struct Call {
+    number: c_long,
+    when: Vec<Arg>,
+}
+
+fn all(numbers: &[c_long]) -> Vec<Call> {
+    numbers.iter().map(|&number| Call { number, when: Vec::new() }).collect()
+}
+
+fn when<const N: usize>(number: c_long, when: [Arg; N]) -> Vec<Call> {
+    vec![Call { number, when: when.into() }]
+}
+
+/// `number` with argument `index`, an `int`, being one of `values`.
+fn one_of(number: c_long, index: u8, values: &[u64]) -> Vec<Call> {
+    values.iter().flat_map(|&value| when(number, [arg(index, INT, value)])).collect()
+}
+
+/// What the process `pid` may call, and why.
+fn allowed(pid: u32) -> Vec<Call> {
+    const EXEC: u64 = libc::PROT_EXEC as u64;
+    const WRITE: u64 = libc::PROT_WRITE as u64;
+    const THREAD: u64 = libc::CLONE_THREAD as u64;
+    const KEEP_SIZE: u64 = libc::FALLOC_FL_KEEP_SIZE as u64;
+    /// Bits of open flags that write, or make a file.
+    const CHANGING: u64 = (libc::O_ACCMODE | libc::O_CREAT | libc::O_TRUNC) as u64;
+    [
+        // The allocator, threads' stacks, and the interpreter's arena for native instructions, which is a memfd
+        // mapped twice: no mapping is writable and executable, none becomes executable.
+        all(&[libc::SYS_brk, libc::SYS_munmap, libc::SYS_mremap, libc::SYS_madvise]),
+        when(libc::SYS_mmap, [arg(2, EXEC, 0)]),
+        when(libc::SYS_mmap, [arg(2, EXEC | WRITE, EXEC)]),
+        when(libc::SYS_mprotect, [arg(2, EXEC, 0)]),
+        all(&[libc::SYS_memfd_create, libc::SYS_ftruncate]),
+        // Threads: vCPUs, timers, and a device's when its driver starts it. Not processes. (The C library asks
+        // for clone3 first, whose flags a filter cannot see, and takes ENOSYS for an answer.)
+        when(libc::SYS_clone, [arg(0, THREAD, THREAD)]),
+        all(&[libc::SYS_set_robust_list, libc::SYS_rseq, libc::SYS_gettid, libc::SYS_exit]),
+        all(&[libc::SYS_sched_yield, libc::SYS_sched_getaffinity]),
+        one_of(libc::SYS_prctl, 0, &[libc::PR_SET_NAME as u64]),
+        // Waiting.
+        all(&[libc::SYS_futex, libc::SYS_poll, libc::SYS_ppoll, libc::SYS_restart_syscall]),
+        all(&[libc::SYS_epoll_create1, libc::SYS_epoll_ctl, libc::SYS_epoll_wait, libc::SYS_epoll_pwait]),
+        all(&[libc::SYS_epoll_pwait2, libc::SYS_eventfd2, libc::SYS_nanosleep, libc::SYS_clock_nanosleep]),
+        // Time, where the vDSO does not answer.
+        all(&[libc::SYS_clock_gettime, libc::SYS_clock_getres, libc::SYS_gettimeofday]),
+        // Descriptors that are open: streams, disks, files below the root, events.
+        all(&[libc::SYS_read, libc::SYS_readv, libc::SYS_pread64, libc::SYS_preadv, libc::SYS_close]),
+        all(&[libc::SYS_write, libc::SYS_writev, libc::SYS_pwrite64, libc::SYS_pwritev, libc::SYS_lseek]),
+        one_of(
+            libc::SYS_fcntl,
+            1,
+            &[libc::F_DUPFD_CLOEXEC as u64, libc::F_GETFD as u64, libc::F_GETFL as u64],
+        ),
+        // A disk's flush and discard; the size stays.
+        all(&[libc::SYS_fsync, libc::SYS_fdatasync]),
+        when(libc::SYS_fallocate, [arg(1, KEEP_SIZE, KEEP_SIZE)]),
+        // Files below the root, for reading.
+        when(libc::SYS_openat, [arg(2, CHANGING, libc::O_RDONLY as u64)]),
+        all(&[libc::SYS_fstat, libc::SYS_newfstatat, libc::SYS_statx, libc::SYS_fstatfs]),
+        all(&[libc::SYS_readlinkat, libc::SYS_getdents64]),
+        // Asking how many descriptors may be open, not setting it.
+        when(libc::SYS_prlimit64, [arg(2, LONG, 0)]),
+        // The sockets between our own threads: no address of another.
+        when(libc::SYS_sendto, [arg(4, LONG, 0)]),
+        all(&[libc::SYS_recvfrom, libc::SYS_shutdown]),
+        // The terminal's mode and size. Above all not TIOCSTI, which types on the user's behalf.
+        one_of(
+            libc::SYS_ioctl,
+            1,
+            &[
+                libc::TCGETS,
+                libc::TCSETS,
+                libc::TCSETSW,
+                libc::TCSETSF,
+                libc::TCGETS2,
+                libc::TCSETS2,
+                libc::TCSETSW2,
+                libc::TCSETSF2,
+                libc::TIOCGWINSZ,
+            ],
+        ),
+        // Signals to this process, and its own end, abort included.
+        all(&[libc::SYS_rt_sigaction, libc::SYS_rt_sigprocmask, libc::SYS_rt_sigreturn]),
+        all(&[libc::SYS_sigaltstack, libc::SYS_getpid, libc::SYS_exit_group]),
+        when(libc::SYS_tgkill, [arg(0, INT, u64::from(pid))]),
+        // The entropy device, and hash tables.
+        all(&[libc::SYS_getrandom]),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+/// No part of ring3 that still runs, and no library below it, makes these calls.
+const FATAL: [c_long; 63] = [
+    // Other programs and processes.
+    libc::SYS_execve,
+    libc::SYS_execveat,
+    libc::SYS_fork,
+    libc::SYS_vfork,
+    libc::SYS_ptrace,
+    libc::SYS_process_vm_readv,
+    libc::SYS_process_vm_writev,
+    libc::SYS_process_madvise,
+    libc::SYS_pidfd_open,
+    libc::SYS_pidfd_getfd,
+    libc::SYS_pidfd_send_signal,
+    libc::SYS_kcmp,
+    // Network, and local sockets.
+    libc::SYS_socket,
+    libc::SYS_connect,
+    libc::SYS_bind,
+    libc::SYS_listen,
+    libc::SYS_accept,
+    libc::SYS_accept4,
+    // Mounts and namespaces.
+    libc::SYS_mount,
+    libc::SYS_umount2,
+    libc::SYS_move_mount,
+    libc::SYS_open_tree,
+    libc::SYS_fsopen,
+    libc::SYS_fsconfig,
+    libc::SYS_fsmount,
+    libc::SYS_fspick,
+    libc::SYS_mount_setattr,
+    libc::SYS_pivot_root,
+    libc::SYS_chroot,
+    libc::SYS_setns,
+    libc::SYS_unshare,
+    // Files around their path, and the names of files.
+    libc::SYS_open_by_handle_at,
+    libc::SYS_unlink,
+    libc::SYS_unlinkat,
+    libc::SYS_rename,
+    libc::SYS_renameat,
+    libc::SYS_renameat2,
+    libc::SYS_link,
+    libc::SYS_linkat,
+    libc::SYS_symlink,
+    libc::SYS_symlinkat,
+    libc::SYS_mknod,
+    libc::SYS_mknodat,
+    // Other users.
+    libc::SYS_setuid,
+    libc::SYS_setresuid,
+    libc::SYS_setgid,
+    libc::SYS_setresgid,
+    libc::SYS_setgroups,
+    libc::SYS_capset,
+    // Parts of the kernel with a history.
+    libc::SYS_bpf,
+    libc::SYS_perf_event_open,
+    libc::SYS_userfaultfd,
+    libc::SYS_io_uring_setup,
+    libc::SYS_io_uring_enter,
+    libc::SYS_io_uring_register,
+    libc::SYS_add_key,
+    libc::SYS_request_key,
+    libc::SYS_keyctl,
+    libc::SYS_init_module,
+    libc::SYS_finit_module,
+    libc::SYS_kexec_load,
+    libc::SYS_modify_ldt,
+    libc::SYS_iopl,
+];
+
+/// Puts the filters on all threads of the process.
+pub(super) fn filter() -> Result<(), seccompiler::Error> {
+    let fatal = fatal_program()?;
+    let allowed = allowed_program(std::process::id())?;
+    // Later filters add to earlier ones; this one lets the next be added.
+    apply_filter_all_threads(&fatal)?;
+    apply_filter_all_threads(&allowed)
+}
+
+fn fatal_program() -> Result<BpfProgram, BackendError> {
+    let rules = FATAL.iter().map(|&number| (number, Vec::new())).collect();
+    program(rules, SeccompAction::Allow, SeccompAction::KillProcess)
+}
+
+fn allowed_program(pid: u32) -> Result<BpfProgram, BackendError> {
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
+    for call in allowed(pid) {
+        // No rule at all means always.
+        let alternatives = rules.entry(call.number).or_default();
+        if !call.when.is_empty() {
+            alternatives.push(SeccompRule::new(conditions(&call.when)?)?);
+        }
+    }
+    let unknown = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
+    program(rules, unknown, SeccompAction::Allow)
+}
+
+fn conditions(args: &[Arg]) -> Result<Vec<SeccompCondition>, BackendError> {
+    let condition = |arg: &Arg| {
+        let len = if arg.mask > INT { SeccompCmpArgLen::Qword } else { SeccompCmpArgLen::Dword };
+        SeccompCondition::new(arg.index, len, SeccompCmpOp::MaskedEq(arg.mask), arg.value)
+    };
+    args.iter().map(condition).collect()
+}
+
+fn program(
+    rules: BTreeMap<i64, Vec<SeccompRule>>,
+    otherwise: SeccompAction,
+    listed: SeccompAction,
+) -> Result<BpfProgram, BackendError> {
+    let arch = TargetArch::try_from(std::env::consts::ARCH)?;
+    SeccompFilter::new(rules, otherwise, listed, arch)?.try_into()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn the_tables_do_not_contradict_themselves() {
+        let calls = allowed(1);
+        let (always, limited): (Vec<_>, Vec<_>) = calls.iter().partition(|call| call.when.is_empty());
+        let unique: BTreeSet<c_long> = always.iter().map(|call| call.number).collect();
+        assert_eq!(unique.len(), always.len(), "listed twice");
+        assert!(limited.iter().all(|call| !unique.contains(&call.number)), "limited, and not limited");
+        assert!(calls.iter().all(|call| !FATAL.contains(&call.number)), "allowed, and fatal");
+        assert_eq!(FATAL.iter().collect::<BTreeSet<_>>().len(), FATAL.len(), "fatal twice");
+    }
+
+    #[test]
+    fn the_programs_are_within_the_kernels_limit() {
+        // BPF_MAXINSNS, and the sum that every system call pays for at worst.
+        for program in [fatal_program().unwrap(), allowed_program(1).unwrap()] {
+            assert!((10..4096).contains(&program.len()), "{}", program.len());
+        }
+    }
+}
