@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use super::isolation::Confined;
@@ -45,6 +46,8 @@ pub struct VmSpec {
     pub status: Option<File>,
     /// Where to leave the text for `--stats`; `None` when nobody asked.
     pub stats: Option<Arc<Mutex<String>>>,
+    /// Set when the guest has ended: what `launch` still does then is writing out what the guest left.
+    pub off: Arc<AtomicBool>,
     /// An eventfd that becomes readable when the run is to end now: the machine stops its processors wherever
     /// they are and returns [`Outcome::Interrupted`].
     pub stop: OwnedFd,
