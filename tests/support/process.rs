@@ -122,7 +122,7 @@ pub fn boot(command: Command) -> Finished {
 pub struct Running {
     child: Child,
     stdout: Option<JoinHandle<Vec<u8>>>,
-    stderr: JoinHandle<String>,
+    stderr: Option<JoinHandle<String>>,
     began: Instant,
     _slot: Option<Slot>,
 }
@@ -153,8 +153,16 @@ impl Running {
         drop(command);
         let pipe = child.stderr.take().unwrap();
         let stderr = std::thread::spawn(move || String::from_utf8_lossy(&read_all(pipe)).into_owned());
-        let running = Self { child, stdout: None, stderr, began: Instant::now(), _slot: slot };
+        let running = Self { child, stdout: None, stderr: Some(stderr), began: Instant::now(), _slot: slot };
         (running, Output::new(OwnedFd::from(reader)))
+    }
+
+    /// Boots a machine on a terminal, which is all its standard streams.
+    pub fn boot_on_terminal(mut command: Command, terminal: &OwnedFd) -> Self {
+        let slot = Slot::take();
+        let copy = || terminal.try_clone().unwrap();
+        let child = command.stdin(copy()).stdout(copy()).stderr(copy()).spawn().unwrap();
+        Self { child, stdout: None, stderr: None, began: Instant::now(), _slot: Some(slot) }
     }
 
     /// Its process id.
@@ -182,12 +190,11 @@ impl Running {
         }
         let status = self.child.wait().unwrap();
         let took = self.began.elapsed();
-        let stderr = std::mem::replace(&mut self.stderr, std::thread::spawn(String::new));
         let finished = Finished {
             code: status.code(),
             signal: status.signal(),
             stdout: self.stdout.take().map(|thread| thread.join().unwrap()).unwrap_or_default(),
-            stderr: stderr.join().unwrap(),
+            stderr: self.stderr.take().map(|thread| thread.join().unwrap()).unwrap_or_default(),
             took,
         };
         assert!(ended, "killed after {patience:?}:\n{}\n{}", finished.text(), finished.stderr);

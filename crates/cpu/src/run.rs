@@ -202,7 +202,8 @@ impl Interpreter {
                 // It goes on in the next page, which may be anywhere.
                 break;
             }
-            insns.push(Insn::lower(vcpu, &i, mode));
+            let at = len - left;
+            insns.push(lower(vcpu, &i, mode, &bytes[at..]));
             if ends_block(&i) {
                 break;
             }
@@ -240,7 +241,7 @@ impl Interpreter {
         }
         let mut i = Instruction::default();
         Decoder::with_ip(mode.bitness(), &bytes, gpa.page_offset(), DecoderOptions::NONE).decode_out(&mut i);
-        let insn = Insn::lower(vcpu, &i, mode);
+        let insn = lower(vcpu, &i, mode, &bytes);
         vcpu.stats.blocks_decoded += 1;
         if page.stamp() != stamp || second_page.stamp() != second_stamp {
             return Ok(None);
@@ -273,7 +274,7 @@ impl Interpreter {
             Decoder::with_ip(mode.bitness(), &bytes[..len], gva.0, DecoderOptions::NONE).decode_out(&mut i);
         }
         self.make_room(vcpu);
-        let insn = Insn::lower(vcpu, &i, mode);
+        let insn = lower(vcpu, &i, mode, &bytes[..len]);
         // RF has done its work. A fault sets it in its frame again, see `event`.
         if vcpu.state.slow & slow::RESUME != 0 {
             vcpu.set_rflags(flags::RF, 0);
@@ -300,6 +301,26 @@ fn watch(vcpu: &mut Vcpu, page: RamPage<'_>) -> Option<u32> {
         ram.group().watch(&peer, page, || vcpu.serve_watch());
     }
     page.ready()
+}
+
+/// Lowers `i`, which was decoded from the start of `bytes`.
+fn lower(vcpu: &mut Vcpu, i: &Instruction, mode: CodeMode, bytes: &[u8]) -> Insn {
+    let mut insn = Insn::lower(vcpu, i, mode);
+    if i.is_invalid()
+        && let Some(longest) = bytes.get(..INSTRUCTION_LENGTH)
+    {
+        // Invalid for another reason than its length, such as LOCK, it can be decoded so.
+        let mut decoder = Decoder::new(mode.bitness(), longest, DecoderOptions::NO_INVALID_CHECK);
+        if decoder.decode().is_invalid() && decoder.position() == INSTRUCTION_LENGTH {
+            insn.run = too_long;
+        }
+    }
+    insn
+}
+
+/// The handler of an instruction of more than 15 bytes: #GP (Intel SDM vol. 3, 6.15).
+fn too_long(_: &mut Vcpu, _: &Insn) -> Exec {
+    fault(Fault::gp(0))
 }
 
 /// Runs the instructions of a block.

@@ -137,6 +137,11 @@ pub struct MachineHandle {
 }
 
 impl MachineHandle {
+    /// Waits until the machine has ended. [`Machine::run`] may return later: devices write out what they have.
+    pub fn wait(&self) {
+        self.end.wait();
+    }
+
     /// Ends the machine as if its power were cut.
     pub fn stop(&self) {
         self.end.set(Ended::Stopped);

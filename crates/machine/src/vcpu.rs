@@ -9,7 +9,9 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use cpu::{Answer, Attention, CpuState, Exit, GuestRam, Interpreter, Outcome, Platform, Vcpu, VcpuStats, attention};
+use cpu::{
+    Answer, Attention, CpuState, Exit, GuestRam, Interpreter, Outcome, Platform, Vcpu, VcpuStats, attention,
+};
 use mmu::Gpa;
 
 use crate::apic::{LAPIC_SIZE, LocalApic, MSR_APIC_BASE, MSR_TSC_DEADLINE};

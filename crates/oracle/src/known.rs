@@ -2,7 +2,7 @@
 
 use iced_x86::{Mnemonic, Register};
 
-use crate::case::{Case, Outcome};
+use crate::case::{Case, Mode, Outcome};
 use crate::compare::Difference;
 use crate::generate::Family;
 
@@ -91,12 +91,69 @@ pub const KNOWN: &[Known] = &[
     },
     Known {
         name: "80-bit operand in two pieces",
-        reason: "a ten-byte operand that runs out of canonical addresses: AMD processors access eight bytes, which \
-                 may fault, before they look at the other two",
+        reason: "a ten-byte operand that runs out of canonical addresses or of the segment: AMD processors access \
+                 eight bytes, which may fault, before they look at the other two",
         applies: |case, host, other| {
             case.instruction.memory_size().size() == 10
                 && raised(host) == Some(PF)
-                && raised(other) == Some(GP)
+                && matches!(raised(other), Some(GP | SS))
+        },
+        parts: &[],
+    },
+    Known {
+        name: "upper half of a pushed selector",
+        reason: "with a 32-bit operand size Intel's processors store two bytes (SDM vol. 2, PUSH), AMD's four",
+        applies: |case, host, other| {
+            let i = &case.instruction;
+            let selector = i.mnemonic() == Mnemonic::Push && i.op0_register().is_segment_register();
+            selector && (raised(host) == raised(other) || matches!(raised(host), Some(SS | AC)))
+        },
+        parts: &[],
+    },
+    Known {
+        name: "POPA half done",
+        reason: "registers popped before a page fault may have changed or not: the instruction starts again",
+        applies: |case, host, other| {
+            matches!(case.instruction.mnemonic(), Mnemonic::Popa | Mnemonic::Popad)
+                && raised(host).is_some()
+                && raised(host) == raised(other)
+        },
+        parts: &["R"],
+    },
+    Known {
+        name: "misaligned beyond the limit",
+        reason: "whether the segment limit (#GP, #SS) or the alignment (#GP, #AC) of an operand is looked at first \
+                 differs",
+        applies: |case, host, other| {
+            case.mode == Mode::Bits32
+                && matches!(raised(host), Some(GP | AC))
+                && matches!(raised(other), Some(SS | GP))
+                && raised(host) != raised(other)
+        },
+        parts: &["exception"],
+    },
+    Known {
+        name: "order of operands of CMPS",
+        reason: "when both operands fault, which one comes first differs",
+        applies: |case, host, other| {
+            use Mnemonic as M;
+            let compares = [M::Cmpsb, M::Cmpsw, M::Cmpsd, M::Cmpsq];
+            case.family == Family::String
+                && compares.contains(&case.instruction.mnemonic())
+                && raised(host).is_some()
+                && raised(other).is_some()
+        },
+        parts: &["exception"],
+    },
+    Known {
+        name: "masked elements beyond the limit",
+        reason: "the limit may be checked for the whole operand or for the chosen elements only",
+        applies: |case, host, _| {
+            use Mnemonic as M;
+            let masked = [M::Vmaskmovps, M::Vmaskmovpd, M::Vpmaskmovd, M::Vpmaskmovq];
+            case.mode == Mode::Bits32
+                && masked.contains(&case.instruction.mnemonic())
+                && matches!(raised(host), Some(GP | SS))
         },
         parts: &[],
     },

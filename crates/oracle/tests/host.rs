@@ -73,6 +73,12 @@ fn interpreter_agrees_with_the_host_cpu() {
     }
 }
 
+#[test]
+fn interpreter_agrees_with_the_host_cpu_in_compatibility_mode() {
+    let counts = agree(&Generator::new(SEED, Mode::Bits32), CASES / 4);
+    assert!(counts.is_empty() || counts.len() == Family::ALL.len(), "{counts:?}");
+}
+
 /// The host CPU with a mistake, to see that mistakes are found.
 struct Wrong<F>(HostCpu, F);
 

@@ -132,6 +132,9 @@ pub struct RunArgs {
     /// The host gives a page only when the guest touches it.
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
     pub memory: u64,
+    /// How the kernel is entered
+    #[arg(long, value_enum, default_value_t = Boot::Linux)]
+    pub boot: Boot,
     /// How the guest's processor is run
     #[arg(long, value_enum, default_value_t = Engine::Interpret)]
     pub engine: Engine,
@@ -147,6 +150,15 @@ pub struct RunArgs {
     /// Print, at the end, what the machine did: instructions, exits, TLB misses, times
     #[arg(long)]
     pub stats: bool,
+}
+
+/// How the kernel is entered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Boot {
+    /// The 64-bit Linux boot protocol, which every x86-64 Linux kernel has
+    Linux,
+    /// PVH: in 32-bit protected mode, at the entry that the kernel's ELF note names
+    Pvh,
 }
 
 /// How the guest's processor is run.

@@ -123,9 +123,8 @@ fn a_timeout_while_booting_stops_the_machine() {
 #[test]
 fn a_machine_that_cannot_start_says_why() {
     let kernel = kernel();
-    let error = run(&args(&kernel, &[]), |vm: VmSpec| {
-        Err(VmError::Thread(std::io::Error::other(vm.engine.name())))
-    });
+    let error =
+        run(&args(&kernel, &[]), |vm: VmSpec| Err(VmError::Thread(std::io::Error::other(vm.engine.name()))));
     assert!(matches!(error, Err(RunError::Vm(VmError::Thread(_)))));
 }
 

@@ -94,6 +94,12 @@ pub trait VirtioDevice<M: GuestMem>: Send {
     /// Stop working and forget the driver. When this returns, no thread of the device touches guest memory or
     /// raises an interrupt. Also called when never activated.
     fn reset(&mut self);
+
+    /// The machine is gone, no vCPU runs any more: as [`reset`](Self::reset), but what the driver left to be done
+    /// is done first where somebody outside waits for it.
+    fn shut_down(&mut self) {
+        self.reset();
+    }
 }
 
 /// Copies the part of a configuration structure that an access at `offset` covers.

@@ -572,7 +572,7 @@ impl<M: GuestMem> VirtioPci<M> {
 
 impl<M: GuestMem> Drop for VirtioPci<M> {
     fn drop(&mut self) {
-        self.device.reset();
+        self.device.shut_down();
     }
 }
 

@@ -12,7 +12,8 @@ use crate::event::Event;
 pub(crate) struct Stop(Arc<(AtomicBool, Event)>);
 
 impl Stop {
-    fn new() -> io::Result<Self> {
+    /// A request that nobody has made yet.
+    pub(crate) fn new() -> io::Result<Self> {
         Ok(Stop(Arc::new((AtomicBool::new(false), Event::new()?))))
     }
 
@@ -26,7 +27,8 @@ impl Stop {
         &self.0.1
     }
 
-    fn request(&self) {
+    /// Asks.
+    pub(crate) fn request(&self) {
         self.0.0.store(true, Ordering::SeqCst);
         self.0.1.signal();
     }

@@ -195,6 +195,38 @@ fn a_full_pipe_holds_the_buffer_until_it_is_read() {
     guest.wait_used(tx(2));
 }
 
+/// A guest that powers off has not waited for the reader of its output.
+#[test]
+fn what_the_driver_left_is_written_when_the_device_goes() {
+    let mut setup = setup();
+    handshake(&mut setup.guest, true);
+    let guest = &mut setup.guest;
+    let chunks: Vec<Vec<u8>> = (0..8u32).map(|n| vec![n as u8; 50_000]).collect();
+    for chunk in &chunks {
+        let address = guest.put(chunk);
+        guest.offer(tx(2), &[(address, chunk.len() as u32, 0)]);
+    }
+    guest.kick(tx(2));
+    let (guest, mut stdout) = (setup.guest, setup.stdout.take().unwrap());
+    let going = std::thread::spawn(move || drop(guest));
+    let mut read = Vec::new();
+    stdout.read_to_end(&mut read).unwrap();
+    assert!(read == chunks.concat());
+    going.join().unwrap();
+}
+
+#[test]
+fn nobody_waits_for_a_reader_when_told_so() {
+    let mut setup = setup();
+    handshake(&mut setup.guest, true);
+    let guest = &mut setup.guest;
+    let address = guest.alloc(300_000);
+    guest.offer(tx(2), &[(address, 300_000, 0)]);
+    guest.kick(tx(2));
+    setup.handle.abandon();
+    drop(setup.guest);
+}
+
 /// Megabytes both ways at once, through chains of several buffers, against slow and fast ends.
 #[test]
 fn bytes_arrive_unchanged_in_bulk() {

@@ -101,7 +101,7 @@ fn run(options: &Options) -> Result<bool, Box<dyn std::error::Error>> {
             Ok(actual) => {
                 let differences = compare(&case, &expected, &actual);
                 if options.case.is_some() {
-                    println!("{expected:x?}");
+                    println!("  the host CPU: {:x?}, RIP {:#x}", expected.exception, expected.registers.rip);
                 }
                 if differences.is_empty() {
                     continue;

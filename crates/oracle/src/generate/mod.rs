@@ -152,9 +152,16 @@ impl Generator {
         let mut decoder = Decoder::with_ip(self.mode.bitness(), bytes, rip, DecoderOptions::NONE);
         let i = decoder.decode();
         let (i, family) = if i.is_invalid() {
-            // A LOCK prefix where it must not be raises #UD on every processor; other invalid encodings may
+            // Too long an instruction, or a LOCK prefix where it must not be faults on every processor; other invalid encodings may
             // be instructions that the decoder does not know.
-            let rest = bytes.strip_prefix(&[0xf0])?;
+            let mut rest = bytes.strip_prefix(&[0xf0]).unwrap_or(bytes);
+            if bytes.len() > LONGEST {
+                // #GP.
+                let overrides = bytes.iter().take_while(|&&b| b == 0x2e).count();
+                rest = &bytes[overrides..];
+            } else if rest.len() == bytes.len() {
+                return None;
+            }
             let plain = Decoder::with_ip(self.mode.bitness(), rest, rip, DecoderOptions::NONE).decode();
             let family = self.catalog.family(plain.code())?;
             (i, family)
@@ -200,6 +207,13 @@ fn decorate(mut bytes: Vec<u8>, random: &mut Random) -> Vec<u8> {
     }
     if random.chance(1, 6) && !bytes.starts_with(&[0xf0]) {
         bytes.insert(0, 0xf0);
+        return bytes;
+    }
+    if random.chance(1, 12) {
+        // To the longest length, or beyond it.
+        while bytes.len() < LONGEST + random.below(2) as usize {
+            bytes.insert(0, 0x2e);
+        }
         return bytes;
     }
     for _ in 0..=random.below(3) {

@@ -24,6 +24,7 @@ use std::io::{self, IsTerminal};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use guest_init::spec::{SpecError, Stream};
@@ -188,6 +189,7 @@ where
         (Serial { input: Some(input), output: duplicate(io::stdout().as_fd())? }, None)
     };
     let stats = args.stats.then(|| Arc::new(Mutex::new(String::new())));
+    let off = Arc::new(AtomicBool::new(false));
     let vm = VmSpec {
         kernel_path: kernel.image.clone(),
         kernel: kernel_bytes,
@@ -199,16 +201,18 @@ where
         disks,
         serial,
         ports,
+        boot: args.boot,
         engine: args.engine,
         isolation: confined,
         verbose: args.verbose,
         status,
         stats: stats.clone(),
+        off: Arc::clone(&off),
         stop: stop.try_clone().map_err(RunError::SetUp)?,
     };
 
     let spinner = Spinner::start(!args.verbose && own_initramfs, &format!("booting {}", kernel.release));
-    let mut session = Session::new(control, stop, spinner, args.timeout, typed)?;
+    let mut session = Session::new(control, stop, off, spinner, args.timeout, typed)?;
     if !own_initramfs {
         session.hand_over_terminal().map_err(RunError::Streams)?;
     }

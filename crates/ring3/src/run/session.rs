@@ -3,6 +3,8 @@
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -71,6 +73,8 @@ pub(super) struct End {
 pub(super) struct Session {
     control: UnixStream,
     stop: OwnedFd,
+    /// The guest has ended, though the machine may still be writing.
+    off: Arc<AtomicBool>,
     spinner: Spinner,
     /// Where what is typed goes, until the command takes the terminal over.
     typed: Option<OwnedFd>,
@@ -92,6 +96,7 @@ impl Session {
     pub(super) fn new(
         control: UnixStream,
         stop: OwnedFd,
+        off: Arc<AtomicBool>,
         spinner: Spinner,
         timeout: Option<Duration>,
         typed: Option<OwnedFd>,
@@ -118,6 +123,7 @@ impl Session {
         Ok(Self {
             control,
             stop,
+            off,
             spinner,
             typed,
             raw: None,
@@ -266,6 +272,10 @@ impl Session {
             self.end.timed_out = true;
             self.send(&ToGuest::Signal(u8::try_from(SIGTERM).unwrap_or(0)));
             self.grace = Instant::now().checked_add(TIMEOUT_GRACE);
+        } else if self.phase == Phase::Ended && self.off.load(Ordering::SeqCst) {
+            // Whoever reads our output takes their time: that is theirs to decide.
+            self.grace = None;
+            self.deadline = None;
         } else {
             if self.phase == Phase::Booting {
                 self.end.timed_out = true;

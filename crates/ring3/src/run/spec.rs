@@ -3,10 +3,11 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use super::isolation::Confined;
-use crate::cli::Engine;
+use crate::cli::{Boot, Engine};
 
 /// Everything that the machine needs. All descriptors are blocking and close-on-exec; dropping the spec's
 /// descriptors is how the machine says that it is done with them.
@@ -32,6 +33,8 @@ pub struct VmSpec {
     pub serial: Serial,
     /// The virtio console's ports; `None`: no such device.
     pub ports: Option<Ports>,
+    /// How the kernel is entered.
+    pub boot: Boot,
     /// How the processor is run.
     pub engine: Engine,
     /// The process's first step of confinement, for the machine to take the second before the guest runs; `None`
@@ -43,6 +46,8 @@ pub struct VmSpec {
     pub status: Option<File>,
     /// Where to leave the text for `--stats`; `None` when nobody asked.
     pub stats: Option<Arc<Mutex<String>>>,
+    /// Set when the guest has ended: what `launch` still does then is writing out what the guest left.
+    pub off: Arc<AtomicBool>,
     /// An eventfd that becomes readable when the run is to end now: the machine stops its processors wherever
     /// they are and returns [`Outcome::Interrupted`].
     pub stop: OwnedFd,

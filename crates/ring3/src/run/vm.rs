@@ -5,6 +5,7 @@ use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::Instant;
 
@@ -13,13 +14,14 @@ use machine::power::PowerEvent;
 use machine::{Ended, Machine, MachineConfig, MachineError, MachineHandle};
 use rustix::event::{PollFd, PollFlags, poll};
 use virtio::block::{Block, BlockError};
-use virtio::console::{Console, ConsoleError, PortConfig, PortEnd};
+use virtio::console::{Console, ConsoleError, ConsoleHandle, PortConfig, PortEnd};
 use virtio::fs::{DEFAULT_TIMEOUT, Fs, FsConfig, FsError};
 use virtio::rng::Rng;
 
 use super::isolation::{Confined, Measures};
 use super::spec::{OpenDisk, Outcome, Ports, VmSpec};
 use super::stats;
+use crate::cli::Boot;
 
 /// Why a machine could not be built or run.
 #[derive(Debug, thiserror::Error)]
@@ -72,9 +74,11 @@ pub fn launch(spec: VmSpec) -> Result<Outcome, VmError> {
         cpus: spec.cpus,
         serial: Box::new(File::from(spec.serial.output)),
     })?;
+    let mut console = None;
     if let Some(ports) = spec.ports {
-        let (console, _) = Console::new(port_configs(ports))?;
-        machine.add_virtio(Box::new(console))?;
+        let (device, handle) = Console::new(port_configs(ports))?;
+        machine.add_virtio(Box::new(device))?;
+        console = Some(handle);
     }
     if let Some(root) = spec.shared_root {
         let tag = guest_init::spec::ROOT_TAG.to_owned();
@@ -86,7 +90,11 @@ pub fn launch(spec: VmSpec) -> Result<Outcome, VmError> {
         machine.add_virtio(Box::new(block(disk)?))?;
     }
     machine.add_virtio(Box::new(Rng::new()))?;
-    machine.load(&image, BootProtocol::Linux64, Some(&spec.initramfs), &spec.command_line)?;
+    let protocol = match spec.boot {
+        Boot::Linux => BootProtocol::Linux64,
+        Boot::Pvh => BootProtocol::Pvh,
+    };
+    machine.load(&image, protocol, Some(&spec.initramfs), &spec.command_line)?;
     drop(image);
     drop(spec.initramfs);
 
@@ -100,7 +108,12 @@ pub fn launch(spec: VmSpec) -> Result<Outcome, VmError> {
             }
         })?;
     }
-    stop_when_readable(spec.stop, machine.handle())?;
+    stop_when_readable(spec.stop, machine.handle(), console)?;
+    let (handle, off) = (machine.handle(), spec.off);
+    spawn("power", move || {
+        handle.wait();
+        off.store(true, Ordering::SeqCst);
+    })?;
 
     let isolation = spec.isolation.map_or_else(Measures::off, Confined::seal);
     if spec.verbose {
@@ -158,11 +171,18 @@ fn block(disk: OpenDisk) -> Result<Block, VmError> {
     Block::new(disk.file, disk.readonly, &id).map_err(|source| VmError::Disk { path: disk.path, source })
 }
 
-fn stop_when_readable(stop: OwnedFd, handle: MachineHandle) -> Result<(), VmError> {
+fn stop_when_readable(
+    stop: OwnedFd,
+    handle: MachineHandle,
+    console: Option<ConsoleHandle>,
+) -> Result<(), VmError> {
     spawn("stop", move || {
         let mut fds = [PollFd::new(&stop, PollFlags::IN)];
         while matches!(poll(&mut fds, None), Err(rustix::io::Errno::INTR)) {}
         handle.stop();
+        if let Some(console) = console {
+            console.abandon();
+        }
     })
 }
 

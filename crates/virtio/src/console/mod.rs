@@ -35,7 +35,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 
 use crate::device::{ActivateError, Activation, GuestMem, VirtioDevice, feature, read_config_bytes};
 use crate::event::Event;
-use crate::worker::Worker;
+use crate::worker::{Stop, Worker};
 use host_fd::{Direction, HostFd};
 use worker::HostPort;
 
@@ -107,13 +107,28 @@ impl Window {
     }
 }
 
-/// Tells a console about its terminal.
+/// The end of the machine, shared by the device, its thread and the handle.
+#[derive(Debug, Clone)]
+struct Farewell {
+    /// The device goes, not just its driver: what the driver left is to be written out.
+    last: Arc<AtomicBool>,
+    /// Not even that.
+    abandon: Stop,
+}
+
+/// Tells a console about the world outside.
 #[derive(Debug, Clone)]
 pub struct ConsoleHandle {
     window: Arc<Window>,
+    farewell: Farewell,
 }
 
 impl ConsoleHandle {
+    /// What the guest left when the console is shut down need not be written: nobody is to wait for it.
+    pub fn abandon(&self) {
+        self.farewell.abandon.request();
+    }
+
     /// The terminal has this size now, in characters. The guest's terminal takes it over, and programs there
     /// get SIGWINCH.
     pub fn resize(&self, cols: u16, rows: u16) {
@@ -131,10 +146,12 @@ enum Ports {
     Running(Worker<Vec<HostPort>>),
 }
 
-/// The console device.
+/// The console device. When it is shut down it first writes out what is in the transmit queues, for as long as
+/// the host's ends take, unless [`ConsoleHandle::abandon`] ends that.
 #[derive(Debug)]
 pub struct Console {
     ports: Ports,
+    farewell: Farewell,
     port_count: u32,
     queue_sizes: Vec<u16>,
     window: Arc<Window>,
@@ -173,9 +190,10 @@ impl Console {
             changed: AtomicBool::new(false),
             event: Event::new()?,
         });
-        let handle = ConsoleHandle { window: Arc::clone(&window) };
+        let farewell = Farewell { last: Arc::default(), abandon: Stop::new()? };
+        let handle = ConsoleHandle { window: Arc::clone(&window), farewell: farewell.clone() };
         let port_count = u32::try_from(count).unwrap_or(u32::MAX);
-        Ok((Console { ports: Ports::Idle(host_ports), port_count, queue_sizes, window }, handle))
+        Ok((Console { ports: Ports::Idle(host_ports), farewell, port_count, queue_sizes, window }, handle))
     }
 }
 
@@ -215,7 +233,9 @@ impl<M: GuestMem> VirtioDevice<M> for Console {
         let Ports::Idle(ports) = &mut self.ports else { return Ok(()) };
         let service = worker::Service::new(activation, Arc::clone(&self.window))?;
         let service = service.attach(std::mem::take(ports));
-        self.ports = Ports::Running(Worker::spawn("virtio-console", move |stop| service.run(&stop))?);
+        let farewell = self.farewell.clone();
+        let run = move |stop: Stop| service.run(&stop, &farewell);
+        self.ports = Ports::Running(Worker::spawn("virtio-console", run)?);
         Ok(())
     }
 
@@ -225,5 +245,10 @@ impl<M: GuestMem> VirtioDevice<M> for Console {
             Ports::Idle(ports) => ports,
             Ports::Running(worker) => worker.join().unwrap_or_default(),
         });
+    }
+
+    fn shut_down(&mut self) {
+        self.farewell.last.store(true, Ordering::SeqCst);
+        VirtioDevice::<M>::reset(self);
     }
 }

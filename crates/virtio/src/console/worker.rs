@@ -11,7 +11,7 @@ use rustix::event::epoll::{self, EventData, EventFlags};
 
 use super::control::{FromDevice, FromDriver, HEADER_SIZE};
 use super::host_fd::HostFd;
-use super::{F_MULTIPORT, Window};
+use super::{F_MULTIPORT, Farewell, Window};
 use crate::device::{Activation, GuestMem};
 use crate::interrupt::Interrupts;
 use crate::queue::{Chain, Virtq};
@@ -212,8 +212,12 @@ impl<M: GuestMem> Service<M> {
     }
 
     /// Serves until asked to stop; returns the host's ends.
-    pub(super) fn run(mut self, stop: &Stop) -> Vec<HostPort> {
-        if let Err(error) = self.serve(stop) {
+    pub(super) fn run(mut self, stop: &Stop, farewell: &Farewell) -> Vec<HostPort> {
+        let mut end = self.serve(stop);
+        if end.is_ok() && farewell.last.load(Ordering::SeqCst) {
+            end = self.drain(stop, &farewell.abandon);
+        }
+        if let Err(error) = end {
             tracing::error!(%error, "the console's thread ends");
             self.interrupts.needs_reset(&error);
         }
@@ -232,6 +236,35 @@ impl<M: GuestMem> Service<M> {
                 more |= port.take_output(&mem, &mut self.outbox);
             }
             self.send();
+            self.watch()?;
+            let timeout = more.then(Timespec::default);
+            events.clear();
+            match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref()) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+            for event in &events {
+                self.wake(event.data.u64());
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes out what the transmit queues hold, however slowly the host's ends take it.
+    fn drain(&mut self, stop: &Stop, abandon: &Stop) -> io::Result<()> {
+        // It stays readable.
+        epoll::delete(&self.epoll, stop.event())?;
+        epoll::add(&self.epoll, abandon.event(), EventData::new_u64(STOP), EventFlags::IN)?;
+        let mut events = Vec::with_capacity(64);
+        while !abandon.requested() {
+            let mem = self.mem.memory();
+            let mut more = false;
+            for port in &mut self.ports {
+                more |= port.take_output(&mem, &mut self.outbox);
+            }
+            if !more && self.ports.iter().all(|port| port.tx_chain.is_none()) {
+                break;
+            }
             self.watch()?;
             let timeout = more.then(Timespec::default);
             events.clear();
