@@ -19,7 +19,7 @@ use std::thread;
 use std::time::Duration;
 
 use ring3::kernel;
-use ring3::run::isolation::{Confined, Inherited, Measures, confine};
+use ring3::run::isolation::{Inherited, Measures, confine};
 use rustix::io::{Errno, FdFlags, fcntl_setfd};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter};
 
