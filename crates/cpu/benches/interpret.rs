@@ -12,6 +12,7 @@ use harness::{CODE, DATA, Guest};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
+#[allow(clippy::unwrap_used, reason = "it is the tests' own")]
 #[path = "../tests/harness/mod.rs"]
 mod harness;
 

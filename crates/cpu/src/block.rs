@@ -8,7 +8,8 @@
 //! The instructions of all blocks lie one after the other in one arena, in the order in which they were
 //! first executed, so that code that runs together lies together. A hash table with linear probing says where
 //! a block starts; it is so large that it never fills. A block decoded again takes over its slot, and what
-//! it had in the arena becomes waste. When the arena is full, everything is forgotten.
+//! it had in the arena becomes waste. When the arena is full, everything is forgotten. The table is larger than
+//! the host's nearer caches, so the blocks found last are also in a small direct-mapped one before it.
 //!
 //! An instruction that crosses into another page is a block of its own, in a small table: its validity
 //! depends on both pages' stamps, and on which page is mapped behind the first.
@@ -39,6 +40,13 @@ struct Slot {
 const LENGTH_BITS: u32 = 6;
 const _: () = assert!(BLOCK_LENGTH < 1 << LENGTH_BITS && ARENA <= 1 << (32 - LENGTH_BITS));
 
+/// Slots of the table of blocks found last: small enough for the host's second-level cache.
+const RECENT: usize = 1 << 12;
+
+/// A block in the arena. Valid until the cache is changed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Place(u32);
+
 /// No key: addresses are smaller.
 const NO_KEY: u64 = u64::MAX;
 const EMPTY: Slot = Slot { key: NO_KEY, stamp: 0, place: 0 };
@@ -66,6 +74,7 @@ pub(crate) struct Crossing {
 /// The decoded blocks of one vCPU.
 pub(crate) struct BlockCache {
     slots: Box<[Slot; SLOTS]>,
+    recent: Box<[Slot; RECENT]>,
     blocks: usize,
     arena: Vec<Insn>,
     /// Direct-mapped by the page in which they start.
@@ -79,7 +88,8 @@ impl BlockCache {
         };
         // The host gives memory for the arena as it is touched.
         let arena = Vec::with_capacity(ARENA);
-        Self { slots, blocks: 0, arena, crossings: vec![None; CROSSINGS].into_boxed_slice() }
+        let recent = Box::new([EMPTY; RECENT]);
+        Self { slots, recent, blocks: 0, arena, crossings: vec![None; CROSSINGS].into_boxed_slice() }
     }
 
     #[inline(always)]
@@ -100,14 +110,35 @@ impl BlockCache {
 
     /// The valid block at `gpa`, if there is one.
     #[inline(always)]
-    pub(crate) fn get(&self, gpa: Gpa, mode: CodeMode, stamp: u32) -> Option<&[Insn]> {
+    pub(crate) fn find(&mut self, gpa: Gpa, mode: CodeMode, stamp: u32) -> Option<Place> {
         let key = Self::key(gpa, mode);
-        let slot = &self.slots[self.probe(key)];
+        let recent = &self.recent[Self::recent_slot(key)];
+        if recent.key == key && recent.stamp == stamp {
+            return Some(Place(recent.place));
+        }
+        self.find_in_table(key, stamp)
+    }
+
+    fn find_in_table(&mut self, key: u64, stamp: u32) -> Option<Place> {
+        let slot = self.slots[self.probe(key)];
         if slot.key != key || slot.stamp != stamp {
             return None;
         }
-        let start = (slot.place >> LENGTH_BITS) as usize;
-        self.arena.get(start..start + (slot.place & ((1 << LENGTH_BITS) - 1)) as usize)
+        self.recent[Self::recent_slot(key)] = slot;
+        Some(Place(slot.place))
+    }
+
+    #[inline(always)]
+    fn recent_slot(key: u64) -> usize {
+        (key ^ key >> 12) as usize % RECENT
+    }
+
+    /// The instructions of a block.
+    #[inline(always)]
+    pub(crate) fn insns(&self, place: Place) -> &[Insn] {
+        let start = (place.0 >> LENGTH_BITS) as usize;
+        let length = (place.0 & ((1 << LENGTH_BITS) - 1)) as usize;
+        self.arena.get(start..start + length).unwrap_or_default()
     }
 
     /// Where the next block's instructions are to be put, up to [`BLOCK_LENGTH`] of them. What is put there and
@@ -122,6 +153,7 @@ impl BlockCache {
     /// Forgets everything.
     pub(crate) fn clear(&mut self) {
         self.slots.fill(EMPTY);
+        self.recent.fill(EMPTY);
         self.blocks = 0;
         self.arena.clear();
         self.crossings.fill(None);

@@ -260,7 +260,7 @@ impl Vcpu {
         let size = buffer.len() as u64;
         let gva = self.linear(i, size, false)?;
         if matches!(size, 2 | 4 | 8) {
-            self.check_alignment(gva, size, self.privilege())?;
+            self.check_alignment(gva, size, self.privilege()).map_err(|e| stack_fault(i, e))?;
         }
         self.read_bytes(gva, buffer).map_err(|e| stack_fault(i, e))
     }
@@ -281,7 +281,7 @@ impl Vcpu {
     pub(crate) fn probe_store(&mut self, i: &Insn, size: u64) -> Exec {
         let gva = self.linear(i, size, true)?;
         if matches!(size, 2 | 4 | 8) {
-            self.check_alignment(gva, size, self.privilege())?;
+            self.check_alignment(gva, size, self.privilege()).map_err(|e| stack_fault(i, e))?;
         }
         self.probe_write(gva, size).map_err(|e| stack_fault(i, e))
     }

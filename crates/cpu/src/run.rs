@@ -162,10 +162,9 @@ impl Interpreter {
         let gva = code_address(vcpu)?;
         let gpa = fetch(vcpu, gva)?;
         let mode = vcpu.state.code_mode;
-        // Once for the borrow checker's sake; the second look-up below is the one that returns.
         let Some(stamp) = vcpu.ram.page(gpa).map(|p| p.stamp()) else { return Ok(None) };
-        if self.blocks.get(gpa, mode, stamp).is_some() {
-            return Ok(self.blocks.get(gpa, mode, stamp));
+        if let Some(place) = self.blocks.find(gpa, mode, stamp) {
+            return Ok(Some(self.blocks.insns(place)));
         }
         self.decode(vcpu, gva, gpa)
     }

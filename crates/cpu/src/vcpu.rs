@@ -1,6 +1,5 @@
 //! One virtual processor: state, TLB, and its connections to RAM, platform and other threads.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use iced_x86::Code;
@@ -13,6 +12,7 @@ use crate::flags;
 use crate::native::Native;
 use crate::ram::{Ram, WatchPeer};
 use crate::state::{CodeMode, CpuState, Segment, cr0, cr4, efer, seg, slow};
+use crate::stats::VcpuStats;
 use crate::tlb::Tlb;
 
 /// What a vCPU is told when it is made.
@@ -22,43 +22,6 @@ pub struct VcpuConfig {
     pub cpuid: Cpuid,
     /// Added to the host's TSC to give the guest's.
     pub tsc_offset: u64,
-}
-
-/// What a vCPU counted.
-#[derive(Clone, Debug, Default)]
-pub struct VcpuStats {
-    /// Instructions executed.
-    pub instructions: u64,
-    /// Blocks decoded.
-    pub blocks_decoded: u64,
-    /// TLB misses that walked page tables.
-    pub tlb_misses: u64,
-    /// Stores that hit pages with decoded code.
-    pub code_writes: u64,
-    /// External interrupts and NMIs delivered.
-    pub interrupts: u64,
-    /// Exceptions delivered.
-    pub exceptions: u64,
-    /// Exits by kind: port reads, port writes, MMIO reads, MMIO writes, MSR reads, MSR writes, hypercalls.
-    pub exits: Exits,
-    /// HLT executed.
-    pub halts: u64,
-    /// Instructions that raised #UD because they are not implemented, by name.
-    pub unimplemented: BTreeMap<String, u64>,
-}
-
-/// Exits by kind.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[allow(missing_docs, reason = "the names say all")]
-pub struct Exits {
-    pub port_in: u64,
-    pub port_out: u64,
-    pub mmio_read: u64,
-    pub mmio_write: u64,
-    pub msr_read: u64,
-    pub msr_write: u64,
-    pub cr8: u64,
-    pub hypercall: u64,
 }
 
 /// One virtual processor.

@@ -85,9 +85,10 @@ fn chosen<T: Data>(mask: T) -> bool {
     mask.widen() >> (T::BITS - 1) != 0
 }
 
-/// The linear address of byte `at` of the memory operand, for `size` bytes.
+/// The linear address of byte `at` of the memory operand, for `size` bytes. Only where the operand starts is
+/// truncated to the address size.
 fn address(vcpu: &Vcpu, i: &Insn, at: u64, size: u64, write: bool) -> Exec<u64> {
-    let offset = vcpu.effective_address(i).wrapping_add(at) & address_mask(i);
+    let offset = vcpu.effective_address(i).wrapping_add(at);
     vcpu.segmented(i.seg, offset, size, write)
 }
 
@@ -158,7 +159,7 @@ fn store_bytes(vcpu: &mut Vcpu, i: &Insn, source: &[u8], mask: &[u8]) -> Exec {
     for write in [false, true] {
         for (n, (byte, mask)) in source.iter().zip(mask).enumerate() {
             if mask >> 7 != 0 {
-                let offset = start.wrapping_add(n as u64) & address_mask(i);
+                let offset = start.wrapping_add(n as u64);
                 let gva = vcpu.segmented(i.seg, offset, 1, true)?;
                 if write {
                     vcpu.write(gva, *byte)?;

@@ -1,7 +1,7 @@
 //! Cases, made from a seed.
 //!
 //! # Theory of operation
-//! An instruction form (`iced_x86::Code`) is drawn from the [`catalog`], its operands from the form's operand
+//! An instruction form (`iced_x86::Code`) is drawn from the catalog, its operands from the form's operand
 //! kinds, and it is encoded; now and then a superfluous prefix is put in front. What counts from there on is
 //! what the decoder makes of the bytes: it must again be a form of the catalog. Registers and memory are
 //! random, with values that matter to the instruction more often than chance would have it: a memory operand's

@@ -51,7 +51,7 @@ pub(super) fn report(run: &Run<'_>) -> String {
     let mut total = VcpuStats::default();
     let seconds = (run.total - run.built).as_secs_f64();
     for vcpu in &run.counted.vcpus {
-        add(&mut total, vcpu);
+        total += vcpu;
     }
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     // Writing to a String cannot fail.
@@ -98,29 +98,6 @@ pub(super) fn report(run: &Run<'_>) -> String {
         line("not implemented", format!("{name}: {count}"));
     }
     text
-}
-
-/// Adds what one vCPU counted to the sum.
-fn add(sum: &mut VcpuStats, vcpu: &VcpuStats) {
-    sum.instructions += vcpu.instructions;
-    sum.blocks_decoded += vcpu.blocks_decoded;
-    sum.tlb_misses += vcpu.tlb_misses;
-    sum.code_writes += vcpu.code_writes;
-    sum.interrupts += vcpu.interrupts;
-    sum.exceptions += vcpu.exceptions;
-    sum.halts += vcpu.halts;
-    let (a, b) = (&mut sum.exits, &vcpu.exits);
-    a.port_in += b.port_in;
-    a.port_out += b.port_out;
-    a.mmio_read += b.mmio_read;
-    a.mmio_write += b.mmio_write;
-    a.msr_read += b.msr_read;
-    a.msr_write += b.msr_write;
-    a.cr8 += b.cr8;
-    a.hypercall += b.hypercall;
-    for (name, count) in &vcpu.unimplemented {
-        *sum.unimplemented.entry(name.clone()).or_default() += count;
-    }
 }
 
 #[cfg(test)]

@@ -266,6 +266,19 @@ mod tests {
     }
 
     #[test]
+    fn the_document_has_the_numbers() {
+        let calls = allowed(1);
+        let count = |numbers: Vec<c_long>| numbers.into_iter().collect::<BTreeSet<_>>().len();
+        let total = count(calls.iter().map(|call| call.number).collect());
+        let limited = count(calls.iter().filter(|c| !c.when.is_empty()).map(|c| c.number).collect());
+        let text = include_str!("../../../../../docs/isolation.md");
+        let allowed = format!("{total} system calls, {limited} of them only with certain arguments");
+        for words in [allowed, format!("{} system calls that nobody", FATAL.len())] {
+            assert!(text.contains(&words), "docs/isolation.md does not say: {words}");
+        }
+    }
+
+    #[test]
     fn the_programs_are_within_the_kernels_limit() {
         // BPF_MAXINSNS, and the sum that every system call pays for at worst.
         for program in [fatal_program().unwrap(), allowed_program(1).unwrap()] {

@@ -6,10 +6,10 @@
 //!
 //! 1. [`confine`], while there is one thread, since these hold for the calling thread and those it starts later:
 //!    descriptors that the parent left open are closed; no program that is started gains rights
-//!    (`no_new_privs`); of root's capabilities only the one to read files stays; Landlock ([`files`]) leaves
+//!    (`no_new_privs`); of root's capabilities only the one to read files stays; Landlock (`files`) leaves
 //!    reading below the shared root; the process's memory is not for debuggers and core dumps.
 //! 2. [`Confined::seal`], on the machine's thread when everything is open: a system call filter on all threads
-//!    at once ([`calls`]).
+//!    at once (`calls`).
 //!
 //! What the guest may use is open by then: disks, streams, its root. Between the steps ring3 runs its own code
 //! only and has not looked at the guest's words, apart from loading the kernel that the user chose.
