@@ -8,6 +8,7 @@ use std::sync::Arc;
 use mmu::testing::Choices;
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::attention;
 use crate::state::{CpuState, Segment, cr0, cr4, efer, reg, seg};
 use crate::{Answer, Attention, Cpuid, Exit, GuestRam, Interpreter, Platform, Ram, Vcpu, VcpuConfig};
 
@@ -19,11 +20,22 @@ const TABLES: u64 = 0x4_0000;
 /// Instructions of one case.
 const STEPS: usize = 40;
 
-/// A platform that answers everything, with ones.
-struct Anything;
+/// Exits of one case before it is kicked: a repeated instruction is one step, and can be billions of exits.
+const EXITS: u32 = 4096;
+
+/// A platform that answers everything, with ones, and loses its patience.
+struct Anything {
+    attention: Arc<Attention>,
+    exits: u32,
+}
 
 impl Platform for Anything {
     fn exit(&mut self, exit: Exit<'_>) -> Answer {
+        self.exits += 1;
+        if self.exits >= EXITS {
+            self.attention.raise(attention::KICK);
+            self.exits = 0;
+        }
         match exit {
             Exit::PortIn { data, .. } | Exit::MmioRead { data, .. } => data.fill(0xff),
             Exit::ReadMsr { .. } | Exit::WriteMsr { .. } => return Answer::Refused,
@@ -59,12 +71,14 @@ impl Subject {
             GuestRam::from_ranges(&[(GuestAddress(0), RAM_SIZE as usize)]).map_err(std::io::Error::other)?;
         let config = VcpuConfig { cpuid: Cpuid::new(0, 1, 40, 2_000_000), tsc_offset: 0 };
         let attention = Arc::new(Attention::new());
-        Ok(Self { vcpu: Vcpu::new(config, Arc::new(Ram::new(memory)), Box::new(Anything), attention)? })
+        let platform = Box::new(Anything { attention: Arc::clone(&attention), exits: 0 });
+        Ok(Self { vcpu: Vcpu::new(config, Arc::new(Ram::new(memory)), platform, attention)? })
     }
 
     /// One case: a mode, a state and code, all from `choices`. Returns the instructions executed.
     pub fn execute_anything(&mut self, choices: &mut Choices<'_>) -> u64 {
         let before = self.vcpu.stats.instructions;
+        self.vcpu.attention().take(attention::KICK);
         self.prepare(choices);
         let mut engine = Interpreter::new();
         for _ in 0..STEPS {
