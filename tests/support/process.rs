@@ -99,7 +99,7 @@ impl Finished {
     #[track_caller]
     pub fn expect_error(&self, words: &str) -> &Self {
         self.expect(125);
-        assert!(self.stderr.starts_with("ring3: "), "{}", self.stderr);
+        assert!(self.stderr.lines().any(|line| line.starts_with("ring3: ")), "{}", self.stderr);
         assert!(self.stderr.contains(words), "{words:?} is not in:\n{}", self.stderr);
         self
     }
@@ -163,6 +163,17 @@ impl Running {
         let copy = || terminal.try_clone().unwrap();
         let child = command.stdin(copy()).stdout(copy()).stderr(copy()).spawn().unwrap();
         Self { child, stdout: None, stderr: None, began: Instant::now(), _slot: Some(slot) }
+    }
+
+    /// Starts a process that boots no machine.
+    pub fn start_quiet(command: Command) -> Self {
+        Self::start(command, None)
+    }
+
+    /// Asks again and again, until it is so or the process has ended.
+    pub fn wait_until(&self, so: impl Fn() -> bool) {
+        let pidfd = pidfd_open(self.pid(), PidfdFlags::empty()).unwrap();
+        while !so() && !readable(&pidfd, Duration::from_millis(1)) {}
     }
 
     /// Its process id.

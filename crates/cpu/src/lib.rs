@@ -32,6 +32,8 @@ mod stack;
 pub mod state;
 mod stats;
 mod task;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod tlb;
 mod vcpu;
 

@@ -15,6 +15,8 @@ const HEAD: u64 = 64 << 10;
 // The setup header of a bzImage (Documentation/arch/x86/boot.rst, "The real-mode kernel header").
 /// First byte of the header: `setup_sects`.
 pub(super) const SETUP_HEADER: usize = 0x1f1;
+/// `syssize`: what follows the setup sectors, in units of 16 bytes.
+const SYSSIZE: usize = 0x1f4;
 const BOOT_FLAG: usize = 0x1fe;
 /// The second byte of a jump over the header, thus where it ends, counted from 0x202.
 const JUMP_OFFSET: usize = 0x201;
@@ -200,7 +202,14 @@ impl KernelImage {
             Some(0) | None => 4,
             Some(&n) => u64::from(n),
         };
-        let start = (sectors + 1) * 512 + u64::from(word(PAYLOAD_OFFSET)?);
+        let setup = (sectors + 1) * 512;
+        // The part behind the compressed kernel is not used here; without it the file is damaged all the same.
+        // The size counts paragraphs of 16 bytes, the last of which need not be whole.
+        let end = setup + 16 * u64::from(word(SYSSIZE)?);
+        if end >= file.len() as u64 + 16 {
+            return Err(truncated("the kernel", end));
+        }
+        let start = setup + u64::from(word(PAYLOAD_OFFSET)?);
         let end = start + u64::from(word(PAYLOAD_LENGTH)?);
         let payload = usize::try_from(start)
             .ok()

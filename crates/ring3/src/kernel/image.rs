@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use machine::loader::KernelImage;
+
 /// A kernel file that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
@@ -15,13 +17,12 @@ pub enum ImageError {
         source: std::io::Error,
     },
     /// Neither bzImage nor ELF.
-    #[error(
-        "{} is not a Linux kernel: neither a bzImage (/boot/vmlinuz-*) nor an ELF vmlinux for x86-64",
-        path.display()
-    )]
+    #[error("cannot boot {}", path.display())]
     NotAKernel {
         /// The file.
         path: PathBuf,
+        /// What it is instead.
+        source: Option<machine::loader::ImageError>,
     },
 }
 
@@ -45,7 +46,7 @@ pub fn read(path: &Path) -> Result<Vec<u8>, ImageError> {
 /// Looks into a kernel file.
 ///
 /// # Errors
-/// [`ImageError::NotAKernel`] when it has neither format's signature.
+/// [`ImageError::NotAKernel`] when it has neither format's signature, or is for another machine.
 pub fn identify(path: &Path, bytes: &[u8]) -> Result<Identity, ImageError> {
     // Linux/x86 boot protocol: "HdrS" at 0x202, pointer to the version string (minus 0x200) at 0x20e.
     if bytes.get(0x202..0x206) == Some(b"HdrS") {
@@ -56,12 +57,19 @@ pub fn identify(path: &Path, bytes: &[u8]) -> Result<Identity, ImageError> {
             .and_then(first_word);
         return Ok(Identity { release, elf: false });
     }
-    if bytes.starts_with(b"\x7fELF") {
+    if bytes.starts_with(b"\x7fELF") && !is_foreign(bytes) {
         let banner = b"Linux version ";
         let release = find(bytes, banner).and_then(|at| bytes.get(at + banner.len()..)).and_then(first_word);
         return Ok(Identity { release, elf: true });
     }
-    Err(ImageError::NotAKernel { path: path.to_owned() })
+    let source = KernelImage::from_bytes(bytes.to_vec()).err();
+    Err(ImageError::NotAKernel { path: path.to_owned(), source })
+}
+
+/// Whether an ELF header names another machine than x86-64 (System V ABI: `EI_VERSION`, `e_machine`).
+fn is_foreign(elf: &[u8]) -> bool {
+    const EM_X86_64: [u8; 2] = [62, 0];
+    elf.get(6) == Some(&1) && elf.get(18..20).is_some_and(|machine| machine != EM_X86_64)
 }
 
 /// Whether an ELF kernel holds the text `driver`, as every kernel with that driver built in does.
