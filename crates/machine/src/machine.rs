@@ -388,3 +388,32 @@ impl MmioDevice for IoApicRegisters {
         self.0.mmio_write(offset, u32::from_le_bytes(value));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with(memory: u64, cpus: u32) -> Result<Machine, MachineError> {
+        Machine::new(MachineConfig { memory, cpus, serial: Box::new(io::sink()) })
+    }
+
+    #[test]
+    fn impossible_sizes_are_errors() {
+        for memory in [0, 4096, layout::MIN_RAM - 4096, layout::MIN_RAM + 1, layout::MAX_RAM + 4096, 1 << 62] {
+            assert!(matches!(with(memory, 1), Err(MachineError::MemorySize(m)) if m == memory), "{memory:#x}");
+        }
+        for cpus in [0, MAX_VCPUS + 1, u32::MAX] {
+            assert!(matches!(with(layout::MIN_RAM, cpus), Err(MachineError::Cpus(c)) if c == cpus), "{cpus}");
+        }
+        assert!(with(layout::MIN_RAM, MAX_VCPUS).is_ok());
+    }
+
+    #[test]
+    fn a_machine_without_kernel_can_be_stopped() {
+        let machine = with(layout::MIN_RAM, 2).unwrap();
+        machine.handle().stop();
+        let (ended, stats) = machine.run().unwrap();
+        assert_eq!(ended, Ended::Stopped);
+        assert_eq!(stats.vcpus.len(), 2);
+    }
+}
