@@ -42,6 +42,7 @@ fn files_that_are_no_kernels() {
     let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
     refuse(&["--kernel", &path("missing")]).expect_error("No such file");
     refuse(&["--kernel", dir.path().to_str().unwrap()]).expect_error("directory");
+    refuse(&["--kernel", "/dev/zero"]).expect_error("file too large");
     refuse_kernel(dir.path(), b"", "empty");
     refuse_kernel(dir.path(), b"#!/bin/sh\necho no kernel\n", "a script");
     let mut noise = vec![0; 1 << 20];
