@@ -22,12 +22,12 @@ pub struct Kernels {
 
 impl Kernels {
     /// Debian 12's own kernel, 6.1.
-    pub fn old(&self) -> &Path {
+    pub fn older(&self) -> &Path {
         &self.images[0]
     }
 
     /// The newer one, 6.12.
-    pub fn new(&self) -> &Path {
+    pub fn newer(&self) -> &Path {
         &self.images[1]
     }
 }
