@@ -42,6 +42,7 @@ fn files_that_are_no_kernels() {
     let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
     refuse(&["--kernel", &path("missing")]).expect_error("No such file");
     refuse(&["--kernel", dir.path().to_str().unwrap()]).expect_error("directory");
+    refuse(&["--kernel", "/dev/zero"]).expect_error("file too large");
     refuse_kernel(dir.path(), b"", "empty");
     refuse_kernel(dir.path(), b"#!/bin/sh\necho no kernel\n", "a script");
     let mut noise = vec![0; 1 << 20];
@@ -69,9 +70,9 @@ fn damaged_kernels() {
     let Some(kernels) = kernels() else { return };
     let dir = temp_dir();
     // With the modules beside it, so that the kernel is what is found wrong.
-    let modules = kernels.old().parent().unwrap().join("modules");
+    let modules = kernels.older().parent().unwrap().join("modules");
     std::os::unix::fs::symlink(modules, dir.path().join("modules")).unwrap();
-    let whole = fs::read(kernels.old()).unwrap();
+    let whole = fs::read(kernels.older()).unwrap();
     for length in [600, 20_000, 1 << 20, whole.len() - 100_000] {
         refuse_kernel(dir.path(), &whole[..length], "truncated");
     }
@@ -98,7 +99,7 @@ fn roots_disks_and_directories_that_cannot_be_used() {
     let Some(kernels) = kernels() else { return };
     let dir = temp_dir();
     let file = write(dir.path(), "file", &[0; 1000]);
-    let kernel = kernels.new().to_str().unwrap();
+    let kernel = kernels.newer().to_str().unwrap();
     let refuse = |options: &[&str]| refuse(&[&["--kernel", kernel], options].concat());
     refuse(&["--root", "/no/such/root"]).expect_error("as the guest's root");
     refuse(&["--root", file.to_str().unwrap()]).expect_error("as the guest's root");
@@ -143,7 +144,7 @@ fn impossible_sizes_and_values() {
 #[test]
 fn more_memory_than_there_is() {
     let Some(kernels) = kernels() else { return };
-    refuse(&["--kernel", kernels.new().to_str().unwrap(), "--memory", "1T"]).expect_error("memory");
+    refuse(&["--kernel", kernels.newer().to_str().unwrap(), "--memory", "1T"]).expect_error("memory");
 }
 
 #[test]

@@ -21,7 +21,7 @@ fn the_newest_cached_kernel_boots_without_options() {
     command.env("XDG_CACHE_HOME", &kernels.cache).args(["run", "--"]).args(MAIN_JOB);
     let end = boot(command);
     end.expect(7);
-    assert_eq!(end.text(), format!("{}\n1\n", release(kernels.new())));
+    assert_eq!(end.text(), format!("{}\n1\n", release(kernels.newer())));
     assert_eq!(end.stderr, "", "nothing but the command's own words belongs on standard error");
 }
 
@@ -29,12 +29,12 @@ fn the_newest_cached_kernel_boots_without_options() {
 fn the_console_is_shown_on_request_and_has_the_users_words() {
     let Some(kernels) = kernels() else { return };
     let job = ["sh", "-c", "cat /proc/cmdline; uname -r; nproc; exit 7"];
-    let end = boot(run(kernels.new(), &["-v", "--append", "my.word=1", "--cpus", "2"], &job));
+    let end = boot(run(kernels.newer(), &["-v", "--append", "my.word=1", "--cpus", "2"], &job));
     end.expect(7);
     let text = end.text();
     let (line, rest) = text.split_once('\n').unwrap();
     assert!(line.contains(" my.word=1"), "{line}");
-    assert_eq!(rest, format!("{}\n2\n", release(kernels.new())));
+    assert_eq!(rest, format!("{}\n2\n", release(kernels.newer())));
     assert!(end.stderr.contains("engine: interpret"), "{}", end.stderr);
     assert!(end.stderr.contains("Linux version 6.12"), "{}", end.stderr);
 }
@@ -43,21 +43,24 @@ fn the_console_is_shown_on_request_and_has_the_users_words() {
 fn the_old_kernel_on_one_processor_with_env_and_workdir() {
     let Some(kernels) = kernels() else { return };
     let job = ["sh", "-c", "echo \"$A|$B|$HOME|$PWD|$#|$1\"; uname -r; nproc; exit 7", "x", "a  b"];
-    let mut command =
-        run(kernels.old(), &["--workdir", "/usr", "--env", "A=1 2", "--env", "B", "--env", "C=unused"], &job);
+    let mut command = run(
+        kernels.older(),
+        &["--workdir", "/usr", "--env", "A=1 2", "--env", "B", "--env", "C=unused"],
+        &job,
+    );
     command.env("B", "from outside").env("SECRET", "not passed on");
     let end = boot(command);
     end.expect(7);
-    assert_eq!(end.text(), format!("1 2|from outside|/root|/usr|1|a  b\n{}\n1\n", release(kernels.old())));
+    assert_eq!(end.text(), format!("1 2|from outside|/root|/usr|1|a  b\n{}\n1\n", release(kernels.older())));
     assert_eq!(end.stderr, "");
 }
 
 #[test]
 fn the_old_kernel_on_two_processors_with_statistics() {
     let Some(kernels) = kernels() else { return };
-    let end = boot(run(kernels.old(), &["--cpus", "2", "--memory", "256M", "--stats"], &MAIN_JOB));
+    let end = boot(run(kernels.older(), &["--cpus", "2", "--memory", "256M", "--stats"], &MAIN_JOB));
     end.expect(7);
-    assert_eq!(end.text(), format!("{}\n2\n", release(kernels.old())));
+    assert_eq!(end.text(), format!("{}\n2\n", release(kernels.older())));
     let field = |name: &str| {
         let line = end.stderr.lines().find_map(|line| line.strip_prefix(name));
         line.unwrap_or_else(|| panic!("no {name:?} in:\n{}", end.stderr)).trim().to_owned()
@@ -79,7 +82,7 @@ fn streams_are_separate_and_unchanged() {
     const SEED: u64 = 0x5eed;
     let Some(kernels) = kernels() else { return };
     let mut command =
-        run(kernels.new(), &["--cpus", "2"], &["sh", "-c", "echo aside >&2; cat; echo end >&2"]);
+        run(kernels.newer(), &["--cpus", "2"], &["sh", "-c", "echo aside >&2; cat; echo end >&2"]);
     command.stdin(Stdio::piped());
     let (mut running, mut output) = Running::boot_with_output(command);
     let mut stdin = running.stdin().unwrap();
@@ -109,7 +112,7 @@ fn streams_are_separate_and_unchanged() {
 #[test]
 fn a_command_that_is_not_there_is_127() {
     let Some(kernels) = kernels() else { return };
-    let end = boot(run(kernels.new(), &[], &["no-such-command"]));
+    let end = boot(run(kernels.newer(), &[], &["no-such-command"]));
     end.expect(127);
     assert_eq!(end.stderr, "ring3: no-such-command: command not found\n");
 }
@@ -117,7 +120,7 @@ fn a_command_that_is_not_there_is_127() {
 #[test]
 fn a_command_that_cannot_be_executed_is_126() {
     let Some(kernels) = kernels() else { return };
-    let end = boot(run(kernels.old(), &[], &["/etc/passwd"]));
+    let end = boot(run(kernels.older(), &[], &["/etc/passwd"]));
     end.expect(126);
     assert!(end.stderr.starts_with("ring3: /etc/passwd: "), "{}", end.stderr);
 }
@@ -125,7 +128,7 @@ fn a_command_that_cannot_be_executed_is_126() {
 #[test]
 fn a_command_killed_by_a_signal_is_128_and_its_number() {
     let Some(kernels) = kernels() else { return };
-    let end = boot(run(kernels.new(), &[], &["sh", "-c", "kill -SEGV $$"]));
+    let end = boot(run(kernels.newer(), &[], &["sh", "-c", "kill -SEGV $$"]));
     end.expect(128 + 11);
     assert_eq!(end.stderr, "");
 }
@@ -134,7 +137,7 @@ fn a_command_killed_by_a_signal_is_128_and_its_number() {
 fn the_first_signal_is_the_commands_the_second_ends_the_machine() {
     let Some(kernels) = kernels() else { return };
     let job = "trap 'echo usr1' USR1; trap 'echo term' TERM; echo ready; while :; do sleep 0.1; done";
-    let (running, mut output) = Running::boot_with_output(run(kernels.new(), &[], &["sh", "-c", job]));
+    let (running, mut output) = Running::boot_with_output(run(kernels.newer(), &[], &["sh", "-c", job]));
     output.wait_for("ready\n");
     running.signal(Signal::USR1);
     output.wait_for("usr1\n");
@@ -148,7 +151,7 @@ fn the_first_signal_is_the_commands_the_second_ends_the_machine() {
 fn an_interrupt_ends_a_command_that_does_not_care() {
     let Some(kernels) = kernels() else { return };
     let job = ["sh", "-c", "echo ready; exec sleep 1000"];
-    let (running, mut output) = Running::boot_with_output(run(kernels.old(), &[], &job));
+    let (running, mut output) = Running::boot_with_output(run(kernels.older(), &[], &job));
     output.wait_for("ready\n");
     running.signal(Signal::INT);
     running.finish(support::process::PATIENCE).expect(128 + 2);
@@ -159,7 +162,7 @@ fn a_timeout_asks_the_command_to_end() {
     let Some(kernels) = kernels() else { return };
     // Whether the time is over during the boot or after it depends on the machine that runs the tests.
     let job = "trap 'echo asked; exit 3' TERM; echo ready; while :; do sleep 0.1; done";
-    let end = boot(run(kernels.new(), &["--timeout", "20"], &["sh", "-c", job]));
+    let end = boot(run(kernels.newer(), &["--timeout", "20"], &["sh", "-c", job]));
     end.expect(124);
     assert!(["", "ready\nasked\n"].contains(&end.text().as_str()), "{}", end.text());
     assert!(end.took.as_secs() >= 19, "{:?}", end.took);
@@ -168,7 +171,7 @@ fn a_timeout_asks_the_command_to_end() {
 #[test]
 fn a_timeout_ends_a_boot() {
     let Some(kernels) = kernels() else { return };
-    let end = boot(run(kernels.new(), &["--timeout", "0.5s"], &["true"]));
+    let end = boot(run(kernels.newer(), &["--timeout", "0.5s"], &["true"]));
     end.expect(124);
     assert!(end.took.as_secs() < 20, "{:?}", end.took);
 }
@@ -176,7 +179,7 @@ fn a_timeout_ends_a_boot() {
 #[test]
 fn a_panic_of_the_guests_kernel_is_an_error_with_its_last_words() {
     let Some(kernels) = kernels() else { return };
-    let end = boot(run(kernels.new(), &[], &["sh", "-c", "echo c >/proc/sysrq-trigger; sleep 1000"]));
+    let end = boot(run(kernels.newer(), &[], &["sh", "-c", "echo c >/proc/sysrq-trigger; sleep 1000"]));
     end.expect_error("the guest's kernel panicked");
     assert!(end.stderr.contains("Kernel panic - not syncing: sysrq triggered crash"), "{}", end.stderr);
 }
@@ -184,13 +187,13 @@ fn a_panic_of_the_guests_kernel_is_an_error_with_its_last_words() {
 #[test]
 fn a_command_that_powers_off_has_no_status() {
     let Some(kernels) = kernels() else { return };
-    let end = boot(run(kernels.old(), &[], &["sh", "-c", "echo o >/proc/sysrq-trigger; sleep 1000"]));
+    let end = boot(run(kernels.older(), &[], &["sh", "-c", "echo o >/proc/sysrq-trigger; sleep 1000"]));
     end.expect_error("the guest powered off before the command's end");
 }
 
 #[test]
 fn a_command_that_reboots_has_no_status() {
     let Some(kernels) = kernels() else { return };
-    let end = boot(run(kernels.new(), &[], &["sh", "-c", "echo b >/proc/sysrq-trigger; sleep 1000"]));
+    let end = boot(run(kernels.newer(), &[], &["sh", "-c", "echo b >/proc/sysrq-trigger; sleep 1000"]));
     end.expect_error("the guest reset itself before the command's end");
 }

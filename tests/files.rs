@@ -73,7 +73,7 @@ fn what_the_command_does_to_files_stays_in_the_guest() {
         test ! -e /bin/true; test -d /made-by-the-guest
         echo note >/run/note; echo note >/dev/shm/note
         test \"$(id -u)\" = 0; hostname";
-    let end = boot(run(kernels.new(), &["--workdir", dir.path().to_str().unwrap()], &["sh", "-c", job]));
+    let end = boot(run(kernels.newer(), &["--workdir", dir.path().to_str().unwrap()], &["sh", "-c", job]));
     end.expect(0);
     let expected = "kept\nkept\nbig\nkeep\nlink\nnew\nsub\nkept\nmore\nrenamed\nfresh\n20971520\nring3\n";
     assert_eq!(end.text(), expected);
@@ -105,7 +105,7 @@ fn a_disk_is_formatted_written_and_checked_by_the_guest() {
         head -c 4 /dev/vdb; echo
         if echo nonsense 2>/dev/null >/dev/vdb; then echo written; else echo read-only; fi";
     let options = ["--disk", disk.to_str().unwrap(), "--disk", &format!("{}:ro", fixed.display())];
-    let end = boot(run(kernels.old(), &options, &["sh", "-c", job]));
+    let end = boot(run(kernels.older(), &options, &["sh", "-c", job]));
     end.expect(0);
     assert_eq!(end.text(), "from the guest\n0\n0\n1\nxxxx\nread-only\n", "{}", end.stderr);
     assert_eq!(fs::read(&fixed).unwrap(), [b'x'; 4096]);
@@ -124,7 +124,7 @@ fn a_disk_is_formatted_written_and_checked_by_the_guest() {
 fn modules_can_be_loaded() {
     let Some(kernels) = kernels() else { return };
     let this = std::env::current_exe().unwrap();
-    for (kernel, cpus) in [(kernels.old(), "1"), (kernels.new(), "2")] {
+    for (kernel, cpus) in [(kernels.older(), "1"), (kernels.newer(), "2")] {
         let file = kernel.parent().unwrap().join("modules/kernel/drivers/net/dummy.ko");
         let dir = temp_dir();
         let module = dir.path().join("dummy.ko");
@@ -161,7 +161,7 @@ fn modprobe_finds_the_modules() {
     }
     let job = "modprobe dummy && grep -c '^dummy ' /proc/modules && cat /sys/class/net/dummy0/operstate && \
                modprobe -r dummy && ! grep '^dummy ' /proc/modules";
-    let end = boot(run(kernels.new(), &[], &["sh", "-c", job]));
+    let end = boot(run(kernels.newer(), &[], &["sh", "-c", job]));
     end.expect(0);
     assert_eq!(end.text(), "1\ndown\n");
 }
@@ -174,7 +174,7 @@ fn another_root_and_a_32_bit_program() {
     let dir = temp_dir();
     let program = write(dir.path(), "program", &program32());
     fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
-    for kernel in [kernels.old(), kernels.new()] {
+    for kernel in [kernels.older(), kernels.newer()] {
         let end = boot(run(kernel, &["--root", dir.path().to_str().unwrap()], &["/program"]));
         end.expect(32);
         assert_eq!(end.text(), "by interrupt\nby the vDSO\n");

@@ -171,7 +171,7 @@ fn interpreter() -> (Vec<u8>, u64) {
         let (mut next, mut end, mut done) = (a.create_label(), a.create_label(), a.create_label());
         a.cli()?;
         a.push(0)?;
-        a.mov(rax, IDT << 16 | 14 * 16 - 1)?;
+        a.mov(rax, (IDT << 16) | (14 * 16 - 1))?;
         a.push(rax)?;
         a.lidt(ptr(rsp))?;
         a.mov(rsi, SCRIPT)?;
@@ -325,9 +325,7 @@ fn queues_that_are_nowhere() {
     let mut script = Script::default();
     for slot in 1..SLOTS {
         place(&mut script, slot);
-        for bad in
-            [u64::MAX & !0xfff, 64 << 20, (64 << 20) - 0x1000, 0xa_0000, ECAM, 1 << 63, 1, registers(slot)]
-        {
+        for bad in [!0xfff, 64 << 20, (64 << 20) - 0x1000, 0xa_0000, ECAM, 1 << 63, 1, registers(slot)] {
             for which in 0..3 {
                 let mut places = [RINGS, RINGS + 0x1000, RINGS + 0x2000];
                 places[which] = bad;

@@ -29,7 +29,7 @@ fn a_killed_run_leaves_no_files() {
     let Some(kernels) = kernels() else { return };
     let home = temp_dir();
     let before = belongings(home.path());
-    let mut command = run(kernels.new(), &[], &["sh", "-c", "echo ready; exec sleep 1000"]);
+    let mut command = run(kernels.newer(), &[], &["sh", "-c", "echo ready; exec sleep 1000"]);
     command.env("HOME", home.path()).env("TMPDIR", home.path());
     let (running, mut output) = Running::boot_with_output(command);
     output.wait_for("ready\n");
@@ -49,7 +49,7 @@ fn a_killed_fetch_leaves_nothing_that_is_used() {
     let store = cache.path().join("ring3/kernels");
     // A writer that died half-way, as it leaves things: a whole kernel but for the end of its name.
     fs::create_dir_all(store.join(".unfinished-dead/modules")).unwrap();
-    fs::copy(kernels.old(), store.join(".unfinished-dead/vmlinuz")).unwrap();
+    fs::copy(kernels.older(), store.join(".unfinished-dead/vmlinuz")).unwrap();
     let list = || {
         let mut command = ring3();
         command.env("XDG_CACHE_HOME", cache.path()).args(["kernel", "list"]);
@@ -68,7 +68,7 @@ fn a_killed_fetch_leaves_nothing_that_is_used() {
         }
     }
     let mut add = ring3();
-    add.env("XDG_CACHE_HOME", cache.path()).args(["kernel", "add"]).arg(kernels.old());
+    add.env("XDG_CACHE_HOME", cache.path()).args(["kernel", "add"]).arg(kernels.older());
     let running = Running::start_quiet(add);
     // As soon as it has begun to write.
     running.wait_until(|| {
@@ -84,7 +84,7 @@ fn a_killed_fetch_leaves_nothing_that_is_used() {
         assert!(!list().contains("6.1."), "half a kernel is used");
     }
     let mut add = ring3();
-    add.env("XDG_CACHE_HOME", cache.path()).args(["kernel", "add"]).arg(kernels.old());
+    add.env("XDG_CACHE_HOME", cache.path()).args(["kernel", "add"]).arg(kernels.older());
     finish(add, PATIENCE).expect(0);
     assert!(list().contains("6.1."));
     let names: Vec<_> =

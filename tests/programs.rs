@@ -51,7 +51,7 @@ fn the_hosts_tools_say_the_same_in_the_guest() {
         .output()
         .unwrap();
     let guest =
-        boot(run(kernels.new(), &["--cpus", "2", "--env", "PATH=/usr/bin:/bin"], &["sh", "-c", TOOLS]));
+        boot(run(kernels.newer(), &["--cpus", "2", "--env", "PATH=/usr/bin:/bin"], &["sh", "-c", TOOLS]));
     guest.expect(0);
     assert_eq!(guest.text(), String::from_utf8(host.stdout).unwrap());
 }
@@ -68,7 +68,7 @@ fn threads_and_vector_code_compute_the_same_in_the_guest() {
         "--nocapture",
         "--test-threads=1",
     ];
-    for (kernel, cpus) in [(kernels.old(), "1"), (kernels.new(), "2")] {
+    for (kernel, cpus) in [(kernels.older(), "1"), (kernels.newer(), "2")] {
         let guest = boot(run(kernel, &["--cpus", cpus], &command));
         guest.expect(0);
         let report = report();

@@ -42,7 +42,7 @@ fn a_terminal_is_a_terminal_in_the_guest() {
         while ! read word; do :; done; echo got=$word
         stty -echo; echo hide; read hidden; echo hidden=$hidden
         exit 5";
-    let mut command = run(kernels.new(), &[], &["sh", "-c", job]);
+    let mut command = run(kernels.newer(), &[], &["sh", "-c", job]);
     command.env("TERM", "vt220");
     let running = Running::boot_on_terminal(command, &theirs);
     let mut keys = File::from(ours.try_clone().unwrap());
@@ -72,7 +72,7 @@ fn keys_reach_the_command_and_a_killed_run_restores_the_terminal() {
     let before = format!("{:?}", tcgetattr(&theirs).unwrap());
     let job = "trap 'echo interrupted; n=1' INT; echo go; while [ -z \"$n\" ]; do sleep 0.1; done; \
                echo ready; while :; do sleep 0.1; done";
-    let running = Running::boot_on_terminal(run(kernels.old(), &[], &["sh", "-c", job]), &theirs);
+    let running = Running::boot_on_terminal(run(kernels.older(), &[], &["sh", "-c", job]), &theirs);
     let mut screen = Output::new(ours.try_clone().unwrap());
     screen.wait_for("go\r\n");
     File::from(ours.try_clone().unwrap()).write_all(b"\x03").unwrap();

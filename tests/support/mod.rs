@@ -6,7 +6,7 @@
 //! Environment:
 //! - `RING3_TEST_CACHE`: an `XDG_CACHE_HOME` whose kernels are used (default: one in the target directory, filled
 //!   by `ring3 kernel fetch`);
-//! - `RING3_TEST_KERNELS=required`: a test that finds no kernel fails instead of being skipped.
+//! - `RING3_TEST_REQUIRE_KERNELS`, set: a test that finds no kernel fails instead of being skipped.
 
 #![allow(dead_code, unreachable_pub, reason = "each test program is a crate that uses a part")]
 

@@ -300,3 +300,26 @@ fn place_initramfs<M: GuestMemory>(
     write(memory, address, content)?;
     Ok(address)
 }
+
+/// The body of the `kernel_load` fuzz target, and of a second of it in the tests: `file` as a kernel, loaded by
+/// each protocol into `memory`, of `ram` bytes. Whatever it is, there is an answer.
+///
+/// # Errors
+/// [`ImageError`] when it is no kernel.
+#[cfg(any(test, feature = "testing"))]
+pub fn load_anything<M: GuestMemory>(file: Vec<u8>, memory: &M, ram: u64) -> Result<(), ImageError> {
+    let image = KernelImage::from_bytes(file)?;
+    let map = layout::memory_map(ram);
+    for protocol in [BootProtocol::Linux64, BootProtocol::Pvh] {
+        let request = BootRequest {
+            protocol,
+            initramfs: Some(b"cpio"),
+            cmdline: "console=ttyS0 quiet",
+            memory_map: &map,
+            rsdp: layout::ACPI_TABLES,
+        };
+        // What does not fit is refused.
+        let _ = load(memory, &image, &request);
+    }
+    Ok(())
+}

@@ -1,9 +1,10 @@
 //! What a kernel file says about itself: its release name, and, for an ELF file, which drivers it has.
 
 use std::fs;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use machine::loader::KernelImage;
+use machine::loader::{KernelImage, MAX_FILE};
 
 /// A kernel file that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -40,7 +41,14 @@ pub struct Identity {
 /// # Errors
 /// [`ImageError::Read`], naming the file.
 pub fn read(path: &Path) -> Result<Vec<u8>, ImageError> {
-    fs::read(path).map_err(|source| ImageError::Read { path: path.to_owned(), source })
+    let failed = |source| ImageError::Read { path: path.to_owned(), source };
+    let mut bytes = Vec::new();
+    // Some files have no end.
+    fs::File::open(path).and_then(|file| file.take(MAX_FILE + 1).read_to_end(&mut bytes)).map_err(failed)?;
+    if bytes.len() as u64 > MAX_FILE {
+        return Err(failed(std::io::ErrorKind::FileTooLarge.into()));
+    }
+    Ok(bytes)
 }
 
 /// Looks into a kernel file.
