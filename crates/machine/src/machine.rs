@@ -399,8 +399,12 @@ mod tests {
 
     #[test]
     fn impossible_sizes_are_errors() {
-        for memory in [0, 4096, layout::MIN_RAM - 4096, layout::MIN_RAM + 1, layout::MAX_RAM + 4096, 1 << 62] {
-            assert!(matches!(with(memory, 1), Err(MachineError::MemorySize(m)) if m == memory), "{memory:#x}");
+        for memory in [0, 4096, layout::MIN_RAM - 4096, layout::MIN_RAM + 1, layout::MAX_RAM + 4096, 1 << 62]
+        {
+            assert!(
+                matches!(with(memory, 1), Err(MachineError::MemorySize(m)) if m == memory),
+                "{memory:#x}"
+            );
         }
         for cpus in [0, MAX_VCPUS + 1, u32::MAX] {
             assert!(matches!(with(layout::MIN_RAM, cpus), Err(MachineError::Cpus(c)) if c == cpus), "{cpus}");
