@@ -619,7 +619,7 @@ impl Vcpu {
         Ok([Some((one, 0..first)), two])
     }
 
-    /// Translates one address and fills the TLB.
+    /// Translates one address, by the TLB or by a walk that fills it.
     fn place(&mut self, gva: u64, kind: AccessKind, privilege: Privilege) -> Exec<Place> {
         let wide = self.state.code_mode == CodeMode::Bits64 || gva > 0xffff_ffff;
         if wide && !self.walk.canonical(Gva(gva)) {
@@ -627,16 +627,16 @@ impl Vcpu {
         }
         let table = self.table_of(privilege);
         let tag = self.state.tlb_tag;
-        if self.tlb.adopt_global(table.base(), tag, Gva(gva)) {
-            let hit = match kind {
-                AccessKind::Read => self.tlb.read(table.base(), tag, gva, 1),
-                AccessKind::Write => self.tlb.write(table.base(), tag, gva, 1),
-                AccessKind::Fetch => None,
-            };
-            // A hit through `write` is never on a watched page; `gpa` is only used for those.
-            if let Some(host) = hit {
-                return Ok(Place::Ram { host, gpa: Gpa(0), watched: false });
-            }
+        self.tlb.adopt_global(table.base(), tag, Gva(gva));
+        // A part of an access that crosses a page may well be at hand.
+        let hit = match kind {
+            AccessKind::Read => self.tlb.read(table.base(), tag, gva, 1),
+            AccessKind::Write => self.tlb.write(table.base(), tag, gva, 1),
+            AccessKind::Fetch => None,
+        };
+        // A hit through `write` is never on a watched page; `gpa` is only used for those.
+        if let Some(host) = hit {
+            return Ok(Place::Ram { host, gpa: Gpa(0), watched: false });
         }
         let (gpa, filled) = self.translate(Gva(gva), kind, privilege)?;
         Ok(match filled {
