@@ -125,14 +125,17 @@ impl RamPage<'_> {
         (stamp & (WATCHED | READY) == WATCHED | READY).then_some(stamp)
     }
 
-    fn watch(&self) {
-        self.stamp.fetch_or(WATCHED, Ordering::AcqRel);
+    /// Marks the page watched; returns the stamp, by which the hand-shake that follows is known.
+    fn watch(&self) -> u32 {
+        self.stamp.fetch_or(WATCHED, Ordering::AcqRel) | WATCHED
     }
 
-    /// The hand-shake is over. If the page was written meanwhile it is not watched any more.
-    fn set_ready(&self) {
-        let ready = |s: u32| (s & WATCHED != 0).then_some(s | READY);
-        let _ = self.stamp.fetch_update(Ordering::AcqRel, Ordering::Acquire, ready);
+    /// The hand-shake that began at `stamp` is over. It counts only if the page was not written meanwhile: then
+    /// it was not watched for a while, and if it is again, that is for another hand-shake, which vCPUs that
+    /// answered this one need not have answered.
+    fn set_ready(&self, stamp: u32) {
+        let (from, to) = (stamp & !READY, stamp | READY);
+        let _ = self.stamp.compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire);
     }
 }
 
@@ -274,7 +277,7 @@ impl WatchGroup {
     /// Makes `page` watched: returns when no vCPU but `own` can write it unnoticed. The caller drops its
     /// own writable TLB entries, and serves its own queue when `serve` is called.
     pub(crate) fn watch(&self, own: &Arc<WatchPeer>, page: RamPage<'_>, mut serve: impl FnMut()) {
-        page.watch();
+        let stamp = page.watch();
         let peers: Vec<_> = {
             let all = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
             all.iter().filter(|p| !Arc::ptr_eq(p, own)).cloned().collect()
@@ -296,7 +299,7 @@ impl WatchGroup {
                 }
             }
         }
-        page.set_ready();
+        page.set_ready(stamp);
     }
 }
 
