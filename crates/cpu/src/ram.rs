@@ -12,7 +12,7 @@
 //! hold writable TLB entries for it; [`WatchGroup`] makes them drop these before the page is decoded.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use mmu::Gpa;
@@ -73,6 +73,10 @@ impl<'a> WithBitmapSlice<'a> for PageStamps {
 impl Bitmap for PageStamps {
     fn mark_dirty(&self, offset: usize, len: usize) {
         if len > 0 {
+            // The bytes, written before this, must be visible before the stamp is read: a vCPU that marks
+            // the page later than that then decodes the new bytes. (vCPUs need no fence: they take part in
+            // the hand-shake.)
+            fence(Ordering::SeqCst);
             for page in offset / PAGE..=offset.saturating_add(len - 1) / PAGE {
                 self.note_write(page);
             }
