@@ -249,16 +249,50 @@ pub struct WatchGroup {
 #[derive(Debug)]
 pub struct WatchPeer {
     attention: Arc<Attention>,
-    /// Host addresses of pages to drop from the TLB's writable entries.
-    queue: Mutex<Vec<usize>>,
+    queue: Mutex<Queue>,
+}
+
+/// More pages than this are not told apart any more: a vCPU that sleeps for long does not serve its queue.
+const MOST_QUEUED: usize = 64;
+
+/// What to drop from a TLB's writable entries.
+#[derive(Debug, Default)]
+struct Queue {
+    /// Pages by host address.
+    pages: Vec<usize>,
+    /// All pages.
+    all: bool,
+}
+
+impl Queue {
+    fn push(&mut self, page: usize) {
+        if self.all || self.pages.len() >= MOST_QUEUED {
+            self.pages.clear();
+            self.all = true;
+        } else {
+            self.pages.push(page);
+        }
+    }
+}
+
+/// What [`WatchPeer::serve`] asks for: to take the right to write from TLB entries.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Protect {
+    /// For the page at this host address.
+    Page(usize),
+    /// For all pages.
+    All,
 }
 
 impl WatchPeer {
-    /// Hands each queued page to `drop_page` and acknowledges.
-    pub(crate) fn serve(&self, mut drop_page: impl FnMut(usize)) {
+    /// Hands what is queued to `protect` and acknowledges.
+    pub(crate) fn serve(&self, mut protect: impl FnMut(Protect)) {
         let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-        for host in queue.drain(..) {
-            drop_page(host);
+        if std::mem::take(&mut queue.all) {
+            protect(Protect::All);
+        }
+        for host in queue.pages.drain(..) {
+            protect(Protect::Page(host));
         }
         // Under the lock: a page queued after this raises the bit again.
         self.attention.take(attention::WATCH);
