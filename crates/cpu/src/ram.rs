@@ -360,3 +360,44 @@ impl mmu::PageTableMemory for Ram {
         self.compare_exchange(gpa, old, new)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PAGES: usize = 200;
+
+    fn ram() -> Ram {
+        Ram::new(GuestRam::from_ranges(&[(GuestAddress(0), PAGES * PAGE)]).unwrap())
+    }
+
+    #[test]
+    fn a_hand_shake_does_not_count_for_the_next_one() {
+        let ram = ram();
+        let page = ram.page(Gpa(0)).unwrap();
+        let first = page.watch();
+        page.note_write();
+        let second = page.watch();
+        page.set_ready(first);
+        assert_eq!(page.ready(), None, "watched by the second, which is not over");
+        page.set_ready(second);
+        assert_eq!(page.ready(), Some(second | READY));
+    }
+
+    #[test]
+    fn a_vcpu_that_does_not_run_queues_a_bounded_number_of_pages() {
+        let ram = ram();
+        let own = ram.group().join(Arc::new(Attention::new()));
+        let parked = ram.group().join(Arc::new(Attention::new()));
+        for page in 0..PAGES {
+            ram.group().watch(&own, ram.page(Gpa((page * PAGE) as u64)).unwrap(), || ());
+        }
+        let (mut pages, mut all) = (0, 0);
+        parked.serve(|what| match what {
+            Protect::Page(_) => pages += 1,
+            Protect::All => all += 1,
+        });
+        assert_eq!((pages, all), (0, 1));
+        parked.serve(|_| panic!("served twice"));
+    }
+}
