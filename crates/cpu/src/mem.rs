@@ -344,10 +344,14 @@ impl Vcpu {
             }
             Place::Mmio { gpa } => {
                 let mut bytes = [0; 16];
-                self.exit(Exit::MmioRead { gpa, data: &mut bytes });
+                for (n, chunk) in bytes.chunks_mut(8).enumerate() {
+                    self.exit(Exit::MmioRead { gpa: gpa.wrapping_add(n as u64 * 8), data: chunk });
+                }
                 let seen = u128::from_le_bytes(bytes);
                 let value = if seen == old { new } else { seen };
-                self.exit(Exit::MmioWrite { gpa, data: &value.to_le_bytes() });
+                for (n, chunk) in value.to_le_bytes().chunks(8).enumerate() {
+                    self.exit(Exit::MmioWrite { gpa: gpa.wrapping_add(n as u64 * 8), data: chunk });
+                }
                 Ok(seen)
             }
         }
