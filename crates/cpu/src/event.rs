@@ -20,6 +20,13 @@ use crate::state::{REG_RIP, Segment, reg, seg, slow};
 use crate::task::TaskSwitch;
 use crate::vcpu::Vcpu;
 
+/// How many exceptions in a row may each come of the delivery of the one before it.
+///
+/// Benign ones never make a double fault, so that a guest can set up a handler, such as one of #AC at CPL 3 on
+/// a misaligned stack, whose invocation raises the same exception for ever. Hardware then hangs; here, the vCPU shuts
+/// down. No chain that ends is as long.
+const MOST_NESTED: u32 = 16;
+
 /// Something to deliver to the guest.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Event {
@@ -108,14 +115,14 @@ impl Vcpu {
     /// Delivers `event` through the IDT (or the real-mode vector table). RIP is where the guest is to
     /// resume: the faulting instruction for a fault, the next one for a trap or interrupt.
     ///
-    /// A fault during delivery becomes a double fault, and then
+    /// A fault during delivery becomes a double fault, and then, or if there is no end of benign ones,
     ///
     /// # Errors
     /// [`crate::Stop::TripleFault`].
     pub fn deliver(&mut self, event: Event) -> Exec {
         let mut event = event;
         let mut delivery = Delivery::new(event);
-        loop {
+        for _ in 0..MOST_NESTED {
             if let Event::Fault(f) = event {
                 self.note_exception(&f);
             }
@@ -140,6 +147,7 @@ impl Vcpu {
             });
             delivery = Delivery::new(event);
         }
+        Err(Box::new(Stop::TripleFault))
     }
 
     /// INT n, INT3 or INTO, from inside the instruction.

@@ -148,10 +148,11 @@ pub(crate) unsafe fn exchange<T: Data>(address: usize, value: T) -> T {
 pub(crate) unsafe fn compare_exchange_16(address: usize, old: u128, new: u128) -> u128 {
     let (mut low, mut high) = (old as u64, (old >> 64) as u64);
     // SAFETY: needed because no safe 128-bit atomic exists; sound because the caller vouches for address
-    // and alignment. RBX is the compiler's, so it is swapped in and out by hand.
+    // and alignment. RBX is the compiler's, so it is swapped in and out by hand; the address has a register of
+    // its own, since the compiler may give any other operand RBX, which holds guest data at the access.
     unsafe {
-        asm!("xchg {n}, rbx", "lock cmpxchg16b [{a}]", "mov rbx, {n}",
-             n = inout(reg) new as u64 => _, a = in(reg) address,
+        asm!("xchg {n}, rbx", "lock cmpxchg16b [rdi]", "mov rbx, {n}",
+             n = inout(reg) new as u64 => _, in("rdi") address,
              inout("rax") low, inout("rdx") high, in("rcx") (new >> 64) as u64, options(nostack));
     }
     u128::from(low) | u128::from(high) << 64

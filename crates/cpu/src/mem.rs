@@ -337,18 +337,21 @@ impl Vcpu {
     pub fn compare_exchange_16(&mut self, gva: u64, old: u128, new: u128) -> Exec<u128> {
         match self.place(gva, AccessKind::Write, self.privilege())? {
             Place::Ram { host, gpa, watched } => {
+                self.note_store(gpa, watched);
                 // SAFETY: needed for the 128-bit atomic; `place` found RAM there, and 16 aligned bytes do not
                 // leave the page.
-                let seen = unsafe { hostmem::compare_exchange_16(host & !15, old, new) };
-                self.after_store(gpa, watched);
-                Ok(seen)
+                Ok(unsafe { hostmem::compare_exchange_16(host & !15, old, new) })
             }
             Place::Mmio { gpa } => {
                 let mut bytes = [0; 16];
-                self.exit(Exit::MmioRead { gpa, data: &mut bytes });
+                for (n, chunk) in bytes.chunks_mut(8).enumerate() {
+                    self.exit(Exit::MmioRead { gpa: gpa.wrapping_add(n as u64 * 8), data: chunk });
+                }
                 let seen = u128::from_le_bytes(bytes);
                 let value = if seen == old { new } else { seen };
-                self.exit(Exit::MmioWrite { gpa, data: &value.to_le_bytes() });
+                for (n, chunk) in value.to_le_bytes().chunks(8).enumerate() {
+                    self.exit(Exit::MmioWrite { gpa: gpa.wrapping_add(n as u64 * 8), data: chunk });
+                }
                 Ok(seen)
             }
         }
@@ -512,9 +515,9 @@ impl Vcpu {
             let Some(piece) = buffer.get(part) else { continue };
             match place {
                 Place::Ram { host, gpa, watched } => {
+                    self.note_store(gpa, watched);
                     // SAFETY: needed to write RAM; `place` found RAM there, and `part` stays inside its page.
                     unsafe { hostmem::copy_to(host, piece) };
-                    self.after_store(gpa, watched);
                 }
                 Place::Mmio { gpa } => {
                     for (n, chunk) in piece.chunks(8).enumerate() {
@@ -553,9 +556,9 @@ impl Vcpu {
         if (gva & 0xfff) + T::SIZE <= 0x1000
             && let Place::Ram { host, gpa, watched } = self.place(gva, AccessKind::Write, privilege)?
         {
+            self.note_store(gpa, watched);
             // SAFETY: needed to write RAM; `place` found RAM there and the access stays inside the page.
             unsafe { hostmem::store(host, value) };
-            self.after_store(gpa, watched);
             self.data_breakpoint(gva, T::SIZE, true);
             return Ok(());
         }
@@ -577,8 +580,8 @@ impl Vcpu {
         if (gva & 0xfff) + T::SIZE <= 0x1000
             && let Place::Ram { host, gpa, watched } = self.place(gva, AccessKind::Write, privilege)?
         {
+            self.note_store(gpa, watched);
             let result = modify_ram(host, locked, f);
-            self.after_store(gpa, watched);
             self.data_breakpoint(gva, T::SIZE, true);
             return Ok(result);
         }
@@ -683,9 +686,13 @@ impl Vcpu {
         Ok((gpa, Some((host, watched))))
     }
 
-    /// After a store to `gpa`: if its page holds decoded code, that is invalid now, and the running block,
-    /// which may be part of it, ends here.
-    fn after_store(&mut self, gpa: Gpa, watched: bool) {
+    /// Before a store to `gpa`: if its page holds decoded code, that is invalid from now on, and the running
+    /// block, which may be part of it, ends with the present instruction.
+    ///
+    /// Before, because a vCPU that would decode the page anew waits until this one has answered its hand-shake,
+    /// thus until the store is done; one that decodes already finds the stamp changed. Neither takes a
+    /// half-written instruction for code.
+    fn note_store(&mut self, gpa: Gpa, watched: bool) {
         if watched && let Some(page) = self.ram.page(gpa) {
             page.note_write();
             self.state.block_end = 0;

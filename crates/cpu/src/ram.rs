@@ -12,7 +12,7 @@
 //! hold writable TLB entries for it; [`WatchGroup`] makes them drop these before the page is decoded.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use mmu::Gpa;
@@ -73,6 +73,10 @@ impl<'a> WithBitmapSlice<'a> for PageStamps {
 impl Bitmap for PageStamps {
     fn mark_dirty(&self, offset: usize, len: usize) {
         if len > 0 {
+            // The bytes, written before this, must be visible before the stamp is read: a vCPU that marks
+            // the page later than that then decodes the new bytes. (vCPUs need no fence: they take part in
+            // the hand-shake.)
+            fence(Ordering::SeqCst);
             for page in offset / PAGE..=offset.saturating_add(len - 1) / PAGE {
                 self.note_write(page);
             }
@@ -125,14 +129,17 @@ impl RamPage<'_> {
         (stamp & (WATCHED | READY) == WATCHED | READY).then_some(stamp)
     }
 
-    fn watch(&self) {
-        self.stamp.fetch_or(WATCHED, Ordering::AcqRel);
+    /// Marks the page watched; returns the stamp, by which the hand-shake that follows is known.
+    fn watch(&self) -> u32 {
+        self.stamp.fetch_or(WATCHED, Ordering::AcqRel) | WATCHED
     }
 
-    /// The hand-shake is over. If the page was written meanwhile it is not watched any more.
-    fn set_ready(&self) {
-        let ready = |s: u32| (s & WATCHED != 0).then_some(s | READY);
-        let _ = self.stamp.fetch_update(Ordering::AcqRel, Ordering::Acquire, ready);
+    /// The hand-shake that began at `stamp` is over. It counts only if the page was not written meanwhile: then
+    /// it was not watched for a while, and if it is again, that is for another hand-shake, which vCPUs that
+    /// answered this one need not have answered.
+    fn set_ready(&self, stamp: u32) {
+        let (from, to) = (stamp & !READY, stamp | READY);
+        let _ = self.stamp.compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire);
     }
 }
 
@@ -242,16 +249,50 @@ pub struct WatchGroup {
 #[derive(Debug)]
 pub struct WatchPeer {
     attention: Arc<Attention>,
-    /// Host addresses of pages to drop from the TLB's writable entries.
-    queue: Mutex<Vec<usize>>,
+    queue: Mutex<Queue>,
+}
+
+/// More pages than this are not told apart any more: a vCPU that sleeps for long does not serve its queue.
+const MOST_QUEUED: usize = 64;
+
+/// What to drop from a TLB's writable entries.
+#[derive(Debug, Default)]
+struct Queue {
+    /// Pages by host address.
+    pages: Vec<usize>,
+    /// All pages.
+    all: bool,
+}
+
+impl Queue {
+    fn push(&mut self, page: usize) {
+        if self.all || self.pages.len() >= MOST_QUEUED {
+            self.pages.clear();
+            self.all = true;
+        } else {
+            self.pages.push(page);
+        }
+    }
+}
+
+/// What [`WatchPeer::serve`] asks for: to take the right to write from TLB entries.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Protect {
+    /// For the page at this host address.
+    Page(usize),
+    /// For all pages.
+    All,
 }
 
 impl WatchPeer {
-    /// Hands each queued page to `drop_page` and acknowledges.
-    pub(crate) fn serve(&self, mut drop_page: impl FnMut(usize)) {
+    /// Hands what is queued to `protect` and acknowledges.
+    pub(crate) fn serve(&self, mut protect: impl FnMut(Protect)) {
         let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-        for host in queue.drain(..) {
-            drop_page(host);
+        if std::mem::take(&mut queue.all) {
+            protect(Protect::All);
+        }
+        for host in queue.pages.drain(..) {
+            protect(Protect::Page(host));
         }
         // Under the lock: a page queued after this raises the bit again.
         self.attention.take(attention::WATCH);
@@ -274,7 +315,7 @@ impl WatchGroup {
     /// Makes `page` watched: returns when no vCPU but `own` can write it unnoticed. The caller drops its
     /// own writable TLB entries, and serves its own queue when `serve` is called.
     pub(crate) fn watch(&self, own: &Arc<WatchPeer>, page: RamPage<'_>, mut serve: impl FnMut()) {
-        page.watch();
+        let stamp = page.watch();
         let peers: Vec<_> = {
             let all = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
             all.iter().filter(|p| !Arc::ptr_eq(p, own)).cloned().collect()
@@ -296,7 +337,7 @@ impl WatchGroup {
                 }
             }
         }
-        page.set_ready();
+        page.set_ready(stamp);
     }
 }
 
@@ -317,5 +358,46 @@ impl mmu::PageTableMemory for Ram {
 
     fn compare_exchange_u64(&self, gpa: Gpa, old: u64, new: u64) -> Option<bool> {
         self.compare_exchange(gpa, old, new)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PAGES: usize = 200;
+
+    fn ram() -> Ram {
+        Ram::new(GuestRam::from_ranges(&[(GuestAddress(0), PAGES * PAGE)]).unwrap())
+    }
+
+    #[test]
+    fn a_hand_shake_does_not_count_for_the_next_one() {
+        let ram = ram();
+        let page = ram.page(Gpa(0)).unwrap();
+        let first = page.watch();
+        page.note_write();
+        let second = page.watch();
+        page.set_ready(first);
+        assert_eq!(page.ready(), None, "watched by the second, which is not over");
+        page.set_ready(second);
+        assert_eq!(page.ready(), Some(second | READY));
+    }
+
+    #[test]
+    fn a_vcpu_that_does_not_run_queues_a_bounded_number_of_pages() {
+        let ram = ram();
+        let own = ram.group().join(Arc::new(Attention::new()));
+        let parked = ram.group().join(Arc::new(Attention::new()));
+        for page in 0..PAGES {
+            ram.group().watch(&own, ram.page(Gpa((page * PAGE) as u64)).unwrap(), || ());
+        }
+        let (mut pages, mut all) = (0, 0);
+        parked.serve(|what| match what {
+            Protect::Page(_) => pages += 1,
+            Protect::All => all += 1,
+        });
+        assert_eq!((pages, all), (0, 1));
+        parked.serve(|_| panic!("served twice"));
     }
 }

@@ -543,7 +543,10 @@ fn fetch_slow(vcpu: &mut Vcpu, gva: Gva, base: u64) -> Exec<Gpa> {
 fn read_code(vcpu: &mut Vcpu, gva: Gva, bytes: &mut [u8]) -> Exec {
     let gpa = fetch(vcpu, gva)?;
     if !vcpu.ram.copy_from(gpa, bytes) {
-        vcpu.exit(Exit::MmioRead { gpa, data: bytes });
+        // Devices know accesses of up to 8 bytes.
+        for (n, chunk) in bytes.chunks_mut(8).enumerate() {
+            vcpu.exit(Exit::MmioRead { gpa: gpa.wrapping_add(n as u64 * 8), data: chunk });
+        }
     }
     Ok(())
 }

@@ -217,6 +217,11 @@ impl Tlb {
         }
     }
 
+    /// Takes the right to write from every entry.
+    pub(crate) fn write_protect_all(&mut self) {
+        self.entries.iter_mut().for_each(|entry| entry.write = NEVER);
+    }
+
     fn flush_where(&mut self, drop: impl Fn(&Entry, &Meta) -> bool) {
         self.generation += 1;
         for (entry, meta) in self.entries.iter_mut().zip(self.meta.iter()) {

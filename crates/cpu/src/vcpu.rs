@@ -10,7 +10,7 @@ use crate::cpuid::Cpuid;
 use crate::exit::{Answer, Exit, Platform};
 use crate::flags;
 use crate::native::Native;
-use crate::ram::{Ram, WatchPeer};
+use crate::ram::{Protect, Ram, WatchPeer};
 use crate::state::{CodeMode, CpuState, Segment, cr0, cr4, efer, seg, slow};
 use crate::stats::VcpuStats;
 use crate::tlb::Tlb;
@@ -281,6 +281,9 @@ impl Vcpu {
     /// Serves requests of other vCPUs to drop writable TLB entries.
     pub(crate) fn serve_watch(&mut self) {
         let (peer, tlb) = (&self.peer, &mut self.tlb);
-        peer.serve(|host| tlb.write_protect(host));
+        peer.serve(|what| match what {
+            Protect::Page(host) => tlb.write_protect(host),
+            Protect::All => tlb.write_protect_all(),
+        });
     }
 }

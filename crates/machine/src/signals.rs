@@ -62,15 +62,20 @@ impl Timers {
                 }
             }
             if !due.is_empty() {
-                // Firing takes the APIC's lock, under which `set` is called: not with ours held.
+                // Firing calls `set`: not with the lock held.
                 drop(state);
-                for local in due.into_iter().filter_map(|vcpu| bus.local(vcpu)) {
+                for local in due.iter().filter_map(|&vcpu| bus.local(vcpu)) {
                     local.fire_timer_if_due();
-                    if let Some(next) = local.next_deadline() {
-                        self.set(local.vcpu(), Some(next));
-                    }
                 }
                 state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+                // The vCPU may have set another deadline meanwhile. It publishes that before it calls `set`, so
+                // what is read here, under the lock, is at least as new as what the last `set` stored.
+                for &vcpu in &due {
+                    let next = bus.local(vcpu).and_then(|local| local.next_deadline());
+                    if let Some(slot) = state.deadlines.get_mut(vcpu) {
+                        *slot = next.map_or(NEVER, |deadline| deadline.0);
+                    }
+                }
                 continue;
             }
             let next = state.deadlines.iter().copied().min().unwrap_or(NEVER);

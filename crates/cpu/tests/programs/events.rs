@@ -1,6 +1,6 @@
 //! Faults and their frames, interrupts, IST, shadows, double faults.
 
-use cpu::state::{reg, seg, slow};
+use cpu::state::{cr0, reg, seg, slow};
 use cpu::{Outcome, attention, flags};
 use iced_x86::code_asm::*;
 
@@ -324,5 +324,20 @@ fn a_bad_stack_in_the_tss_is_an_invalid_tss() {
     g.poke::<u32>(TSS + 8, u32::from(sel::READ_ONLY));
     // #TS needs a stack as well: a conforming handler would do, a triple fault shows the same.
     g.code(|a| a.hlt());
+    assert_eq!(g.run(), Outcome::TripleFault);
+}
+
+#[test]
+fn a_benign_exception_that_raises_itself_shuts_the_vcpu_down() {
+    // #AC at CPL 3 on a misaligned stack, whose handler also runs at CPL 3 on that stack.
+    let mut g = Guest::protected();
+    for vector in [13, 17] {
+        g.set_gate(vector, sel::USER_CODE32, HANDLERS, 0x8e);
+    }
+    g.user(sel::USER_CODE32);
+    g.vcpu.state.cr0 |= cr0::AM;
+    g.vcpu.set_rflags(flags::AC, flags::AC);
+    g.vcpu.set_reg(reg::RSP, STACK + 1);
+    g.bytes(&[0xf4]);
     assert_eq!(g.run(), Outcome::TripleFault);
 }

@@ -6,6 +6,7 @@ use std::thread;
 use cpu::state::reg;
 use cpu::{Outcome, attention};
 use iced_x86::code_asm::*;
+use vm_memory::{Bytes as _, GuestAddress};
 
 use crate::harness::*;
 
@@ -78,6 +79,121 @@ fn a_vcpu_sees_code_that_another_rewrites() {
         assert_eq!(writer.run(), Outcome::Halted);
     });
     assert_eq!(runner.reg(reg::RAX), 7);
+}
+
+#[test]
+fn code_that_is_rewritten_all_the_time_is_never_stale() {
+    const LAST: u32 = 4000;
+    // A function returns a number, which the writer counts up in place, and announces after each time. Two
+    // runners call it: it must never return less than what was announced before the call.
+    let mut writer = Guest::long();
+    let mut runners = [0xa000, 0xb000].map(|code| {
+        let mut runner = Guest::long_on(Arc::clone(&writer.ram));
+        runner.code_at(code, 64, |a| {
+            let mut top = a.create_label();
+            let mut stale = a.create_label();
+            a.set_label(&mut top)?;
+            a.mov(ebx, dword_ptr(DATA))?;
+            a.call(0x9000)?;
+            a.lock().inc(qword_ptr(DATA + 64))?;
+            a.cmp(eax, ebx)?;
+            a.jb(stale)?;
+            a.inc(rsi)?;
+            a.cmp(ebx, LAST)?;
+            a.jb(top)?;
+            a.set_label(&mut stale)?;
+            a.nop()
+        });
+        runner.vcpu.state.set_rip(code);
+        runner.vcpu.set_reg(reg::RSP, STACK - 0x1000 * (code >> 12));
+        runner
+    });
+    writer.code_at(0x9000, 64, |a| {
+        a.mov(eax, 0)?;
+        a.ret()
+    });
+    writer.code(|a| {
+        let mut top = a.create_label();
+        a.xor(eax, eax)?;
+        a.set_label(&mut top)?;
+        a.inc(eax)?;
+        a.mov(dword_ptr(0x9001), eax)?;
+        a.mov(dword_ptr(DATA), eax)?;
+        a.cmp(eax, LAST)?;
+        a.jb(top)
+    });
+    thread::scope(|scope| {
+        for runner in &mut runners {
+            scope.spawn(|| assert_eq!(runner.run(), Outcome::Halted));
+        }
+        assert_eq!(writer.run(), Outcome::Halted);
+    });
+    let calls: u64 = runners.iter().map(|r| r.reg(reg::RSI)).sum();
+    for runner in &runners {
+        let (got, announced) = (runner.reg(reg::RAX), runner.reg(reg::RBX));
+        assert_eq!(announced, u64::from(LAST), "stale: returned {got}");
+    }
+    assert_eq!(writer.peek::<u64>(DATA + 64), calls);
+}
+
+#[test]
+fn a_requested_flush_makes_changed_page_tables_count() {
+    // The runner calls a function and reads a number, both through page table entries that change under
+    // it, with no interrupt: the flush is requested by attention.
+    const FUNCTION: u64 = 0x5_0000;
+    const NUMBER: u64 = 0x5_1000;
+    let mut runner = Guest::long();
+    for which in [1u32, 2] {
+        let at = 0x6_0000 + u64::from(which) * 0x1_0000;
+        runner.code_at(at, 64, |a| {
+            a.mov(eax, which)?;
+            a.ret()
+        });
+        runner.poke(at + 0x1000, which);
+    }
+    runner.code(|a| {
+        let mut top = a.create_label();
+        a.set_label(&mut top)?;
+        a.call(FUNCTION)?;
+        a.mov(ebx, dword_ptr(NUMBER))?;
+        a.mov(dword_ptr(DATA + 8), eax)?;
+        a.mov(dword_ptr(DATA + 12), ebx)?;
+        a.inc(qword_ptr(DATA))?;
+        a.cmp(dword_ptr(DATA + 64), 0)?;
+        a.je(top)
+    });
+    let (ram, attention) = (Arc::clone(&runner.ram), Arc::clone(&runner.attention));
+    let memory = ram.memory();
+    let map = |which: u64| {
+        for (page, offset) in [(FUNCTION, 0), (NUMBER, 0x1000)] {
+            let entry = (0x6_0000 + which * 0x1_0000 + offset) | 7;
+            memory.write_obj(entry, GuestAddress(PT + (page >> 12) * 8)).unwrap();
+        }
+    };
+    let read = |at| memory.read_obj::<u64>(GuestAddress(at)).unwrap();
+    map(1);
+    let wrong = thread::scope(|scope| {
+        let running = scope.spawn(|| runner.run());
+        let wrong = (0..1000u64).find_map(|round| {
+            let which = round % 2 + 1;
+            map(which);
+            attention.raise(attention::FLUSH_TLB);
+            while attention.peek() & attention::FLUSH_TLB != 0 && !running.is_finished() {
+                thread::yield_now();
+            }
+            // The pass under way may be half old; the one after it must not.
+            let passes = read(DATA);
+            while read(DATA) < passes + 2 && !running.is_finished() {
+                thread::yield_now();
+            }
+            let seen = read(DATA + 8);
+            (seen != which << 32 | which).then_some((round, seen))
+        });
+        memory.write_obj(1u32, GuestAddress(DATA + 64)).unwrap();
+        assert_eq!(running.join().unwrap(), Outcome::Halted);
+        wrong
+    });
+    assert_eq!(wrong, None, "round, what was seen");
 }
 
 #[test]
