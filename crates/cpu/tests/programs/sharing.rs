@@ -83,7 +83,7 @@ fn a_vcpu_sees_code_that_another_rewrites() {
 
 #[test]
 fn code_that_is_rewritten_all_the_time_is_never_stale() {
-    const LAST: u32 = 4000;
+    const LAST: u32 = 400;
     // A function returns a number, which the writer counts up in place, and announces after each time. Two
     // runners call it: it must never return less than what was announced before the call.
     let mut writer = Guest::long();
@@ -101,8 +101,9 @@ fn code_that_is_rewritten_all_the_time_is_never_stale() {
             a.inc(rsi)?;
             a.cmp(ebx, LAST)?;
             a.jb(top)?;
+            a.hlt()?;
             a.set_label(&mut stale)?;
-            a.nop()
+            a.mov(dword_ptr(DATA + 128), 1)
         });
         runner.vcpu.state.set_rip(code);
         runner.vcpu.set_reg(reg::RSP, STACK - 0x1000 * (code >> 12));
@@ -114,13 +115,27 @@ fn code_that_is_rewritten_all_the_time_is_never_stale() {
     });
     writer.code(|a| {
         let mut top = a.create_label();
+        let mut wait = a.create_label();
+        let mut end = a.create_label();
         a.xor(eax, eax)?;
         a.set_label(&mut top)?;
         a.inc(eax)?;
         a.mov(dword_ptr(0x9001), eax)?;
         a.mov(dword_ptr(DATA), eax)?;
+        // After some of the changes it waits for a call, so that the runners keep up.
+        a.test(eax, 3)?;
+        a.jne(top)?;
         a.cmp(eax, LAST)?;
-        a.jb(top)
+        a.jae(end)?;
+        a.mov(edx, dword_ptr(DATA + 64))?;
+        a.set_label(&mut wait)?;
+        a.cmp(dword_ptr(DATA + 128), 0)?;
+        a.jne(end)?;
+        a.cmp(dword_ptr(DATA + 64), edx)?;
+        a.je(wait)?;
+        a.jmp(top)?;
+        a.set_label(&mut end)?;
+        a.mov(dword_ptr(DATA), LAST)
     });
     thread::scope(|scope| {
         for runner in &mut runners {
@@ -131,7 +146,7 @@ fn code_that_is_rewritten_all_the_time_is_never_stale() {
     let calls: u64 = runners.iter().map(|r| r.reg(reg::RSI)).sum();
     for runner in &runners {
         let (got, announced) = (runner.reg(reg::RAX), runner.reg(reg::RBX));
-        assert_eq!(announced, u64::from(LAST), "stale: returned {got}");
+        assert_eq!((got, announced), (LAST.into(), LAST.into()), "returned, announced before");
     }
     assert_eq!(writer.peek::<u64>(DATA + 64), calls);
 }
