@@ -93,13 +93,11 @@ pub(crate) struct Tlb {
     large: u64,
     /// Whether anything was filled since the last full flush.
     used: bool,
-    /// Grows with each change that may make a held translation invalid.
-    pub(crate) generation: u64,
 }
 
 impl Tlb {
     pub(crate) fn new() -> Self {
-        Self { entries: boxed(EMPTY), meta: boxed(Meta::default()), large: 0, used: false, generation: 0 }
+        Self { entries: boxed(EMPTY), meta: boxed(Meta::default()), large: 0, used: false }
     }
 
     #[inline(always)]
@@ -170,7 +168,6 @@ impl Tlb {
 
     /// Drops everything.
     pub(crate) fn flush_all(&mut self) {
-        self.generation += 1;
         if self.used {
             self.entries.fill(EMPTY);
             self.used = false;
@@ -191,7 +188,6 @@ impl Tlb {
     /// Drops the user-mode and supervisor-mode translations of one page, global or not, of every PCID: more
     /// than INVLPG must.
     pub(crate) fn flush_page(&mut self, gva: Gva) {
-        self.generation += 1;
         if self.large & 1 << (gva.0 >> 30 & 63) != 0 {
             // The page may be a fragment of a large one, whose other fragments go with it. Their size is
             // not known here, so all of the address range that shares the bit goes.
@@ -223,7 +219,6 @@ impl Tlb {
     }
 
     fn flush_where(&mut self, drop: impl Fn(&Entry, &Meta) -> bool) {
-        self.generation += 1;
         for (entry, meta) in self.entries.iter_mut().zip(self.meta.iter()) {
             if drop(entry, meta) {
                 *entry = EMPTY;

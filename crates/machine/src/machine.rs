@@ -16,7 +16,7 @@ use virtio::device::VirtioDevice;
 use virtio::pci::VirtioPci;
 
 use crate::acpi::{self, AcpiConfig, AcpiError};
-use crate::apic::{ApicBus, ApicBusConfig, IOAPIC_BASE, IOAPIC_SIZE, IoApic};
+use crate::apic::{self, ApicBus, ApicBusConfig, IOAPIC_BASE, IOAPIC_SIZE, IoApic};
 use crate::boot;
 use crate::bus::{Bus, BusError, MmioDevice, Unclaimed};
 use crate::clock::Clock;
@@ -374,10 +374,7 @@ struct IoApicRegisters(Arc<IoApic>);
 
 impl MmioDevice for IoApicRegisters {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        let value = self.0.mmio_read(offset & !3).to_le_bytes();
-        for (n, byte) in data.iter_mut().enumerate() {
-            *byte = value.get((offset & 3) as usize + n).copied().unwrap_or(0);
-        }
+        apic::read_part(self.0.mmio_read(offset & !3), offset, data);
     }
 
     fn write(&self, offset: u64, data: &[u8]) {

@@ -14,7 +14,7 @@ use cpu::{
 };
 use mmu::Gpa;
 
-use crate::apic::{LAPIC_SIZE, LocalApic, MSR_APIC_BASE, MSR_TSC_DEADLINE};
+use crate::apic::{self, LAPIC_SIZE, LocalApic, MSR_APIC_BASE, MSR_TSC_DEADLINE};
 use crate::bus::Bus;
 use crate::clock::monotonic_ns;
 use crate::kvm::{self, KvmVcpu};
@@ -43,10 +43,7 @@ impl VcpuPlatform {
             return self.bus.mmio_read(gpa, data);
         };
         // Registers are 32 bits wide on 16-byte steps; other widths read a part of one.
-        let value = self.apic.mmio_read(offset & !3).to_le_bytes();
-        for (n, byte) in data.iter_mut().enumerate() {
-            *byte = value.get((offset & 3) as usize + n).copied().unwrap_or(0);
-        }
+        apic::read_part(self.apic.mmio_read(offset & !3), offset, data);
     }
 
     fn mmio_write(&self, gpa: Gpa, data: &[u8]) {

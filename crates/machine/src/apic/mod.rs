@@ -60,6 +60,14 @@ pub const MSR_X2APIC_FIRST: u32 = 0x800;
 /// Last MSR of the x2APIC range.
 pub const MSR_X2APIC_LAST: u32 = 0x8ff;
 
+/// Answers a read of any width from the 32-bit register `value` that holds `offset`; bytes past it are zero.
+pub(crate) fn read_part(value: u32, offset: u64, data: &mut [u8]) {
+    let value = value.to_le_bytes();
+    for (n, byte) in data.iter_mut().enumerate() {
+        *byte = value.get((offset & 3) as usize + n).copied().unwrap_or(0);
+    }
+}
+
 /// The access is refused: the guest gets #GP(0).
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("general protection")]

@@ -237,15 +237,7 @@ impl<M: GuestMem> Service<M> {
             }
             self.send();
             self.watch()?;
-            let timeout = more.then(Timespec::default);
-            events.clear();
-            match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref()) {
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
-            }
-            for event in &events {
-                self.wake(event.data.u64());
-            }
+            self.wait(&mut events, more)?;
         }
         Ok(())
     }
@@ -266,15 +258,22 @@ impl<M: GuestMem> Service<M> {
                 break;
             }
             self.watch()?;
-            let timeout = more.then(Timespec::default);
-            events.clear();
-            match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref()) {
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
-            }
-            for event in &events {
-                self.wake(event.data.u64());
-            }
+            self.wait(&mut events, more)?;
+        }
+        Ok(())
+    }
+
+    /// Waits for something to happen, or only looks if there is `more` to do, and notes it. `events` is room for
+    /// what epoll reports.
+    fn wait(&mut self, events: &mut Vec<epoll::Event>, more: bool) -> io::Result<()> {
+        let timeout = more.then(Timespec::default);
+        events.clear();
+        match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(events), timeout.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        for event in events.iter() {
+            self.wake(event.data.u64());
         }
         Ok(())
     }
