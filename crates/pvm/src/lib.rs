@@ -25,6 +25,8 @@ pub mod processor;
 mod range;
 mod stats;
 mod syscall;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod vcpu;
 
 pub use event::{Event, Frame};
