@@ -139,10 +139,7 @@ impl Pvm {
                 cpu.flush(Flush::Page(a));
                 0
             }
-            hypercall::LOAD_GS => {
-                let selector = a as u16;
-                cpu.load_gs(if selector & 3 == 3 { selector } else { 0 })
-            }
+            hypercall::LOAD_GS => cpu.load_gs(a as u16),
             hypercall::RDMSR => self.read_any_msr(cpu, a as u32).unwrap_or(0),
             hypercall::WRMSR => {
                 if self.write_any_msr(cpu, a as u32, b) {

@@ -115,8 +115,11 @@ fn the_three_flushes_drop_what_they_name() {
 fn load_gs_returns_the_base_and_leaves_the_one_in_force() {
     let mut v = Vcpu::supervisor();
     v.cpu.segment_bases.insert(0x63, 0x1234_5000);
-    // Only 16 bits of the argument are a selector.
-    for (selector, gs, base) in [(0x63, 0x63, 0x1234_5000), (0xffff_0063, 0x63, 0x1234_5000), (0x6b, 0, 0)] {
+    v.cpu.segment_bases.insert(0x60, 0x1234_5000);
+    // Only 16 bits of the argument are a selector; its privilege level is the processor's to judge.
+    for (selector, gs, base) in
+        [(0x63, 0x63, 0x1234_5000), (0xffff_0063, 0x63, 0x1234_5000), (0x6b, 0, 0), (0x60, 0x60, 0x1234_5000)]
+    {
         assert_eq!(v.hypercall(LOAD_GS, [selector, 0, 0]), base);
         assert_eq!(v.cpu.gs, gs);
         assert_eq!(v.get(msr::GS_BASE), Some(SUPERVISOR_GS));
