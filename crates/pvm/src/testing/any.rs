@@ -5,6 +5,7 @@ use crate::abi::{GENERATION_1, hypercall, rflags, selector, x86_msr};
 use crate::event::{Event, Frame};
 use crate::msr::Access;
 use crate::range::AddressRanges;
+use crate::stats::Stats;
 use crate::vcpu::{Config, Mode, Pvm, TripleFault};
 
 /// Pages that exist in the beginning. The first and the last are neighbours: a stack can wrap from one to the other.
@@ -41,8 +42,8 @@ impl Bytes<'_> {
 
     fn word(&mut self) -> Option<u64> {
         let choice = self.byte()?;
-        if let Some(word) = WORDS.get(usize::from(choice)) {
-            return Some(*word);
+        if choice & 1 == 0 {
+            return Some(WORDS[usize::from(choice >> 1) % WORDS.len()]);
         }
         let (word, rest) = self.0.split_first_chunk()?;
         self.0 = rest;
@@ -51,10 +52,11 @@ impl Bytes<'_> {
 }
 
 /// Lets `bytes` be a sequence of events, SYSCALLs, MSR accesses and changes of memory, and runs it on [`Plain`].
+/// Returns what was counted on the way.
 ///
 /// # Panics
 /// If after a step something is not as it has to be after each: see the assertions.
-pub fn deliver_anything(bytes: &[u8]) {
+pub fn deliver_anything(bytes: &[u8]) -> Stats {
     let mut bytes = Bytes(bytes);
     let mut cpu = Plain::new();
     for page in PAGES {
@@ -69,14 +71,14 @@ pub fn deliver_anything(bytes: &[u8]) {
         let (before, pvcs, narrowest) = (cpu.clone(), pvm.vcpu_struct(), *pvm.ranges());
         let outcome = match choice % 4 {
             0 => {
-                let Some(()) = surroundings(&mut bytes, &mut cpu) else { return };
+                let Some(()) = surroundings(&mut bytes, &mut cpu) else { break };
                 continue;
             }
             1 => event(&mut bytes, &mut cpu, &mut pvm),
             2 => syscall(&mut bytes, &mut cpu, &mut pvm),
             _ => msr(&mut bytes, &mut cpu, &mut pvm),
         };
-        let Some(outcome) = outcome else { return };
+        let Some(outcome) = outcome else { break };
         only_abi_memory_changed(&before, &cpu, pvcs);
         assert_ne!(pvm.mode(), Mode::NonPvm, "there is no way back");
         assert_eq!(
@@ -93,6 +95,7 @@ pub fn deliver_anything(bytes: &[u8]) {
         assert_eq!(rflags::underlying(flags), flags, "RFLAGS of the underlying processor");
         cpu.take_calls();
     }
+    *pvm.stats()
 }
 
 /// What the guest's own instructions do to registers and memory, and what the monitor does to memory.
@@ -113,6 +116,11 @@ fn surroundings(bytes: &mut Bytes<'_>, cpu: &mut Plain) -> Option<()> {
         10 => drop(cpu.pages.remove(&(value & !(PAGE_SIZE - 1)))),
         11 => cpu.map(value & !(PAGE_SIZE - 1), Use::Ram),
         12 => cpu.map(value & !(PAGE_SIZE - 1), Use::ReadOnly),
+        13 => {
+            // Selectors that can be returned to, wherever the structure is.
+            let selectors = if value & 1 != 0 { [0x33, 0, 0x2b, 0] } else { [0x23, 0, 0x2b, 0] };
+            PAGES.into_iter().for_each(|page| cpu.poke(page + 64, &selectors));
+        }
         _ => {
             let page = PAGES[usize::from(which >> 4) % PAGES.len()];
             let offset = u64::from(bytes.byte()? & 0x7f);
