@@ -139,7 +139,11 @@ impl Pvm {
                 cpu.flush(Flush::Page(a));
                 0
             }
-            hypercall::LOAD_GS => cpu.load_gs(a as u16),
+            hypercall::LOAD_GS => {
+                let selector = a as u16;
+                let descriptor = self.gdt.descriptor(selector);
+                cpu.load_gs(if descriptor.is_some() { selector } else { 0 }, descriptor)
+            }
             hypercall::RDMSR => self.read_any_msr(cpu, a as u32).unwrap_or(0),
             hypercall::WRMSR => {
                 if self.write_any_msr(cpu, a as u32, b) {

@@ -115,12 +115,16 @@ fn value() -> impl Strategy<Value = u64> {
         0x0020_0010_1234_5678,
         0x0033_0010_0000_0000,
         0x0040_f200_0000_ffff,
+        0x1240_f234_5678_ffff,
         0x00cf_f300_0000_ffff,
         0xffff_ffff_ffb2_ff92,
         0xffff_ffff_ffb1_ff93,
         0xff36_ff2c_ffb2_ff92,
         0xff35_ff2d_ffb0_ff94,
+        0x2b,
+        0x60,
         0x63,
+        0x6b,
     ];
     prop_oneof![3 => select(special), 1 => any::<u64>()]
 }
@@ -178,7 +182,6 @@ impl Pair {
             cpu.map(page, Use::Ram);
             model.map(page, Some(Use::Ram));
         }
-        cpu.segment_bases.insert(0x63, 0x1234_5000);
         cpu.five_level = five_level;
         cpu.registers.cr3 = 0x6000;
         let mut pvm = Pvm::new(Config { generation: &GENERATION_1, ranges, cpu: 3 });

@@ -1,7 +1,7 @@
 //! The body of the fuzz target: any sequence of steps that a guest and its surroundings can bring about.
 
 use super::plain::{Call, PAGE_SIZE, Plain, Use};
-use crate::abi::{GENERATION_1, hypercall, rflags, selector, x86_msr};
+use crate::abi::{GENERATION_1, hypercall, rflags, x86_msr};
 use crate::event::{Event, Frame};
 use crate::msr::Access;
 use crate::range::AddressRanges;
@@ -62,7 +62,6 @@ pub fn deliver_anything(bytes: &[u8]) -> Stats {
     for page in PAGES {
         cpu.map(page, Use::Ram);
     }
-    cpu.segment_bases.insert(selector::USER_DS, 0);
     let ranges = AddressRanges::new(402..434, None).expect("valid");
     let mut pvm = Pvm::new(Config { generation: &GENERATION_1, ranges, cpu: 1 });
     pvm.enter(&mut cpu, 0x10);

@@ -67,7 +67,7 @@ pub enum Call {
     LoadRoots(Roots),
     Flush(Flush),
     Confine(AddressRanges),
-    LoadGs(u16),
+    LoadGs(u16, Option<u64>),
     KvmHypercall(u64, [u64; 4]),
 }
 
@@ -84,8 +84,6 @@ pub struct Plain {
     pub msrs: BTreeMap<u32, u64>,
     /// Its memory: pages by the address of their first byte.
     pub pages: BTreeMap<u64, Page>,
-    /// The bases of the segments that GS can be loaded with.
-    pub segment_bases: BTreeMap<u16, u64>,
     /// Whether CR4.LA57 can be set.
     pub five_level: bool,
     /// What it was asked to do, in order.
@@ -105,7 +103,6 @@ impl Plain {
             gs: 0,
             msrs: msrs.map(|index| (index, 0)).collect(),
             pages: BTreeMap::new(),
-            segment_bases: BTreeMap::new(),
             five_level: false,
             calls: Vec::new(),
         }
@@ -328,11 +325,11 @@ impl Processor for Plain {
         self.calls.push(Call::Confine(ranges));
     }
 
-    fn load_gs(&mut self, selector: u16) -> u64 {
-        self.calls.push(Call::LoadGs(selector));
-        let base = self.segment_bases.get(&selector).copied();
-        self.gs = if base.is_some() { selector } else { 0 };
-        base.unwrap_or(0)
+    fn load_gs(&mut self, selector: u16, descriptor: Option<u64>) -> u64 {
+        self.calls.push(Call::LoadGs(selector, descriptor));
+        self.gs = selector;
+        // Bits 39 to 16 and 63 to 56.
+        descriptor.map_or(0, |d| d >> 16 & 0xff_ffff | d >> 56 << 24)
     }
 
     fn kvm_hypercall(&mut self, number: u64, args: [u64; 4]) -> u64 {

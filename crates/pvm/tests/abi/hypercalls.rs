@@ -114,14 +114,26 @@ fn the_three_flushes_drop_what_they_name() {
 #[test]
 fn load_gs_returns_the_base_and_leaves_the_one_in_force() {
     let mut v = Vcpu::supervisor();
-    v.cpu.segment_bases.insert(0x63, 0x1234_5000);
-    v.cpu.segment_bases.insert(0x60, 0x1234_5000);
-    // Only 16 bits of the argument are a selector; its privilege level is the processor's to judge.
-    for (selector, gs, base) in
-        [(0x63, 0x63, 0x1234_5000), (0xffff_0063, 0x63, 0x1234_5000), (0x6b, 0, 0), (0x60, 0x60, 0x1234_5000)]
-    {
-        assert_eq!(v.hypercall(LOAD_GS, [selector, 0, 0]), base);
-        assert_eq!(v.cpu.gs, gs);
+    let tls = 0x1240_f334_5678_ffff;
+    assert_eq!(v.hypercall(LOAD_TLS, [tls, 0, 0]), 12);
+    // Only 16 bits of the argument are a selector; at CPL 3 its own privilege level does not matter.
+    for (argument, selector, base) in [
+        (0x63, 0x63, 0x1234_5678),
+        (0xffff_0063, 0x63, 0x1234_5678),
+        (0x60, 0x60, 0x1234_5678),
+        (0x2b, 0x2b, 0),
+        // An empty entry, the supervisor's own, the LDT, beyond the table, null.
+        (0x6b, 0, 0),
+        (0x10, 0, 0),
+        (0x67, 0, 0),
+        (0xfffb, 0, 0),
+        (3, 0, 0),
+    ] {
+        v.cpu.take_calls();
+        assert_eq!(v.hypercall(LOAD_GS, [argument, 0, 0]), base, "{argument:#x}");
+        assert_eq!(v.cpu.gs, selector);
+        let descriptor = v.pvm.gdt().descriptor(selector);
+        assert_eq!(v.cpu.take_calls(), [Call::LoadGs(selector, descriptor)]);
         assert_eq!(v.get(msr::GS_BASE), Some(SUPERVISOR_GS));
         assert_eq!(v.get(msr::KERNEL_GS_BASE), Some(SUPERVISOR_GS));
     }

@@ -399,10 +399,12 @@ impl Model {
             4 => self.ask(Call::Flush(Flush::Roots { switch_cr3: self.msrs[&SWITCH_CR3] })),
             5 => self.ask(Call::Flush(Flush::Page(a))),
             6 => {
-                let selector = a as u16;
-                self.ask(Call::LoadGs(selector));
-                self.gs = if selector == 0x63 { 0x63 } else { 0 };
-                if selector == 0x63 { 0x1234_5000 } else { 0 }
+                // GS is loaded with the selector, or if that fails with the null selector.
+                let descriptor = self.descriptor(a as u16);
+                self.gs = if descriptor.is_some() { a as u16 } else { 0 };
+                self.ask(Call::LoadGs(self.gs, descriptor));
+                let d = descriptor.unwrap_or(0).to_le_bytes();
+                u32::from_le_bytes([d[2], d[3], d[4], d[7]]).into()
             }
             7 => self.rdmsr(a as u32).unwrap_or(0),
             8 => {
@@ -422,6 +424,18 @@ impl Model {
             }
         };
         halts
+    }
+
+    /// The entries of the underlying GDT with DPL 3; the number of this CPU is 3.
+    fn descriptor(&self, selector: u16) -> Option<u64> {
+        match selector & !3 {
+            0x20 => Some(0x00cf_fb00_0000_ffff),
+            0x28 => Some(0x00cf_f300_0000_ffff),
+            0x30 => Some(0x00af_fb00_0000_ffff),
+            tls @ (0x60 | 0x68 | 0x70) => Some(self.tls[usize::from(tls - 0x60) / 8]).filter(|d| *d != 0),
+            0x78 => Some(0x0040_f100_0000_0003),
+            _ => None,
+        }
     }
 
     fn ask(&mut self, call: Call) -> u64 {
