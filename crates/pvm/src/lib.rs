@@ -17,6 +17,8 @@
 #![forbid(unsafe_code)]
 
 pub mod abi;
+#[doc = include_str!("conformance.md")]
+pub mod conformance {}
 mod event;
 mod gdt;
 pub mod image;
