@@ -84,10 +84,7 @@ impl Pvm {
     /// # Errors
     /// If it cannot be delivered.
     pub fn deliver<P: Processor>(&mut self, cpu: &mut P, event: Event) -> Result<(), TripleFault> {
-        if event.vector == NMI {
-            self.nmi_masked = true;
-        }
-        if self.mode == Mode::User {
+        let delivered = if self.mode == Mode::User {
             self.stats.user_events += 1;
             self.leave_user(
                 cpu,
@@ -100,7 +97,9 @@ impl Pvm {
         } else {
             self.stats.supervisor_interrupts += 1;
             self.supervisor_interrupt(cpu, event)
-        }
+        };
+        self.nmi_masked |= event.vector == NMI && delivered.is_ok();
+        delivered
     }
 
     /// From user to supervisor mode: by an event, or (`None`) by SYSCALL.
@@ -163,7 +162,7 @@ impl Pvm {
             cs: self.supervisor_cs.into(),
             rflags: self.guest_flags(cpu) | event.flags,
             rsp,
-            ss: u64::from(self.supervisor_cs) + 8,
+            ss: self.supervisor_ss().into(),
             rcx: cpu.register(Register::Rcx),
             r11: cpu.register(Register::R11),
         };

@@ -17,6 +17,8 @@
 #![forbid(unsafe_code)]
 
 pub mod abi;
+#[doc = include_str!("conformance.md")]
+pub mod conformance {}
 mod event;
 mod gdt;
 pub mod image;
@@ -25,6 +27,8 @@ pub mod processor;
 mod range;
 mod stats;
 mod syscall;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod vcpu;
 
 pub use event::{Event, Frame};

@@ -141,7 +141,7 @@ impl Pvm {
             }
             hypercall::LOAD_GS => {
                 let selector = a as u16;
-                let descriptor = self.gdt.descriptor(selector).filter(|_| selector & 3 == 3);
+                let descriptor = self.gdt.descriptor(selector);
                 cpu.load_gs(if descriptor.is_some() { selector } else { 0 }, descriptor)
             }
             hypercall::RDMSR => self.read_any_msr(cpu, a as u32).unwrap_or(0),

@@ -206,7 +206,7 @@ impl Vcpu {
     /// Whether `selector`, or the one below it for a stack, is that of supervisor mode as the guest knows it.
     fn is_supervisor_selector(&self, selector: u16, below: u16) -> bool {
         let in_supervisor = self.state.deprivileged && self.state.cpl == 0;
-        in_supervisor && self.pvm.as_ref().is_some_and(|pvm| selector & !3 == pvm.supervisor_cs() + below)
+        in_supervisor && self.pvm.as_ref().is_some_and(|pvm| selector & !3 == pvm.supervisor_cs().wrapping_add(below))
     }
 
     /// In supervisor mode a far transfer to the supervisor's own code segment, which would trap and be emulated,
