@@ -20,6 +20,7 @@ use crate::apic::{self, ApicBus, ApicBusConfig, IOAPIC_BASE, IOAPIC_SIZE, IoApic
 use crate::boot;
 use crate::bus::{Bus, BusError, MmioDevice, Unclaimed};
 use crate::clock::Clock;
+use crate::guest_abi::GuestAbi;
 use crate::kvm::{KvmVcpu, KvmVm};
 use crate::layout;
 use crate::loader::{self, BootProtocol, BootRequest, BootState, KernelImage, LoadError};
@@ -40,6 +41,8 @@ pub struct MachineConfig {
     pub cpus: u32,
     /// Where the serial port's output goes.
     pub serial: Box<dyn Write + Send>,
+    /// What the kernel is offered.
+    pub guest_abi: GuestAbi,
 }
 
 /// The most vCPUs a machine can have.
@@ -100,6 +103,10 @@ pub struct MachineStats {
     pub vcpus: Vec<VcpuStats>,
     /// The state that each vCPU ended in, to see where a guest hangs.
     pub states: Vec<CpuState>,
+    /// What the kernel was offered.
+    pub guest_abi: GuestAbi,
+    /// What PVM counted, by vCPU; empty unless it was offered.
+    pub pvm: Vec<pvm::Stats>,
     /// Port accesses that nothing answered.
     pub unclaimed_ports: Unclaimed,
     /// Memory accesses that nothing answered.
@@ -150,7 +157,7 @@ impl MachineHandle {
 
 /// A machine that has not started yet.
 pub struct Machine {
-    config: Sizes,
+    config: Shape,
     memory: Arc<GuestRam>,
     bus: Bus,
     pci: PciRoot,
@@ -164,10 +171,12 @@ pub struct Machine {
     boot: Option<BootState>,
 }
 
+/// What is left of a [`MachineConfig`] once the devices are made.
 #[derive(Clone, Copy)]
-struct Sizes {
+struct Shape {
     memory: u64,
     cpus: u32,
+    guest_abi: GuestAbi,
 }
 
 impl Machine {
@@ -218,7 +227,7 @@ impl Machine {
         let pci = PciRoot::new(layout::MMIO32, layout::mmio64_window(bytes));
 
         Ok(Self {
-            config: Sizes { memory: bytes, cpus: config.cpus },
+            config: Shape { memory: bytes, cpus: config.cpus, guest_abi: config.guest_abi },
             memory,
             bus,
             pci,
@@ -309,7 +318,7 @@ impl Machine {
             threads.push(VcpuThread { vcpu, apic: Arc::clone(apic), kvm, power: Arc::clone(&self.power) });
         }
 
-        let mut stats = MachineStats::default();
+        let mut stats = MachineStats { guest_abi: self.config.guest_abi, ..MachineStats::default() };
         let ended = thread::scope(|scope| {
             let signals = &self.signals;
             let timers = thread::Builder::new()
@@ -335,9 +344,10 @@ impl Machine {
             signals.timers.stop();
             timers?;
             for thread in running? {
-                let (counted, state) = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-                stats.vcpus.push(counted);
-                stats.states.push(state);
+                let end = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+                stats.vcpus.push(end.counted);
+                stats.states.push(end.state);
+                stats.pvm.extend(end.pvm);
             }
             Ok::<_, MachineError>(ended)
         })?;
@@ -391,7 +401,12 @@ mod tests {
     use super::*;
 
     fn with(memory: u64, cpus: u32) -> Result<Machine, MachineError> {
-        Machine::new(MachineConfig { memory, cpus, serial: Box::new(io::sink()) })
+        Machine::new(MachineConfig {
+            memory,
+            cpus,
+            serial: Box::new(io::sink()),
+            guest_abi: GuestAbi::default(),
+        })
     }
 
     #[test]
@@ -416,5 +431,6 @@ mod tests {
         let (ended, stats) = machine.run().unwrap();
         assert_eq!(ended, Ended::Stopped);
         assert_eq!(stats.vcpus.len(), 2);
+        assert_eq!((stats.guest_abi, stats.pvm.len()), (GuestAbi::X86, 0));
     }
 }
