@@ -159,9 +159,9 @@ pub trait Processor {
     /// From now on translates only addresses in `ranges`.
     fn confine(&mut self, ranges: AddressRanges);
 
-    /// Loads GS with `selector`, or with the null selector if that fails, and returns the base that came of it.
-    /// The base that is in force stays.
-    fn load_gs(&mut self, selector: u16) -> u64;
+    /// Loads GS with `selector`, whose descriptor is `descriptor`, or (`None`) with the null selector, and returns
+    /// the base that came of it. The base that is in force stays.
+    fn load_gs(&mut self, selector: u16, descriptor: Option<u64>) -> u64;
 
     /// One of KVM's own hypercalls.
     fn kvm_hypercall(&mut self, number: u64, args: [u64; 4]) -> u64;

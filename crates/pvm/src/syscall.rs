@@ -141,7 +141,8 @@ impl Pvm {
             }
             hypercall::LOAD_GS => {
                 let selector = a as u16;
-                cpu.load_gs(if selector & 3 == 3 { selector } else { 0 })
+                let descriptor = self.gdt.descriptor(selector).filter(|_| selector & 3 == 3);
+                cpu.load_gs(if descriptor.is_some() { selector } else { 0 }, descriptor)
             }
             hypercall::RDMSR => self.read_any_msr(cpu, a as u32).unwrap_or(0),
             hypercall::WRMSR => {
