@@ -124,14 +124,14 @@ fn selftest_with(guest: &[u8], options: &[&str]) -> (u8, String) {
 
 #[test]
 fn the_selftest_believes_a_whole_report_and_nothing_less() {
-    let good = "1..2\nok 1 a/b\nok 2 c # skip no reason\npvm-guest: PASS 2 checks\n";
+    let good = "1..2\nok 1 a/b\nok 2 c # skip no reason\npvm-guest: PASS 2 checks, 1 skipped\n";
     let (status, text) = selftest_with(&kernel(good, Ending::PowerOff, true), &[]);
     assert_eq!(status, 0, "{text}");
     for line in ["linux, 1 vCPU: 1 passed, 1 skipped", "pvh, 2 vCPUs: 1 passed", "all passed"] {
         assert!(text.contains(line), "{line:?} is not in:\n{text}");
     }
 
-    let bad = "1..2\nok 1 a\nnot ok 2 b/c: saw 3\npvm-guest: FAIL 1 of 2 checks\n";
+    let bad = "1..2\nok 1 a\nnot ok 2 b/c : saw 3\npvm-guest: FAIL 1 of 2 checks, 0 skipped\n";
     let (status, text) = selftest_with(&kernel(bad, Ending::PowerOff, true), &["--boot", "linux"]);
     assert_eq!(status, 1, "{text}");
     for line in
@@ -150,7 +150,8 @@ fn the_selftest_believes_a_whole_report_and_nothing_less() {
 
 #[test]
 fn the_selftest_lists_and_shows() {
-    let guest = kernel("hello\n1..1\nok 1 a/b\npvm-guest: PASS 1 checks\n", Ending::PowerOff, true);
+    let guest =
+        kernel("hello\n1..1\nok 1 a/b\npvm-guest: PASS 1 checks, 0 skipped\n", Ending::PowerOff, true);
     assert_eq!(selftest_with(&guest, &["--list"]), (0, "a/b\n".into()));
     let (status, text) = selftest_with(&guest, &["-v", "--boot=pvh", "--cpus=1"]);
     assert_eq!(status, 0, "{text}");

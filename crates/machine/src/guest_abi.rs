@@ -6,6 +6,9 @@
 
 use std::fmt;
 
+use cpu::Cpuid;
+use pvm::AddressRanges;
+
 /// The guest ABI of a machine.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum GuestAbi {
@@ -24,6 +27,12 @@ impl GuestAbi {
             Self::X86 => None,
             Self::Pvm => Some(&pvm::abi::GENERATION_1),
         }
+    }
+
+    /// What the vCPU with the number `cpu`, whose CPUID is `cpuid`, is told about PVM.
+    pub(crate) fn vcpu_config(self, cpu: u16, cpuid: &Cpuid) -> Option<pvm::Config> {
+        let generation = self.pvm()?;
+        Some(pvm::Config { generation, ranges: AddressRanges::usual(cpuid.has("LA57")), cpu })
     }
 }
 

@@ -305,9 +305,10 @@ impl Machine {
             let kvm = Arc::new(Mutex::new(KvmVcpu::new(Arc::clone(&self.kvm), Arc::clone(&self.memory))));
             let platform =
                 VcpuPlatform { apic: Arc::clone(apic), bus: Arc::clone(&bus), kvm: Arc::clone(&kvm) };
+            let cpuid = self.cpuid(index as u32);
             let config = VcpuConfig {
-                pvm: None,
-                cpuid: self.cpuid(index as u32),
+                pvm: self.config.guest_abi.vcpu_config(index as u16, &cpuid),
+                cpuid,
                 tsc_offset: self.clock.host_tsc_offset().unwrap_or(0),
             };
             let mut vcpu = Vcpu::new(config, Arc::clone(&ram), Box::new(platform), Arc::clone(attention))
@@ -364,6 +365,9 @@ impl Machine {
         for leaf in self.kvm.cpuid_leaves() {
             cpuid.set_leaf(leaf.leaf, leaf.subleaf, [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx]);
         }
+        if self.config.guest_abi == GuestAbi::Pvm {
+            cpuid.offer_pvm();
+        }
         cpuid
     }
 }
@@ -402,12 +406,11 @@ mod tests {
     use super::*;
 
     fn with(memory: u64, cpus: u32) -> Result<Machine, MachineError> {
-        Machine::new(MachineConfig {
-            memory,
-            cpus,
-            serial: Box::new(io::sink()),
-            guest_abi: GuestAbi::default(),
-        })
+        with_abi(memory, cpus, GuestAbi::default())
+    }
+
+    fn with_abi(memory: u64, cpus: u32, guest_abi: GuestAbi) -> Result<Machine, MachineError> {
+        Machine::new(MachineConfig { memory, cpus, serial: Box::new(io::sink()), guest_abi })
     }
 
     #[test]
@@ -433,5 +436,22 @@ mod tests {
         assert_eq!(ended, Ended::Stopped);
         assert_eq!(stats.vcpus.len(), 2);
         assert_eq!((stats.guest_abi, stats.pvm.len()), (GuestAbi::X86, 0));
+    }
+
+    #[test]
+    fn pvm_is_offered_to_every_vcpu_or_to_none() {
+        use pvm::abi::cpuid::{PVM, SIGNATURE, VENDOR_FEATURES};
+        let vendor = |machine: &Machine| machine.cpuid(0).leaf(VENDOR_FEATURES, 0).map(|leaf| leaf.ebx);
+        assert_eq!(vendor(&with(layout::MIN_RAM, 1).unwrap()), None);
+        let machine = with_abi(layout::MIN_RAM, 3, GuestAbi::Pvm).unwrap();
+        assert_eq!(vendor(&machine), Some(PVM));
+        let cpuid = machine.cpuid(2);
+        assert!(cpuid.leaf(SIGNATURE, 0).is_some_and(|leaf| leaf.eax >= VENDOR_FEATURES));
+        assert!(!cpuid.has("SMEP") && !cpuid.has("SMAP"));
+        let config = GuestAbi::Pvm.vcpu_config(2, &cpuid).unwrap();
+        assert_eq!((config.cpu, config.ranges), (2, pvm::AddressRanges::usual(cpuid.has("LA57"))));
+        machine.handle().stop();
+        let (_, stats) = machine.run().unwrap();
+        assert_eq!((stats.guest_abi, stats.pvm), (GuestAbi::Pvm, vec![pvm::Stats::default(); 3]));
     }
 }

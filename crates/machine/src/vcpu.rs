@@ -145,7 +145,7 @@ impl VcpuThread {
                 }
             }
         }
-        VcpuEnd { pvm: None, counted: self.vcpu.stats, state: self.vcpu.state }
+        VcpuEnd { pvm: self.vcpu.pvm_stats(), counted: self.vcpu.stats, state: self.vcpu.state }
     }
 
     /// Sleeps as HLT does.

@@ -47,6 +47,7 @@ const PVM_EXAMPLES: &str = "\
 Examples:
   ring3 pvm selftest                    every combination of entry and processors
   ring3 pvm selftest --cpus 2 --boot pvh -v
+  ring3 pvm selftest --only hypercall   one group of checks
   ring3 pvm guest --output pvm-guest.elf
   qemu-system-x86_64 -accel kvm -M q35 -kernel pvm-guest.elf -display none \\
       -serial stdio -no-reboot          the same guest on a host with KVM's PVM
@@ -315,6 +316,9 @@ pub struct SelftestArgs {
     /// End each boot after this time, as failed: seconds, or a number with s, m, h or d
     #[arg(long, value_name = "DURATION", default_value = "2m", value_parser = parse_duration)]
     pub timeout: Duration,
+    /// Make only the checks whose names begin so: a group, or group/name
+    #[arg(long, value_name = "PREFIX", value_parser = parse_prefix)]
+    pub only: Option<String>,
     /// Print the names of the checks, which one boot of the guest tells, and no outcome
     #[arg(long, conflicts_with = "verbose")]
     pub list: bool,
@@ -378,6 +382,16 @@ fn parse_disk(text: OsString) -> Disk {
 
 fn parse_initramfs(text: OsString) -> Initramfs {
     if text == "none" { Initramfs::None } else { Initramfs::File(text.into()) }
+}
+
+/// The prefix becomes a word of the guest's command line.
+fn parse_prefix(text: &str) -> Result<String, String> {
+    let good = |c: char| c.is_ascii_alphanumeric() || "/-_".contains(c);
+    if !text.is_empty() && text.chars().all(good) {
+        Ok(text.to_owned())
+    } else {
+        Err("not the beginning of a name: letters, digits, / - and _".into())
+    }
 }
 
 fn parse_env(text: OsString) -> Result<EnvVar, String> {
@@ -500,7 +514,13 @@ mod tests {
         let args = parse(&["selftest", "--cpus=4", "--boot", "pvh", "--timeout", "9", "-v"]);
         assert_eq!((args.cpus, args.boot, args.timeout), (Some(4), Some(Boot::Pvh), Duration::from_secs(9)));
         assert!(args.verbose);
-        for words in [&["selftest", "--cpus", "0"][..], &["selftest", "--list", "-v"], &["guest"], &[]] {
+        for words in [
+            &["selftest", "--cpus", "0"][..],
+            &["selftest", "--list", "-v"],
+            &["selftest", "--only", "a b"],
+            &["guest"],
+            &[],
+        ] {
             assert!(Cli::try_parse_from(["ring3", "pvm"].iter().chain(words)).is_err(), "{words:?}");
         }
     }

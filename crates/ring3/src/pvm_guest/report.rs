@@ -6,12 +6,12 @@
 //! 1..3
 //! ok 1 msr/range-narrows
 //! ok 2 paging/five-levels # skip no LA57
-//! not ok 3 event/nmi-masked: a second NMI came in
-//! pvm-guest: FAIL 1 of 3 checks
+//! not ok 3 event/nmi-masked : NMIs taken is 0x2, should be 0x1
+//! pvm-guest: FAIL 1 of 3 checks, 1 skipped
 //! ```
 //!
-//! The last line is `pvm-guest: PASS 3 checks` when all is well; the guest powers off behind it. Other lines are
-//! remarks. The guest is not trusted to keep to this: a report counts as good only if the plan, the checks and the last
+//! The last line is `pvm-guest: PASS 3 checks, 1 skipped` when all is well; the guest powers off behind it. Other lines
+//! are remarks. The guest is not trusted to keep to this: a report counts as good only if the plan, the checks and the last
 //! line agree.
 
 /// Who speaks in the last line.
@@ -55,7 +55,7 @@ impl Check {
         let (name, outcome) = match (passed, rest.split_once(" # skip"), rest.split_once(": ")) {
             (true, Some((name, why)), _) => (name, Outcome::Skipped(why.trim().to_owned())),
             (true, None, _) => (rest, Outcome::Passed),
-            (false, _, Some((name, why))) => (name, Outcome::Failed(why.to_owned())),
+            (false, _, Some((name, why))) => (name.trim_end(), Outcome::Failed(why.to_owned())),
             (false, _, None) => (rest, Outcome::Failed(String::new())),
         };
         Some(Self { number, name: name.to_owned(), outcome })
@@ -152,8 +152,9 @@ impl Report {
             }
             (Some(_), _) => problems.push("the guest's checks are out of order".to_owned()),
         }
+        let (_, skipped) = self.counts();
         match &self.verdict {
-            Some(words) if *words == format!("PASS {count} checks") => {}
+            Some(words) if *words == format!("PASS {count} checks, {skipped} skipped") => {}
             Some(words) => problems.push(format!("the guest's verdict: {words}")),
             None => {
                 problems.push(format!("the guest gave no verdict; its last line was {:?}", self.last_line));
@@ -176,7 +177,7 @@ mod tests {
     #[test]
     fn a_whole_report_is_good() {
         let report = read(
-            "hello\r\n1..3\r\nok 1 a/b\r\nok 2 c # skip no LA57\r\n# why\r\nok 3 d: e\r\npvm-guest: PASS 3 checks\r\n",
+            "hello\r\n1..3\r\nok 1 a/b\r\nok 2 c # skip no LA57\r\n# why\r\nok 3 d: e\r\npvm-guest: PASS 3 checks, 1 skipped\r\n",
         );
         assert_eq!(report.problems(), [""; 0]);
         assert_eq!(report.counts(), (2, 1));
@@ -192,16 +193,17 @@ mod tests {
         for (text, words) in [
             ("", "no plan"),
             ("", "its last line was \"\""),
-            ("1..2\nok 1 a\npvm-guest: PASS 1 checks\n", "reported 1 of 2 checks"),
-            ("1..1\nok 1 a\nok 2 b\npvm-guest: PASS 2 checks\n", "reported 2 of 1 checks"),
-            ("1..2\nok 2 a\nok 1 b\npvm-guest: PASS 2 checks\n", "out of order"),
-            ("1..0\npvm-guest: PASS 0 checks\n", "out of order"),
+            ("1..2\nok 1 a\npvm-guest: PASS 1 checks, 0 skipped\n", "reported 1 of 2 checks"),
+            ("1..1\nok 1 a\nok 2 b\npvm-guest: PASS 2 checks, 0 skipped\n", "reported 2 of 1 checks"),
+            ("1..2\nok 2 a\nok 1 b\npvm-guest: PASS 2 checks, 0 skipped\n", "out of order"),
+            ("1..0\npvm-guest: PASS 0 checks, 0 skipped\n", "out of order"),
             ("1..1\nok 1 a\noops", "no verdict"),
             ("1..1\nok 1 a\npvm-guest: PASS 1 che", "its last line was \"ok 1 a\""),
-            ("1..1\nok 1 a\npvm-guest: PASS 2 checks\n", "verdict: PASS 2"),
-            ("1..1\nnot ok 1 a: saw 3\npvm-guest: FAIL 1 of 1 checks\n", "not ok 1 a: saw 3"),
+            ("1..1\nok 1 a\npvm-guest: PASS 2 checks, 0 skipped\n", "verdict: PASS 2"),
+            ("1..1\nnot ok 1 a : saw 3\npvm-guest: FAIL 1 of 1 checks, 0 skipped\n", "not ok 1 a: saw 3"),
+            ("1..1\nok 1 a # skip b\npvm-guest: PASS 1 checks, 0 skipped\n", "verdict: PASS 1"),
             ("1..1\nnot ok 1 a: saw 3\npvm-guest: FAIL 1 of 1 checks\n", "verdict: FAIL"),
-            ("1..1\nnot ok 1 a\npvm-guest: PASS 1 checks\n", "not ok 1 a: "),
+            ("1..1\nnot ok 1 a\npvm-guest: PASS 1 checks, 0 skipped\n", "not ok 1 a: "),
             ("pvm-guest: this machine is not a PVM hypervisor\n", "verdict: this machine is not"),
         ] {
             let problems = read(text).problems();

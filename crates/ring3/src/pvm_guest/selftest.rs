@@ -169,7 +169,8 @@ fn boot(
         serial: Box::new(SerialEnd(sender.clone())),
         guest_abi: GuestAbi::Pvm,
     })?;
-    machine.load(image, BootProtocol::from(variant.boot), None, "")?;
+    let only = args.only.as_ref().map_or_else(String::new, |only| format!("only={only}"));
+    machine.load(image, BootProtocol::from(variant.boot), None, &only)?;
     let handle = machine.handle();
     let run = move || {
         let result = machine.run().map(|(ended, _)| ended);
