@@ -20,6 +20,7 @@ use crate::apic::{self, ApicBus, ApicBusConfig, IOAPIC_BASE, IOAPIC_SIZE, IoApic
 use crate::boot;
 use crate::bus::{Bus, BusError, MmioDevice, Unclaimed};
 use crate::clock::Clock;
+use crate::guest_abi::GuestAbi;
 use crate::kvm::{KvmVcpu, KvmVm};
 use crate::layout;
 use crate::loader::{self, BootProtocol, BootRequest, BootState, KernelImage, LoadError};
@@ -40,6 +41,8 @@ pub struct MachineConfig {
     pub cpus: u32,
     /// Where the serial port's output goes.
     pub serial: Box<dyn Write + Send>,
+    /// What the kernel is offered.
+    pub guest_abi: GuestAbi,
 }
 
 /// The most vCPUs a machine can have.
@@ -100,6 +103,10 @@ pub struct MachineStats {
     pub vcpus: Vec<VcpuStats>,
     /// The state that each vCPU ended in, to see where a guest hangs.
     pub states: Vec<CpuState>,
+    /// What the kernel was offered.
+    pub guest_abi: GuestAbi,
+    /// What PVM counted, by vCPU; empty unless it was offered.
+    pub pvm: Vec<pvm::Stats>,
     /// Port accesses that nothing answered.
     pub unclaimed_ports: Unclaimed,
     /// Memory accesses that nothing answered.
@@ -150,7 +157,7 @@ impl MachineHandle {
 
 /// A machine that has not started yet.
 pub struct Machine {
-    config: Sizes,
+    config: Shape,
     memory: Arc<GuestRam>,
     bus: Bus,
     pci: PciRoot,
@@ -164,10 +171,12 @@ pub struct Machine {
     boot: Option<BootState>,
 }
 
+/// What is left of a [`MachineConfig`] once the devices are made.
 #[derive(Clone, Copy)]
-struct Sizes {
+struct Shape {
     memory: u64,
     cpus: u32,
+    guest_abi: GuestAbi,
 }
 
 impl Machine {
@@ -218,7 +227,7 @@ impl Machine {
         let pci = PciRoot::new(layout::MMIO32, layout::mmio64_window(bytes));
 
         Ok(Self {
-            config: Sizes { memory: bytes, cpus: config.cpus },
+            config: Shape { memory: bytes, cpus: config.cpus, guest_abi: config.guest_abi },
             memory,
             bus,
             pci,
@@ -296,9 +305,10 @@ impl Machine {
             let kvm = Arc::new(Mutex::new(KvmVcpu::new(Arc::clone(&self.kvm), Arc::clone(&self.memory))));
             let platform =
                 VcpuPlatform { apic: Arc::clone(apic), bus: Arc::clone(&bus), kvm: Arc::clone(&kvm) };
+            let cpuid = self.cpuid(index as u32);
             let config = VcpuConfig {
-                pvm: None,
-                cpuid: self.cpuid(index as u32),
+                pvm: self.config.guest_abi.vcpu_config(index as u16, &cpuid),
+                cpuid,
                 tsc_offset: self.clock.host_tsc_offset().unwrap_or(0),
             };
             let mut vcpu = Vcpu::new(config, Arc::clone(&ram), Box::new(platform), Arc::clone(attention))
@@ -310,7 +320,7 @@ impl Machine {
             threads.push(VcpuThread { vcpu, apic: Arc::clone(apic), kvm, power: Arc::clone(&self.power) });
         }
 
-        let mut stats = MachineStats::default();
+        let mut stats = MachineStats { guest_abi: self.config.guest_abi, ..MachineStats::default() };
         let ended = thread::scope(|scope| {
             let signals = &self.signals;
             let timers = thread::Builder::new()
@@ -336,9 +346,10 @@ impl Machine {
             signals.timers.stop();
             timers?;
             for thread in running? {
-                let (counted, state) = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-                stats.vcpus.push(counted);
-                stats.states.push(state);
+                let end = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+                stats.vcpus.push(end.counted);
+                stats.states.push(end.state);
+                stats.pvm.extend(end.pvm);
             }
             Ok::<_, MachineError>(ended)
         })?;
@@ -353,6 +364,9 @@ impl Machine {
         let mut cpuid = Cpuid::new(index, self.config.cpus, layout::PHYS_BITS as u8, self.clock.tsc_khz());
         for leaf in self.kvm.cpuid_leaves() {
             cpuid.set_leaf(leaf.leaf, leaf.subleaf, [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx]);
+        }
+        if self.config.guest_abi == GuestAbi::Pvm {
+            cpuid.offer_pvm();
         }
         cpuid
     }
@@ -392,7 +406,11 @@ mod tests {
     use super::*;
 
     fn with(memory: u64, cpus: u32) -> Result<Machine, MachineError> {
-        Machine::new(MachineConfig { memory, cpus, serial: Box::new(io::sink()) })
+        with_abi(memory, cpus, GuestAbi::default())
+    }
+
+    fn with_abi(memory: u64, cpus: u32, guest_abi: GuestAbi) -> Result<Machine, MachineError> {
+        Machine::new(MachineConfig { memory, cpus, serial: Box::new(io::sink()), guest_abi })
     }
 
     #[test]
@@ -417,5 +435,23 @@ mod tests {
         let (ended, stats) = machine.run().unwrap();
         assert_eq!(ended, Ended::Stopped);
         assert_eq!(stats.vcpus.len(), 2);
+        assert_eq!((stats.guest_abi, stats.pvm.len()), (GuestAbi::X86, 0));
+    }
+
+    #[test]
+    fn pvm_is_offered_to_every_vcpu_or_to_none() {
+        use pvm::abi::cpuid::{PVM, SIGNATURE, VENDOR_FEATURES};
+        let vendor = |machine: &Machine| machine.cpuid(0).leaf(VENDOR_FEATURES, 0).map(|leaf| leaf.ebx);
+        assert_eq!(vendor(&with(layout::MIN_RAM, 1).unwrap()), None);
+        let machine = with_abi(layout::MIN_RAM, 3, GuestAbi::Pvm).unwrap();
+        assert_eq!(vendor(&machine), Some(PVM));
+        let cpuid = machine.cpuid(2);
+        assert!(cpuid.leaf(SIGNATURE, 0).is_some_and(|leaf| leaf.eax >= VENDOR_FEATURES));
+        assert!(!cpuid.has("SMEP") && !cpuid.has("SMAP"));
+        let config = GuestAbi::Pvm.vcpu_config(2, &cpuid).unwrap();
+        assert_eq!((config.cpu, config.ranges), (2, pvm::AddressRanges::usual(cpuid.has("LA57"))));
+        machine.handle().stop();
+        let (_, stats) = machine.run().unwrap();
+        assert_eq!((stats.guest_abi, stats.pvm), (GuestAbi::Pvm, vec![pvm::Stats::default(); 3]));
     }
 }

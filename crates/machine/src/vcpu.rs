@@ -121,10 +121,17 @@ pub(crate) struct VcpuThread {
     pub(crate) power: Arc<PowerSignal>,
 }
 
+/// What is left of a vCPU.
+pub(crate) struct VcpuEnd {
+    pub(crate) counted: VcpuStats,
+    pub(crate) state: CpuState,
+    /// What PVM counted, if it was offered.
+    pub(crate) pvm: Option<pvm::Stats>,
+}
+
 impl VcpuThread {
-    /// Runs until [`attention::KICK`] is raised: the machine ends. Returns what the vCPU counted, and the state
-    /// that it ended in.
-    pub(crate) fn run(mut self) -> (VcpuStats, CpuState) {
+    /// Runs until [`attention::KICK`] is raised: the machine ends.
+    pub(crate) fn run(mut self) -> VcpuEnd {
         let mut engine = Interpreter::new();
         let attention = Arc::clone(self.vcpu.attention());
         loop {
@@ -138,7 +145,7 @@ impl VcpuThread {
                 }
             }
         }
-        (self.vcpu.stats, self.vcpu.state)
+        VcpuEnd { pvm: self.vcpu.pvm_stats(), counted: self.vcpu.stats, state: self.vcpu.state }
     }
 
     /// Sleeps as HLT does.

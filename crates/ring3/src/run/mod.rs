@@ -30,7 +30,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use guest_init::spec::{SpecError, Stream};
 use rustix::event::{EventfdFlags, eventfd};
 
-use crate::cli::{Isolation, RunArgs};
+use crate::cli::{self, Isolation, RunArgs};
 use crate::initramfs::{self, ModuleError};
 use crate::kernel::image::ImageError;
 use crate::kernel::{self, KernelError};
@@ -156,13 +156,14 @@ where
     let own_initramfs = args.initramfs.is_none();
     let command_line = plan::command_line(args.verbose || !own_initramfs, args.append.as_deref());
     let initramfs = match &args.initramfs {
-        Some(path) => {
-            std::fs::read(path).map_err(|source| RunError::Initramfs { path: path.clone(), source })?
+        Some(cli::Initramfs::None) => None,
+        Some(cli::Initramfs::File(path)) => {
+            Some(std::fs::read(path).map_err(|source| RunError::Initramfs { path: path.clone(), source })?)
         }
         None => {
             let spec = plan::guest_spec(args, &kernel, streams)?;
             let modules = plan::modules(&kernel, &kernel_bytes, !args.disks.is_empty(), &command_line)?;
-            initramfs::build(&spec, &modules)?.finish()
+            Some(initramfs::build(&spec, &modules)?.finish())
         }
     };
     if args.verbose || args.stats {
@@ -190,6 +191,7 @@ where
     };
     let stats = args.stats.then(|| Arc::new(Mutex::new(String::new())));
     let off = Arc::new(AtomicBool::new(false));
+    let spinner = Spinner::start(!args.verbose && own_initramfs, &format!("booting {}", kernel.release));
     let vm = VmSpec {
         kernel_path: kernel.image.clone(),
         kernel: kernel_bytes,
@@ -202,16 +204,17 @@ where
         serial,
         ports,
         boot: args.boot,
+        guest_abi: args.guest_abi,
         engine: args.engine,
         isolation: confined,
         verbose: args.verbose,
+        notes: spinner.notes(),
         status,
         stats: stats.clone(),
         off: Arc::clone(&off),
         stop: stop.try_clone().map_err(RunError::SetUp)?,
     };
 
-    let spinner = Spinner::start(!args.verbose && own_initramfs, &format!("booting {}", kernel.release));
     let mut session = Session::new(control, stop, off, spinner, args.timeout, typed)?;
     if !own_initramfs {
         session.hand_over_terminal().map_err(RunError::Streams)?;
