@@ -19,7 +19,7 @@ use crate::hostmem;
 use crate::insn::{Insn, insn_flags};
 use crate::stack::as_stack_fault;
 use crate::state::{CodeMode, CpuState, REG_ZERO, cr0, cr4, seg};
-use crate::tlb::{Fill, Table};
+use crate::tlb::{Fill, PageKey, Table};
 use crate::vcpu::Vcpu;
 
 /// What a linear address turned out to be.
@@ -678,6 +678,7 @@ impl Vcpu {
             exec: allowed(AccessKind::Fetch),
             global: translation.global,
             large: translation.page_size != mmu::PageSize::Size4K,
+            key: PageKey { key: translation.pkey, user: translation.rights.contains(mmu::PageRights::USER) },
         };
         let host = page.host;
         if table != Table::Slow {

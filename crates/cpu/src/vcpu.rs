@@ -223,7 +223,7 @@ impl Vcpu {
     }
 
     /// Rebuilds the page walker, without flushing the TLB. To be called after a change of CR0, CR3, CR4, EFER,
-    /// the PDPTEs or PKRU.
+    /// the PDPTEs, PKRU or IA32_PKRS.
     pub fn refresh_paging(&mut self) {
         let state = &self.state;
         self.walk = PageWalk::new(&PagingState {
@@ -232,7 +232,7 @@ impl Vcpu {
             cr4: state.cr4,
             efer: state.efer,
             pkru: state.pkru,
-            pkrs: 0,
+            pkrs: state.msrs.pkrs,
             maxphyaddr: self.cpuid.maxphyaddr(),
             pdptrs: state.pdptrs,
             features: PagingFeatures::all(),
