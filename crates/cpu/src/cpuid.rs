@@ -266,6 +266,15 @@ impl Cpuid {
         }
     }
 
+    /// Makes the answers those of a PVM hypervisor: the vendor leaf, and no feature that would need to tell user
+    /// from supervisor pages. EAX of leaf 0x4000_0000 stays the caller's, and must be at least 0x4000_0002.
+    pub fn offer_pvm(&mut self) {
+        for name in ["SMEP", "SMAP"] {
+            self.disable(name);
+        }
+        self.set_leaf(pvm::abi::cpuid::VENDOR_FEATURES, 0, [0, pvm::abi::cpuid::PVM, 0, 0]);
+    }
+
     /// Whether the feature named `name` (see [`FEATURES`]) is offered.
     pub fn has(&self, name: &str) -> bool {
         FEATURES.iter().find(|f| f.name == name).is_some_and(|f| {

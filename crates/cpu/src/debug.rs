@@ -48,7 +48,7 @@ impl Vcpu {
         for (n, base) in (0u32..).zip(self.state.dr) {
             let enabled = dr7 >> (n * 2) & 3 != 0;
             let field = dr7 >> (16 + n * 4);
-            if !enabled || !conditions.contains(&(field & 3)) {
+            if !enabled || !conditions.contains(&(field & 3)) || !self.breakpoint_is_allowed(base) {
                 continue;
             }
             let len = if field & 3 == condition::EXECUTE {

@@ -120,6 +120,9 @@ impl Vcpu {
     /// # Errors
     /// [`crate::Stop::TripleFault`].
     pub fn deliver(&mut self, event: Event) -> Exec {
+        if self.state.deprivileged {
+            return self.deliver_pvm(event);
+        }
         let mut event = event;
         let mut delivery = Delivery::new(event);
         for _ in 0..MOST_NESTED {
@@ -155,6 +158,9 @@ impl Vcpu {
     /// # Errors
     /// What is wrong with the gate, as the instruction's own fault.
     pub(crate) fn software_interrupt(&mut self, vector: u8) -> Exec {
+        if self.state.deprivileged {
+            return self.software_interrupt_pvm(vector);
+        }
         self.deliver_once(&Delivery::new(Event::Software(vector)))?;
         self.state.slow |= slow::NO_STEP_TRAP;
         self.end_block();
@@ -166,6 +172,9 @@ impl Vcpu {
     /// # Errors
     /// As [`Self::software_interrupt`].
     pub(crate) fn debug_interrupt(&mut self) -> Exec {
+        if self.state.deprivileged {
+            return self.deliver_pvm(Event::Fault(Fault::db(0, true)));
+        }
         self.deliver_once(&Delivery::new(Event::Fault(Fault::db(0, true))))?;
         self.state.slow |= slow::NO_STEP_TRAP;
         self.end_block();
@@ -173,7 +182,7 @@ impl Vcpu {
     }
 
     /// What an exception leaves in registers before its delivery: CR2, or DR6 and DR7.
-    fn note_exception(&mut self, f: &Fault) {
+    pub(crate) fn note_exception(&mut self, f: &Fault) {
         match f.vector {
             vector::PF => self.state.cr2 = f.address.0,
             vector::DB => self.note_debug_exception(f.dr6),

@@ -6,7 +6,7 @@
 //!
 //! Reading order: [`state`], [`flags`], [`insn`] (what is executed), `mem` and `tlb` (how it reaches memory),
 //! `exec` (the instructions), `native` (those that the host CPU executes), [`event`] (exceptions and
-//! interrupts), `run` (the loop).
+//! interrupts), `run` (the loop), `pvm_mode` (guests that run without privileges and know it).
 
 pub mod attention;
 mod block;
@@ -25,6 +25,7 @@ pub mod insn;
 mod mem;
 pub mod msr;
 mod native;
+mod pvm_mode;
 pub mod ram;
 mod run;
 mod segment;

@@ -662,6 +662,9 @@ impl Vcpu {
         self.stats.tlb_misses += 1;
         let table = self.table_of(privilege);
         let access = Access { kind, privilege, ac: self.state.flags.system() & flags::AC != 0 };
+        if self.state.deprivileged {
+            self.check_pvm_address(gva, access)?;
+        }
         let translation = match self.walk.translate(&*self.ram, gva, access) {
             Ok(translation) => translation,
             Err(f) => return fault(Fault::pf(gva, f.error_code)),
@@ -676,7 +679,8 @@ impl Vcpu {
             read: allowed(AccessKind::Read),
             write: !watched && translation.dirty && allowed(AccessKind::Write),
             exec: allowed(AccessKind::Fetch),
-            global: translation.global,
+            // PVM tags translations by their root, whatever they say.
+            global: translation.global && !self.state.deprivileged,
             large: translation.page_size != mmu::PageSize::Size4K,
             key: PageKey { key: translation.pkey, user: translation.rights.contains(mmu::PageRights::USER) },
         };

@@ -259,6 +259,13 @@ impl Vcpu {
     /// # Errors
     /// #GP(0) if there is no such register.
     pub fn read_msr(&mut self, index: u32) -> Exec<u64> {
+        if let Some(pvm) = &self.pvm {
+            match pvm.read_msr(index) {
+                pvm::Access::Done(value) => return Ok(value),
+                pvm::Access::Fault => return fault(Fault::gp(0)),
+                pvm::Access::Pass => {}
+            }
+        }
         if let Some(msr) = find(index) {
             return match msr.read {
                 Read::Constant(value) => Ok(value),
@@ -282,6 +289,13 @@ impl Vcpu {
     /// # Errors
     /// #GP(0) if there is no such register, or not with this value.
     pub fn write_msr(&mut self, index: u32, value: u64) -> Exec {
+        if let Some(access) = self.with_pvm(|pvm, vcpu| pvm.write_msr(vcpu, index, value)) {
+            match access {
+                pvm::Access::Done(()) => return Ok(()),
+                pvm::Access::Fault => return fault(Fault::gp(0)),
+                pvm::Access::Pass => {}
+            }
+        }
         if let Some(msr) = find(index) {
             match msr.write {
                 Write::Ignored => return Ok(()),

@@ -100,7 +100,7 @@ impl NewBitmap for PageStamps {
 
 /// One page of guest RAM.
 #[derive(Clone, Copy)]
-pub(crate) struct RamPage<'a> {
+pub struct RamPage<'a> {
     /// Where the page starts in the host's address space.
     pub(crate) host: usize,
     stamp: &'a AtomicU32,
@@ -121,6 +121,21 @@ impl RamPage<'_> {
     /// Notes a write, see [`PageStamps::note_write`].
     pub(crate) fn note_write(&self) {
         note_write(self.stamp);
+    }
+
+    /// Reads a `T` at the naturally aligned `offset`.
+    #[inline]
+    pub(crate) fn load_at<T: Data>(&self, offset: u16) -> T {
+        // SAFETY: needed to read RAM that others write; the page is mapped as long as the borrowed `Ram` lives,
+        // and an aligned `T` does not leave it.
+        unsafe { hostmem::load(self.host + (usize::from(offset) & (PAGE - T::SIZE as usize))) }
+    }
+
+    /// Writes a `T` at the naturally aligned `offset`. The caller sees to it that the page is not watched.
+    #[inline]
+    pub(crate) fn store_at<T: Data>(&self, offset: u16, value: T) {
+        // SAFETY: as in `load_at`.
+        unsafe { hostmem::store(self.host + (usize::from(offset) & (PAGE - T::SIZE as usize)), value) };
     }
 
     /// The stamp, if blocks may be made from the page.

@@ -392,6 +392,9 @@ fn service(vcpu: &mut Vcpu) -> Next {
     if word & attention::KICK != 0 && vcpu.attention.take(attention::KICK) != 0 {
         return Next::Leave(Outcome::Kicked);
     }
+    if vcpu.state.slow & slow::ENTER_PVM != 0 {
+        vcpu.enter_pvm_mode();
+    }
     if word & attention::INIT != 0 && vcpu.attention.take(attention::INIT) != 0 {
         vcpu.wait_for_sipi();
     }
@@ -423,14 +426,18 @@ fn service(vcpu: &mut Vcpu) -> Next {
         vcpu.state.slow |= slow::NMI_PENDING;
     }
     let shadow = vcpu.state.slow & (slow::STI_SHADOW | slow::SS_SHADOW) != 0;
-    if vcpu.state.slow & slow::NMI_PENDING != 0 && !shadow && vcpu.state.slow & slow::NMI_BLOCKED == 0 {
+    if vcpu.state.slow & slow::NMI_PENDING != 0 && !shadow && vcpu.nmi_open() {
         vcpu.state.slow &= !(slow::NMI_PENDING | slow::HALTED);
-        vcpu.state.slow |= slow::NMI_BLOCKED;
+        if !vcpu.state.deprivileged {
+            vcpu.state.slow |= slow::NMI_BLOCKED;
+        }
         vcpu.stats.interrupts += 1;
         if let Some(outcome) = deliver(vcpu, Event::Nmi) {
             return Next::Leave(outcome);
         }
-    } else if word & attention::INTERRUPT != 0 && !shadow && vcpu.state.flags.system() & flags::IF != 0 {
+    } else if word & attention::INTERRUPT != 0 && !vcpu.interrupts_open() {
+        vcpu.note_waiting_interrupt();
+    } else if word & attention::INTERRUPT != 0 && !shadow {
         // Cleared before the controller is asked, so that an interrupt that arrives now raises it again.
         vcpu.attention.take(attention::INTERRUPT);
         if let Some(vector) = vcpu.platform.acknowledge_interrupt() {
@@ -466,6 +473,7 @@ fn service(vcpu: &mut Vcpu) -> Next {
 impl Vcpu {
     /// Puts the vCPU into the state after INIT: it waits for a start-up IPI.
     pub fn wait_for_sipi(&mut self) {
+        self.leave_pvm_mode();
         self.state.init();
         self.state.slow |= slow::WAIT_FOR_SIPI;
         self.platform.init();
@@ -473,14 +481,14 @@ impl Vcpu {
     }
 
     /// The attention bits that end the sleep of a vCPU that [`Outcome::Halted`] was returned for.
-    pub fn wake_mask(&self) -> u32 {
+    pub fn wake_mask(&mut self) -> u32 {
         // WATCH and FLUSH_TLB can wait until the vCPU runs again.
         let always = attention::KICK | attention::INIT;
         if self.state.slow & slow::WAIT_FOR_SIPI != 0 {
             return always | attention::SIPI;
         }
-        let interrupt = if self.state.flags.system() & flags::IF != 0 { attention::INTERRUPT } else { 0 };
-        let nmi = if self.state.slow & slow::NMI_BLOCKED == 0 { attention::NMI } else { 0 };
+        let interrupt = if self.interrupts_open() { attention::INTERRUPT } else { 0 };
+        let nmi = if self.nmi_open() { attention::NMI } else { 0 };
         always | attention::UNHALT | interrupt | nmi
     }
 }

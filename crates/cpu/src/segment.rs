@@ -195,6 +195,12 @@ impl Vcpu {
     /// # Errors
     /// The exception `vector` with the selector and `ext` as error code if it lies outside its table; #PF.
     pub(crate) fn read_descriptor(&mut self, selector: u16, vector: u8, ext: u32) -> Exec<Descriptor> {
+        if self.state.deprivileged {
+            return match self.pvm_descriptor(selector) {
+                Some(descriptor) => Ok(descriptor),
+                None => fault(Fault::with_code(vector, selector_code(selector) | ext)),
+            };
+        }
         match self.descriptor_address(selector, 8) {
             Some(address) => Ok(Descriptor(self.read_as(address, Privilege::Implicit)?)),
             None => fault(Fault::with_code(vector, selector_code(selector) | ext)),
@@ -225,6 +231,7 @@ impl Vcpu {
     pub(crate) fn mark_accessed(&mut self, selector: u16, descriptor: Descriptor) -> Exec {
         if !descriptor.is_system()
             && !descriptor.has(Segment::ACCESSED)
+            && !self.state.deprivileged
             && let Some(address) = self.descriptor_address(selector, 8)
         {
             // One byte, so that a change to the rest of the descriptor meanwhile is not undone.
@@ -248,7 +255,13 @@ impl Vcpu {
         if state.virtual_8086() {
             return Ok((virtual_8086_segment(selector), u64::from(selector) << 4));
         }
-        let cpl = state.cpl;
+        if state.deprivileged
+            && let Some(kept) = self.pvm_stack_segment(register, selector)
+        {
+            return Ok(kept);
+        }
+        let state = &self.state;
+        let cpl = self.segment_cpl();
         let code = selector_code(selector);
         if is_null(selector) {
             let allowed = state.code_mode == CodeMode::Bits64 && cpl < 3 && rpl(selector) == cpl;
@@ -293,7 +306,10 @@ impl Vcpu {
         segment.selector = segment.selector & !3 | u16::from(cpl);
         self.state.segments[usize::from(seg::CS)] = segment;
         self.state.seg_base[usize::from(seg::CS)] = base;
-        self.state.cpl = cpl;
+        if !self.state.deprivileged {
+            // In PVM mode only events and returns change the mode.
+            self.state.cpl = cpl;
+        }
     }
 
     /// Whether `rip` may be jumped to in the code segment `segment`.

@@ -166,6 +166,8 @@ pub mod slow {
     pub const RESUME: u32 = 1 << 9;
     /// The present instruction entered a handler: no single-step trap follows it.
     pub const NO_STEP_TRAP: u32 = 1 << 10;
+    /// The vCPU has come to 64-bit supervisor mode, and is to enter PVM mode.
+    pub const ENTER_PVM: u32 = 1 << 11;
 }
 
 /// CR0 bits (Intel SDM vol. 3, 2.5).
@@ -243,6 +245,10 @@ pub struct CpuState {
     pub code_mode: CodeMode,
     /// Which vector and x87 instructions may execute now; kept by [`crate::Vcpu::refresh_mode`].
     pub(crate) fpu_ok: u8,
+    /// PVM mode: the guest runs without privileges and knows it. CPL, control registers and the like are as the guest
+    /// believes them to be; CS, SS and RFLAGS.IF are those of the unprivileged program that it is. Kept by
+    /// `pvm_mode`.
+    pub(crate) deprivileged: bool,
     /// Whether the stack pointer is 64, 32 or 16 bits wide, as a mask.
     pub stack_mask: u64,
 
@@ -313,6 +319,7 @@ impl Default for CpuState {
             cpl: 0,
             code_mode: CodeMode::Bits16,
             fpu_ok: 0,
+            deprivileged: false,
             stack_mask: 0xffff,
             segments: [Segment::default(); 6],
             ldtr: SystemSegment::default(),
@@ -381,6 +388,7 @@ impl CpuState {
         self.pkru = 0;
         self.slow = 0;
         self.cpl = 0;
+        self.deprivileged = false;
     }
 
     /// CS for real mode: selector and base from `selector`, 64 KiB limit.

@@ -69,7 +69,7 @@ impl Subject {
     pub fn new() -> std::io::Result<Self> {
         let memory =
             GuestRam::from_ranges(&[(GuestAddress(0), RAM_SIZE as usize)]).map_err(std::io::Error::other)?;
-        let config = VcpuConfig { cpuid: Cpuid::new(0, 1, 40, 2_000_000), tsc_offset: 0 };
+        let config = VcpuConfig { cpuid: Cpuid::new(0, 1, 40, 2_000_000), tsc_offset: 0, pvm: None };
         let attention = Arc::new(Attention::new());
         let platform = Box::new(Anything { attention: Arc::clone(&attention), exits: 0 });
         Ok(Self { vcpu: Vcpu::new(config, Arc::new(Ram::new(memory)), platform, attention)? })

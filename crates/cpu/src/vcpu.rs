@@ -10,6 +10,7 @@ use crate::cpuid::Cpuid;
 use crate::exit::{Answer, Exit, Platform};
 use crate::flags;
 use crate::native::Native;
+use crate::pvm_mode::PvmPaging;
 use crate::ram::{Protect, Ram, WatchPeer};
 use crate::state::{CodeMode, CpuState, Segment, cr0, cr4, efer, seg, slow};
 use crate::stats::VcpuStats;
@@ -22,6 +23,8 @@ pub struct VcpuConfig {
     pub cpuid: Cpuid,
     /// Added to the host's TSC to give the guest's.
     pub tsc_offset: u64,
+    /// For a guest of the PVM ABI: once the vCPU is in 64-bit supervisor mode it enters PVM mode.
+    pub pvm: Option<pvm::Config>,
 }
 
 /// One virtual processor.
@@ -39,6 +42,9 @@ pub struct Vcpu {
     pub(crate) peer: Arc<WatchPeer>,
     pub(crate) cpuid: Cpuid,
     pub(crate) native: Native,
+    /// The PVM ABI, for a guest that may use it. Absent while it is at work on the rest of the vCPU.
+    pub(crate) pvm: Option<Box<pvm::Pvm>>,
+    pub(crate) pvm_paging: PvmPaging,
 }
 
 impl std::fmt::Debug for Vcpu {
@@ -70,6 +76,8 @@ impl Vcpu {
             peer,
             cpuid: config.cpuid,
             native: Native::new()?,
+            pvm_paging: PvmPaging::default(),
+            pvm: config.pvm.map(|config| Box::new(pvm::Pvm::new(config))),
         };
         vcpu.refresh();
         Ok(vcpu)
@@ -220,11 +228,17 @@ impl Vcpu {
             state.slow |= slow::BREAKPOINTS;
         }
         self.refresh_table();
+        if self.pvm.is_some() && !self.state.deprivileged {
+            self.watch_for_pvm_mode();
+        }
     }
 
     /// Rebuilds the page walker, without flushing the TLB. To be called after a change of CR0, CR3, CR4, EFER,
     /// the PDPTEs, PKRU or IA32_PKRS.
     pub fn refresh_paging(&mut self) {
+        if self.state.deprivileged {
+            return self.refresh_pvm_paging();
+        }
         let state = &self.state;
         self.walk = PageWalk::new(&PagingState {
             cr0: state.cr0,

@@ -11,6 +11,7 @@ mod programs {
     mod modes;
     mod paging;
     mod ports;
+    mod pvm_events;
     mod segments;
     mod sharing;
 }

@@ -297,6 +297,7 @@ impl Machine {
             let platform =
                 VcpuPlatform { apic: Arc::clone(apic), bus: Arc::clone(&bus), kvm: Arc::clone(&kvm) };
             let config = VcpuConfig {
+                pvm: None,
                 cpuid: self.cpuid(index as u32),
                 tsc_offset: self.clock.host_tsc_offset().unwrap_or(0),
             };

@@ -98,7 +98,7 @@ impl Guest {
             GuestRam::from_ranges(&[(GuestAddress(0), (page::COUNT * PAGE) as usize)]).map_err(host)?;
         build(&memory).map_err(host)?;
         let ram = Arc::new(Ram::new(memory));
-        let config = VcpuConfig { cpuid: Cpuid::host_supported(), tsc_offset: 0 };
+        let config = VcpuConfig { cpuid: Cpuid::host_supported(), tsc_offset: 0, pvm: None };
         let mut vcpu = Vcpu::new(config, Arc::clone(&ram), Box::new(Nothing), Arc::new(Attention::new()))
             .map_err(host)?;
         let state = &mut vcpu.state;

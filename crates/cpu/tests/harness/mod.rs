@@ -40,6 +40,16 @@ pub const STACK: u64 = 0x3_0000;
 pub const STACK0: u64 = 0x3_8000;
 /// IST1 of the TSS, on purpose not aligned.
 pub const IST1: u64 = 0x3_c008;
+/// PVM: the shared structure.
+pub const PVCS: u64 = 0x4_0000;
+/// PVM: where events enter.
+pub const ENTRY: u64 = 0x4_1000;
+/// PVM: where system calls enter.
+pub const LSTAR: u64 = 0x4_2000;
+/// PVM: the SYSCALL that returns to user mode.
+pub const RETU: u64 = 0x4_2100;
+/// PVM: the SYSCALL that returns to supervisor mode.
+pub const RETS: u64 = 0x4_2200;
 /// A guest-physical address without RAM, mapped in long mode.
 pub const MMIO: u64 = 0xd000_0000;
 
@@ -238,7 +248,76 @@ impl Guest {
 
     /// As [`Self::long`], on RAM that another vCPU has already.
     pub fn long_on(ram: Arc<Ram>) -> Self {
-        let mut guest = Self::on(ram);
+        Self::long_with_abi(ram, None)
+    }
+
+    /// 64-bit supervisor mode of a guest that may use the PVM ABI, before its first instruction: it enters PVM
+    /// mode with that. Nothing of the ABI is set up; see [`Self::pvm`].
+    pub fn long_before_pvm() -> Self {
+        let ranges = pvm::AddressRanges::new(402..434, Some(402..434)).unwrap();
+        let generation = &pvm::abi::GENERATION_1;
+        Self::long_with_abi(new_ram(), Some(pvm::Config { generation, ranges, cpu: 3 }))
+    }
+
+    /// PVM supervisor mode, set up: the shared structure at [`PVCS`], events entering at [`ENTRY`] (each of
+    /// the three entries is a HLT), system calls at [`LSTAR`] (a HLT), ERETU at [`RETU`], ERETS at [`RETS`],
+    /// one root for both modes.
+    pub fn pvm() -> Self {
+        use pvm::abi::{GENERATION_1, PvmMsr, x86_msr};
+        let mut guest = Self::long_before_pvm();
+        // The first instruction, a NOP, enters PVM mode.
+        guest.code(|a| a.nop());
+        guest.engine.step(&mut guest.vcpu);
+        for entry in [ENTRY, ENTRY + 256, ENTRY + 512, LSTAR] {
+            guest.poke::<u8>(entry, 0xf4);
+        }
+        for ret in [RETU, RETS] {
+            guest.poke::<u16>(ret, 0x050f);
+        }
+        let own = [
+            (PvmMsr::VcpuStruct, PVCS),
+            (PvmMsr::EventEntry, ENTRY),
+            (PvmMsr::RetuRip, RETU),
+            (PvmMsr::RetsRip, RETS),
+            (PvmMsr::SwitchCr3, TABLES),
+        ]
+        .map(|(msr, value)| (GENERATION_1.msr_index(msr).unwrap(), value));
+        for (index, value) in own.into_iter().chain([(x86_msr::LSTAR, LSTAR)]) {
+            guest.vcpu.write_msr(index, value).unwrap();
+        }
+        guest.vcpu.state.set_rip(CODE);
+        guest
+    }
+
+    /// A field of the shared structure.
+    pub fn pvcs(&self, field: pvm::abi::Field) -> u64 {
+        let bytes: u64 = self.peek(PVCS + u64::from(field.offset));
+        if field.size == 8 { bytes } else { bytes & ((1 << (field.size * 8)) - 1) }
+    }
+
+    /// Sets a field of the shared structure.
+    pub fn set_pvcs(&mut self, field: pvm::abi::Field, value: u64) {
+        let at = PVCS + u64::from(field.offset);
+        match field.size {
+            2 => self.poke(at, value as u16),
+            4 => self.poke(at, value as u32),
+            _ => self.poke(at, value),
+        }
+    }
+
+    /// Goes to user mode as a PVM supervisor does, to `rip` with `rsp` and `eflags`, by executing ERETU.
+    pub fn pvm_user(&mut self, rip: u64, rsp: u64, eflags: u64) {
+        let p = &pvm::abi::GENERATION_1.pvcs;
+        let fields = [(p.user_cs, 0x33), (p.user_ss, 0x2b), (p.eflags, eflags), (p.rip, rip), (p.rsp, rsp)];
+        for (field, value) in fields {
+            self.set_pvcs(field, value);
+        }
+        self.resume_at(RETU);
+        self.engine.step(&mut self.vcpu);
+    }
+
+    fn long_with_abi(ram: Arc<Ram>, pvm: Option<pvm::Config>) -> Self {
+        let mut guest = Self::with_abi(ram, pvm);
         for vector in 0..256 {
             guest.set_gate(vector, sel::CODE64, HANDLERS + vector * 16, 0x8e);
         }
@@ -266,9 +345,18 @@ impl Guest {
     }
 
     fn on(ram: Arc<Ram>) -> Self {
+        Self::with_abi(ram, None)
+    }
+
+    fn with_abi(ram: Arc<Ram>, pvm: Option<pvm::Config>) -> Self {
         let script = Arc::new(Mutex::new(Script::default()));
         let attention = Arc::new(Attention::new());
-        let config = VcpuConfig { cpuid: Cpuid::default(), tsc_offset: 0 };
+        let mut cpuid = Cpuid::default();
+        if pvm.is_some() {
+            cpuid.offer_pvm();
+            cpuid.set_leaf(0x4000_0000, 0, [0x4000_0002, 0, 0, 0]);
+        }
+        let config = VcpuConfig { cpuid, tsc_offset: 0, pvm };
         let platform = Box::new(TestPlatform(Arc::clone(&script), Arc::clone(&attention)));
         let vcpu = Vcpu::new(config, Arc::clone(&ram), platform, Arc::clone(&attention)).unwrap();
         let guest = Self { vcpu, engine: Interpreter::new(), script, attention, ram };

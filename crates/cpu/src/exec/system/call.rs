@@ -46,6 +46,9 @@ fn require_syscall(vcpu: &Vcpu) -> Exec {
 /// SYSCALL.
 pub(super) fn syscall(vcpu: &mut Vcpu, _i: &Insn) -> Exec {
     require_syscall(vcpu)?;
+    if vcpu.state.deprivileged {
+        return vcpu.syscall_pvm();
+    }
     let msrs = &vcpu.state.msrs;
     let (cs, entry, mask) = ((msrs.star >> 32) as u16, msrs.lstar, msrs.fmask);
     let image = vcpu.state.flags.bits() & !flags::RF;
@@ -66,6 +69,7 @@ pub(super) fn syscall(vcpu: &mut Vcpu, _i: &Insn) -> Exec {
 pub(super) fn sysret(vcpu: &mut Vcpu, i: &Insn) -> Exec {
     require_syscall(vcpu)?;
     vcpu.require_cpl0()?;
+    vcpu.forbid_in_pvm_mode()?;
     let selector = (vcpu.state.msrs.star >> 48) as u16;
     let wide = operand::size(i) == 8;
     let target = vcpu.reg(reg::RCX);
@@ -84,6 +88,7 @@ pub(super) fn sysret(vcpu: &mut Vcpu, i: &Insn) -> Exec {
 
 /// SYSENTER.
 pub(super) fn sysenter(vcpu: &mut Vcpu, _i: &Insn) -> Exec {
+    vcpu.forbid_in_pvm_mode()?;
     let msrs = &vcpu.state.msrs;
     let cs = msrs.sysenter_cs as u16;
     let (esp, eip) = (msrs.sysenter_esp, msrs.sysenter_eip);
@@ -103,6 +108,7 @@ pub(super) fn sysenter(vcpu: &mut Vcpu, _i: &Insn) -> Exec {
 
 /// SYSEXIT.
 pub(super) fn sysexit(vcpu: &mut Vcpu, i: &Insn) -> Exec {
+    vcpu.forbid_in_pvm_mode()?;
     let cs = vcpu.state.msrs.sysenter_cs as u16;
     if !vcpu.state.protected() || vcpu.state.cpl != 0 || cs & !3 == 0 {
         return fault(Fault::gp(0));
@@ -128,6 +134,7 @@ pub(super) fn swapgs(vcpu: &mut Vcpu, _i: &Insn) -> Exec {
         return fault(Fault::ud());
     }
     vcpu.require_cpl0()?;
+    vcpu.forbid_in_pvm_mode()?;
     let state = &mut vcpu.state;
     std::mem::swap(&mut state.seg_base[usize::from(seg::GS)], &mut state.msrs.kernel_gs_base);
     Ok(())

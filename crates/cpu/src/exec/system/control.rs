@@ -56,7 +56,10 @@ impl Vcpu {
         if value >> 32 != 0 {
             return fault(Fault::gp(0));
         }
-        let new = value & CR0_BITS | cr0::ET;
+        let mut new = value & CR0_BITS | cr0::ET;
+        if state.deprivileged {
+            new = new & !pvm::abi::control::CR0_ZERO | pvm::abi::control::CR0_ONE;
+        }
         let bad = (new & cr0::PG != 0 && new & cr0::PE == 0) || (new & cr0::NW != 0 && new & cr0::CD == 0);
         if bad {
             return fault(Fault::gp(0));
@@ -112,6 +115,11 @@ impl Vcpu {
                 return fault(Fault::gp(0));
             }
         }
+        if state.deprivileged {
+            self.load_pvm_root(new, !keep);
+            self.end_block();
+            return Ok(());
+        }
         if Self::is_pae_paging(state.cr0, state.cr4, state.efer) {
             self.state.pdptrs = self.pdptrs(new)?;
         }
@@ -137,6 +145,7 @@ impl Vcpu {
     pub(crate) fn load_cr4(&mut self, value: u64) -> Exec {
         let state = &self.state;
         let old = state.cr4;
+        let value = if state.deprivileged { self.pvm_cr4(value) } else { value };
         let changed = old ^ value;
         if value & !self.cpuid.cr4_bits() != 0 {
             return fault(Fault::gp(0));
@@ -167,6 +176,7 @@ impl Vcpu {
     /// #GP(0).
     pub(crate) fn load_efer(&mut self, value: u64) -> Exec {
         let old = self.state.efer;
+        let value = if self.state.deprivileged { value | pvm::abi::control::EFER_ONE } else { value };
         let writable = efer::SCE | efer::LME | efer::NXE;
         if value & !(writable | efer::LMA) != 0
             || (old ^ value) & efer::LME != 0 && self.state.cr0 & cr0::PG != 0
@@ -183,12 +193,19 @@ impl Vcpu {
 
     /// Sets PKRU, as WRPKRU and XRSTOR do. The running block may go on: keys do not judge fetches.
     pub(crate) fn load_pkru(&mut self, value: u32) {
+        if self.state.deprivileged {
+            // Translations have tags for root and keys: another tag, and nothing to drop.
+            self.state.pkru = value;
+            self.refresh_pvm_keys();
+            self.end_block();
+            return;
+        }
         let old = std::mem::replace(&mut self.state.pkru, value);
         self.walk.set_keys(value, self.state.msrs.pkrs);
         self.tlb.deny_keys(true, value & !old);
     }
 
-    /// Sets IA32_PKRS, as WRMSR does.
+    /// Sets IA32_PKRS, as WRMSR does. (In PVM mode the ABI answers for that register.)
     pub(crate) fn load_pkrs(&mut self, value: u32) {
         let old = std::mem::replace(&mut self.state.msrs.pkrs, value);
         self.walk.set_keys(self.state.pkru, value);

@@ -62,6 +62,7 @@ fn transfer(vcpu: &mut Vcpu, kind: Kind, size: u64, selector: u16, offset: u64) 
     if !vcpu.state.protected() || vcpu.state.virtual_8086() {
         return transfer_real(vcpu, kind, size, selector, offset);
     }
+    let selector = vcpu.pvm_code_selector(selector);
     if is_null(selector) {
         return fault(Fault::gp(0));
     }
@@ -117,9 +118,9 @@ fn transfer_to_code(
     offset: u64,
     d: Descriptor,
 ) -> Exec {
-    let (cpl, code) = (vcpu.state.cpl, selector_code(selector));
+    let (cpl, code) = (vcpu.segment_cpl(), selector_code(selector));
     let level_fits = if d.is_conforming() { d.dpl() <= cpl } else { d.dpl() == cpl && rpl(selector) <= cpl };
-    if !d.is_code() || !level_fits || vcpu.is_reserved_code(d) {
+    if !d.is_code() || !level_fits || vcpu.is_reserved_code(d) || !vcpu.pvm_mode_keeps(d) {
         return fault(Fault::gp(code));
     }
     if !d.present() {
@@ -251,7 +252,8 @@ impl Vcpu {
         let d = self.read_descriptor(selector, vector::GP, 0)?;
         let cpl = rpl(selector);
         let level_fits = if d.is_conforming() { d.dpl() <= cpl } else { d.dpl() == cpl };
-        if !d.is_code() || cpl < self.state.cpl || !level_fits || self.is_reserved_code(d) {
+        let refused = self.is_reserved_code(d) || !self.pvm_mode_keeps(d);
+        if !d.is_code() || cpl < self.segment_cpl() || !level_fits || refused {
             return fault(Fault::gp(code));
         }
         if !d.present() {
@@ -271,6 +273,7 @@ impl Vcpu {
         selector: u16,
         target: &ReturnTarget,
     ) -> Exec<(Segment, u64)> {
+        let selector = self.pvm_return_stack_selector(selector);
         let code = selector_code(selector);
         if is_null(selector) {
             let to_64_bit = self.state.long_mode() && target.segment.has(Segment::LONG);
@@ -331,8 +334,9 @@ pub(super) fn ret(vcpu: &mut Vcpu, i: &Insn) -> Exec {
         vcpu.refresh_mode();
         return Ok(());
     }
+    let selector = vcpu.pvm_code_selector(selector);
     let target = vcpu.check_return_code(selector, rip)?;
-    if target.cpl == vcpu.state.cpl {
+    if target.cpl == vcpu.segment_cpl() {
         vcpu.accept_return_code(&target)?;
         vcpu.release(2 * size + parameters);
         vcpu.put_code_segment(target.segment, target.base, target.cpl);

@@ -14,6 +14,12 @@ const POPF: u64 = flags::ARITHMETIC | flags::TF | flags::DF | flags::NT | flags:
 /// CLI.
 pub(super) fn cli(vcpu: &mut Vcpu, _i: &Insn) -> Exec {
     vcpu.require_iopl()?;
+    if vcpu.state.deprivileged {
+        return vcpu.set_pvm_interrupt_flag(true);
+    }
+    if vcpu.state.deprivileged {
+        return vcpu.set_pvm_interrupt_flag(false);
+    }
     vcpu.state.flags.set_system(flags::IF, 0);
     Ok(())
 }
@@ -30,7 +36,7 @@ pub(super) fn sti(vcpu: &mut Vcpu, _i: &Insn) -> Exec {
 
 /// CLAC and STAC.
 pub(super) fn set_ac<const AC: u64>(vcpu: &mut Vcpu, _i: &Insn) -> Exec {
-    if vcpu.state.cpl != 0 || vcpu.state.virtual_8086() {
+    if vcpu.state.cpl != 0 || vcpu.state.virtual_8086() || vcpu.state.deprivileged {
         return fault(Fault::ud());
     }
     // At CPL 0, AC matters to SMAP alone: no mode, and no block, ends.
@@ -61,10 +67,11 @@ pub(super) fn popf(vcpu: &mut Vcpu, i: &Insn) -> Exec {
     let image = operand::peek(vcpu, size, 0)?;
     vcpu.release(size);
     let mut mask = POPF;
-    if vcpu.state.cpl <= vcpu.iopl() {
+    let cpl = vcpu.segment_cpl();
+    if cpl <= vcpu.iopl() {
         mask |= flags::IF;
     }
-    if vcpu.state.cpl == 0 {
+    if cpl == 0 {
         mask |= flags::IOPL;
     }
     if size == 2 {

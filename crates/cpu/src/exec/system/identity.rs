@@ -20,6 +20,15 @@ impl Vcpu {
         u64::from(self.get::<u32>(reg::RDX)) << 32 | u64::from(self.get::<u32>(reg::RAX))
     }
 
+    /// Puts what CPUID answers into the registers.
+    pub(super) fn answer_cpuid(&mut self) {
+        let leaf = self.cpuid.query(self.get(reg::RAX), self.get(reg::RCX), &self.state);
+        self.set(reg::RAX, leaf.eax);
+        self.set(reg::RBX, leaf.ebx);
+        self.set(reg::RCX, leaf.ecx);
+        self.set(reg::RDX, leaf.edx);
+    }
+
     pub(crate) fn set_edx_eax(&mut self, value: u64) {
         self.set(reg::RAX, value as u32);
         self.set(reg::RDX, (value >> 32) as u32);
@@ -28,11 +37,7 @@ impl Vcpu {
 
 /// CPUID.
 pub(super) fn cpuid(vcpu: &mut Vcpu, _i: &Insn) -> Exec {
-    let leaf = vcpu.cpuid.query(vcpu.get(reg::RAX), vcpu.get(reg::RCX), &vcpu.state);
-    vcpu.set(reg::RAX, leaf.eax);
-    vcpu.set(reg::RBX, leaf.ebx);
-    vcpu.set(reg::RCX, leaf.ecx);
-    vcpu.set(reg::RDX, leaf.edx);
+    vcpu.answer_cpuid();
     Ok(())
 }
 
@@ -88,6 +93,10 @@ pub(super) fn rdpmc(_vcpu: &mut Vcpu, _i: &Insn) -> Exec {
 
 /// VMCALL and VMMCALL.
 pub(super) fn hypercall(vcpu: &mut Vcpu, _i: &Insn) -> Exec {
+    if vcpu.state.deprivileged {
+        // Hypercalls are made by SYSCALL.
+        return fault(Fault::ud());
+    }
     let wide = vcpu.state.code_mode == CodeMode::Bits64;
     let register = |r: u8| if wide { vcpu.reg(r) } else { u64::from(vcpu.get::<u32>(r)) };
     let number = register(reg::RAX);

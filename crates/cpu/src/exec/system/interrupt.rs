@@ -110,8 +110,9 @@ fn iret_to_virtual_8086(vcpu: &mut Vcpu, rip: u64, selector: u16, image: u64) ->
 }
 
 fn iret_protected(vcpu: &mut Vcpu, size: u64, rip: u64, selector: u16, image: u64) -> Exec {
+    let selector = vcpu.pvm_code_selector(selector);
     let target = vcpu.check_return_code(selector, rip)?;
-    let (old_cpl, iopl) = (vcpu.state.cpl, vcpu.iopl());
+    let (old_cpl, iopl) = (vcpu.segment_cpl(), vcpu.iopl());
     let from_64_bit = vcpu.state.code_mode == CodeMode::Bits64;
     if target.cpl != old_cpl || from_64_bit {
         let pointer = operand::peek(vcpu, size, 3 * size)?;

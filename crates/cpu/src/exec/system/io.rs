@@ -21,6 +21,9 @@ impl Vcpu {
         if !state.protected() || (state.cpl <= self.iopl() && !state.virtual_8086()) {
             return Ok(());
         }
+        if state.deprivileged {
+            return fault(Fault::gp(0));
+        }
         let (tr, limit) = (state.tr, u64::from(state.tr.segment.limit));
         if !self.tss_is_wide() || limit < 0x67 {
             return fault(Fault::gp(0));

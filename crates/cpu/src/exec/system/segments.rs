@@ -10,7 +10,7 @@ use super::operand;
 impl Vcpu {
     /// Interrupts and debug traps wait for one instruction after a load of SS.
     fn shadow_stack_load(&mut self, register: u8) {
-        if register == seg::SS {
+        if register == seg::SS && !self.state.deprivileged {
             self.state.slow |= slow::SS_SHADOW;
             self.end_block();
         }

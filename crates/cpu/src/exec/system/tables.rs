@@ -26,6 +26,9 @@ impl Vcpu {
         if is_null(selector) {
             return Ok(None);
         }
+        if self.state.deprivileged {
+            return Ok(self.pvm_descriptor(selector));
+        }
         match self.descriptor_address(selector, 8) {
             Some(address) => Ok(Some(Descriptor(self.read_as(address, Privilege::Implicit)?))),
             None => Ok(None),
@@ -34,7 +37,7 @@ impl Vcpu {
 
     /// Whether LAR, LSL, VERR and VERW may see `d` through `selector`.
     fn is_visible(&self, selector: u16, d: Descriptor) -> bool {
-        d.is_code() && d.is_conforming() || d.dpl() >= self.state.cpl.max(rpl(selector))
+        d.is_code() && d.is_conforming() || d.dpl() >= self.segment_cpl().max(rpl(selector))
     }
 }
 
@@ -81,7 +84,7 @@ pub(super) fn lldt(vcpu: &mut Vcpu, i: &Insn) -> Exec {
     vcpu.require_cpl0()?;
     let selector: u16 = operand::read(vcpu, i, i.dst)?;
     let code = selector_code(selector);
-    if is_null(selector) {
+    if is_null(selector) || vcpu.state.deprivileged {
         vcpu.state.ldtr = SystemSegment { segment: Segment { selector, limit: 0, attributes: 0 }, base: 0 };
         return Ok(());
     }
@@ -109,6 +112,11 @@ pub(super) fn ltr(vcpu: &mut Vcpu, i: &Insn) -> Exec {
     vcpu.require_cpl0()?;
     let selector: u16 = operand::read(vcpu, i, i.dst)?;
     let code = selector_code(selector);
+    if vcpu.state.deprivileged {
+        // Kept to be read, without effect.
+        vcpu.state.tr.segment.selector = selector;
+        return Ok(());
+    }
     if is_null(selector) {
         return fault(Fault::gp(0));
     }

@@ -52,7 +52,7 @@ impl Platform for Nothing {
 /// A vCPU in 64-bit mode, without paging, all vector state enabled.
 pub(super) fn vcpu() -> Vcpu {
     let memory = GuestRam::from_ranges(&[(GuestAddress(0), RAM as usize)]).unwrap();
-    let config = VcpuConfig { cpuid: Cpuid::default(), tsc_offset: 0 };
+    let config = VcpuConfig { cpuid: Cpuid::default(), tsc_offset: 0, pvm: None };
     let ram = Arc::new(Ram::new(memory));
     let mut vcpu = Vcpu::new(config, ram, Box::new(Nothing), Arc::new(Attention::new())).unwrap();
     let state = &mut vcpu.state;
