@@ -19,7 +19,7 @@ use crate::hostmem;
 use crate::insn::{Insn, insn_flags};
 use crate::stack::as_stack_fault;
 use crate::state::{CodeMode, CpuState, REG_ZERO, cr0, cr4, seg};
-use crate::tlb::{Fill, Table};
+use crate::tlb::{Fill, PageKey, Table};
 use crate::vcpu::Vcpu;
 
 /// What a linear address turned out to be.
@@ -682,6 +682,7 @@ impl Vcpu {
             // PVM tags translations by their root, whatever they say.
             global: translation.global && !self.state.deprivileged,
             large: translation.page_size != mmu::PageSize::Size4K,
+            key: PageKey { key: translation.pkey, user: translation.rights.contains(mmu::PageRights::USER) },
         };
         let host = page.host;
         if table != Table::Slow {

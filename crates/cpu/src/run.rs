@@ -576,7 +576,6 @@ fn ends_block(i: &Instruction) -> bool {
                 | M::Xsetbv
                 | M::Invlpg
                 | M::Invpcid
-                | M::Wrpkru
                 | M::Mwait
                 | M::Cpuid
                 | M::Out

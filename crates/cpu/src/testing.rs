@@ -102,7 +102,7 @@ impl Subject {
         }
         state.segments[usize::from(seg::CS)].attributes |= Segment::WRITABLE;
         state.cr0 |= choices.word() & (cr0::MP | cr0::EM | cr0::TS | cr0::NE);
-        state.cr4 |= choices.word() & 0x7_0fff & !(cr4::PAE | cr4::LA57);
+        state.cr4 |= choices.word() & (0x7_0fff | cr4::PKE | cr4::PKS) & !(cr4::PAE | cr4::LA57);
         // 0 is real mode, 1 protected mode, the others are 64-bit mode.
         if mode >= 1 {
             state.cr0 |= cr0::PE;

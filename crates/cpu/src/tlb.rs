@@ -8,6 +8,11 @@
 //! page with decoded code), simply has a tag that never matches. A fourth table stays empty: while
 //! data breakpoints or alignment checks are on, accesses are sent through it and so take the slow path.
 //!
+//! What a protection key forbids counts among these rights. Programs change PKRU often, so such a change must
+//! not cost the whole table: pages with a key other than 0 are few, are noted in a bitmap, and
+//! [`Tlb::deny_keys`] drops those whose key lost a right. A right that a key gains needs nothing: what was
+//! forbidden misses. So an entry never allows what the present registers forbid, whichever PCID it is of.
+//!
 //! A tag is the page's address with the PCID in its low 12 bits. A global page is stored under the PCID that
 //! was current; another PCID that misses on it takes the entry over without a walk.
 //!
@@ -64,6 +69,16 @@ const EMPTY: Entry = Entry { read: NEVER, write: NEVER, exec: NEVER, delta: 0 };
 struct Meta {
     gpa: u64,
     global: bool,
+    key: PageKey,
+}
+
+/// A page's protection key, and the register that judges it.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub(crate) struct PageKey {
+    /// The key, 0 to 15.
+    pub(crate) key: u8,
+    /// Whether the page is a user-mode page, thus PKRU's; else it is IA32_PKRS's.
+    pub(crate) user: bool,
 }
 
 /// What [`Tlb::fill`] stores.
@@ -83,12 +98,16 @@ pub(crate) struct Fill {
     pub(crate) global: bool,
     /// The page is part of a page larger than 4 KiB.
     pub(crate) large: bool,
+    /// Its protection key.
+    pub(crate) key: PageKey,
 }
 
 /// The software TLB of one vCPU.
 pub(crate) struct Tlb {
     entries: Box<[Entry; SIZE * TABLES]>,
     meta: Box<[Meta; SIZE * TABLES]>,
+    /// A bit for each entry, set if its page has a protection key other than 0.
+    keyed: [u64; SIZE * TABLES / 64],
     /// A bit for each 1 GiB of address space (modulo 64) in which fragments of large pages are held.
     large: u64,
     /// Whether anything was filled since the last full flush.
@@ -97,7 +116,13 @@ pub(crate) struct Tlb {
 
 impl Tlb {
     pub(crate) fn new() -> Self {
-        Self { entries: boxed(EMPTY), meta: boxed(Meta::default()), large: 0, used: false }
+        Self {
+            entries: boxed(EMPTY),
+            meta: boxed(Meta::default()),
+            keyed: [0; SIZE * TABLES / 64],
+            large: 0,
+            used: false,
+        }
     }
 
     #[inline(always)]
@@ -140,7 +165,9 @@ impl Tlb {
             exec: pick(fill.exec),
             delta: fill.host.wrapping_sub(page as usize),
         };
-        self.meta[index] = Meta { gpa: fill.gpa.page().0, global: fill.global };
+        self.meta[index] = Meta { gpa: fill.gpa.page().0, global: fill.global, key: fill.key };
+        let (word, bit) = (&mut self.keyed[index / 64], 1 << (index % 64));
+        *word = if fill.key.key == 0 { *word & !bit } else { *word | bit };
         self.used = true;
         if fill.large {
             self.large |= 1 << (page >> 30 & 63);
@@ -170,6 +197,7 @@ impl Tlb {
     pub(crate) fn flush_all(&mut self) {
         if self.used {
             self.entries.fill(EMPTY);
+            self.keyed.fill(0);
             self.used = false;
             self.large = 0;
         }
@@ -200,6 +228,29 @@ impl Tlb {
             let entry = &mut self.entries[Self::index(table.base(), gva.0)];
             if entry.is_page(page) {
                 *entry = EMPTY;
+            }
+        }
+    }
+
+    /// Drops what the protection keys in `denied` allowed, of every PCID: of user-mode pages if `user`, else of
+    /// supervisor-mode pages. `denied` has the bits, as PKRU has them, that have become set.
+    pub(crate) fn deny_keys(&mut self, user: bool, denied: u32) {
+        if denied & 0b11 != 0 {
+            // Almost every page has key 0.
+            self.flush_all();
+        } else if denied != 0 {
+            for (n, word) in self.keyed.iter_mut().enumerate() {
+                let mut left = *word;
+                while left != 0 {
+                    let bit = left.trailing_zeros();
+                    left &= left - 1;
+                    let index = n * 64 + bit as usize;
+                    let key = self.meta[index].key;
+                    if key.user == user && denied >> (2 * key.key) & 0b11 != 0 {
+                        self.entries[index] = EMPTY;
+                        *word &= !(1 << bit);
+                    }
+                }
             }
         }
     }

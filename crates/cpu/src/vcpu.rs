@@ -234,7 +234,7 @@ impl Vcpu {
     }
 
     /// Rebuilds the page walker, without flushing the TLB. To be called after a change of CR0, CR3, CR4, EFER,
-    /// the PDPTEs or PKRU.
+    /// the PDPTEs, PKRU or IA32_PKRS.
     pub fn refresh_paging(&mut self) {
         if self.state.deprivileged {
             return self.refresh_pvm_paging();
@@ -246,7 +246,7 @@ impl Vcpu {
             cr4: state.cr4,
             efer: state.efer,
             pkru: state.pkru,
-            pkrs: 0,
+            pkrs: state.msrs.pkrs,
             maxphyaddr: self.cpuid.maxphyaddr(),
             pdptrs: state.pdptrs,
             features: PagingFeatures::all(),

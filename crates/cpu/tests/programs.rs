@@ -7,6 +7,7 @@ mod programs {
     mod control;
     mod debug;
     mod events;
+    mod keys;
     mod modes;
     mod paging;
     mod ports;

@@ -234,14 +234,6 @@ fn a_write_by_a_device_invalidates_decoded_code() {
     assert_eq!(g.reg(reg::RAX), 2);
 }
 
-#[test]
-fn protection_keys_need_their_state_component() {
-    let cpuid = cpu::Cpuid::default();
-    let state = cpu::CpuState::default();
-    let component = cpuid.query(0xd, 0, &state).eax >> 9 & 1;
-    assert_eq!(cpuid.has("PKU"), component == 1);
-}
-
 /// Goes from protected mode to 32-bit or PAE paging with the tables at `TABLES`.
 fn turn_on(g: &mut Guest, cr4_value: u64) {
     g.code(|a| {
