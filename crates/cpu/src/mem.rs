@@ -509,20 +509,19 @@ impl Vcpu {
     /// # Errors
     /// As [`Self::write_bytes`].
     pub fn write_bytes_as(&mut self, gva: u64, buffer: &[u8], privilege: Privilege) -> Exec {
-        for (place, part) in
-            self.places(gva, buffer.len(), AccessKind::Write, privilege)?.into_iter().flatten()
-        {
-            let Some(piece) = buffer.get(part) else { continue };
-            match place {
-                Place::Ram { host, gpa, watched } => {
-                    self.note_store(gpa, watched);
-                    // SAFETY: needed to write RAM; `place` found RAM there, and `part` stays inside its page.
-                    unsafe { hostmem::copy_to(host, piece) };
-                }
-                Place::Mmio { gpa } => {
-                    for (n, chunk) in piece.chunks(8).enumerate() {
-                        self.exit(Exit::MmioWrite { gpa: gpa.wrapping_add(n as u64 * 8), data: chunk });
-                    }
+        let places = self.places(gva, buffer.len(), AccessKind::Write, privilege)?;
+        // RAM first: the page may become watched during an exit.
+        for (place, part) in places.iter().flatten() {
+            if let (Place::Ram { host, gpa, watched }, Some(piece)) = (*place, buffer.get(part.clone())) {
+                self.note_store(gpa, watched);
+                // SAFETY: needed to write RAM; `place` found RAM there, and `part` stays inside its page.
+                unsafe { hostmem::copy_to(host, piece) };
+            }
+        }
+        for (place, part) in places.iter().flatten() {
+            if let (Place::Mmio { gpa }, Some(piece)) = (*place, buffer.get(part.clone())) {
+                for (n, chunk) in piece.chunks(8).enumerate() {
+                    self.exit(Exit::MmioWrite { gpa: gpa.wrapping_add(n as u64 * 8), data: chunk });
                 }
             }
         }
@@ -585,11 +584,10 @@ impl Vcpu {
             self.data_breakpoint(gva, T::SIZE, true);
             return Ok(result);
         }
-        // MMIO, or a page crossing. Hardware locks the bus for the latter; here all vCPUs that cross pages
-        // with LOCK exclude each other, which leaves out only mixed locked and plain access to one word.
+        // MMIO, or a page crossing. With LOCK, hardware locks the bus; here the other vCPUs stop.
         self.probe_write_as(gva, T::SIZE, privilege)?;
         let ram = std::sync::Arc::clone(&self.ram);
-        let _guard = locked.then(|| ram.group().split_lock());
+        let _alone = locked.then(|| self.outside(|vcpu| ram.group().stop_others(&vcpu.membership)));
         let mut bytes = [0; 8];
         let size = T::SIZE as usize;
         self.read_bytes_as(gva, &mut bytes[..size], privilege)?;

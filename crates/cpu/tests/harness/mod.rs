@@ -93,7 +93,10 @@ pub struct Script {
     pub interrupt_at_exit: Option<u8>,
 }
 
-struct TestPlatform(Arc<Mutex<Script>>, Arc<Attention>);
+/// A [`Script`] as a platform and a test share it.
+pub type SharedScript = Arc<Mutex<Script>>;
+
+struct TestPlatform(SharedScript, Arc<Attention>);
 
 impl Platform for TestPlatform {
     fn exit(&mut self, exit: Exit<'_>) -> Answer {
@@ -173,7 +176,7 @@ pub struct Trap {
 pub struct Guest {
     pub vcpu: Vcpu,
     pub engine: Interpreter,
-    pub script: Arc<Mutex<Script>>,
+    pub script: SharedScript,
     pub attention: Arc<Attention>,
     pub ram: Arc<Ram>,
 }
@@ -238,7 +241,15 @@ impl Guest {
 
     /// As [`Self::long`], on RAM that another vCPU has already.
     pub fn long_on(ram: Arc<Ram>) -> Self {
-        let mut guest = Self::on(ram);
+        Self::long_with(ram, |script, attention| Box::new(TestPlatform(script, attention)))
+    }
+
+    /// As [`Self::long_on`], with a platform of its own.
+    pub fn long_with(
+        ram: Arc<Ram>,
+        platform: impl FnOnce(SharedScript, Arc<Attention>) -> Box<dyn Platform>,
+    ) -> Self {
+        let mut guest = Self::with(ram, platform);
         for vector in 0..256 {
             guest.set_gate(vector, sel::CODE64, HANDLERS + vector * 16, 0x8e);
         }
@@ -266,10 +277,14 @@ impl Guest {
     }
 
     fn on(ram: Arc<Ram>) -> Self {
-        let script = Arc::new(Mutex::new(Script::default()));
+        Self::with(ram, |script, attention| Box::new(TestPlatform(script, attention)))
+    }
+
+    fn with(ram: Arc<Ram>, platform: impl FnOnce(SharedScript, Arc<Attention>) -> Box<dyn Platform>) -> Self {
+        let script = SharedScript::default();
         let attention = Arc::new(Attention::new());
         let config = VcpuConfig { cpuid: Cpuid::default(), tsc_offset: 0 };
-        let platform = Box::new(TestPlatform(Arc::clone(&script), Arc::clone(&attention)));
+        let platform = platform(Arc::clone(&script), Arc::clone(&attention));
         let vcpu = Vcpu::new(config, Arc::clone(&ram), platform, Arc::clone(&attention)).unwrap();
         let guest = Self { vcpu, engine: Interpreter::new(), script, attention, ram };
         let table: [(u16, u64); 11] = [
