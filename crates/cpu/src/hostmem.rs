@@ -3,7 +3,8 @@
 //! Guest RAM is shared with other vCPUs, device threads and possibly other processes, so it is never a
 //! Rust reference. Each access is one instruction in inline assembly: the compiler can neither tear,
 //! repeat nor remove it, unaligned addresses behave as on hardware, and the host's memory ordering (x86
-//! TSO) is the guest's. Guest atomics are host atomics with a LOCK prefix, split or not.
+//! TSO) is the guest's. Guest atomics are host atomics with a LOCK prefix, which callers do not let cross a
+//! cache line.
 //!
 //! This module is one of the few with `unsafe`. All its functions have one contract: `address` to
 //! `address + size` lies in mapped guest RAM. The TLB is what establishes it.

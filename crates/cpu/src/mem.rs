@@ -175,8 +175,8 @@ impl Vcpu {
         let gva = self.linear(i, T::SIZE, true)?;
         match self.tlb.write(self.state.tlb_base, self.state.tlb_tag, gva, T::SIZE) {
             // SAFETY: as in `store`.
-            Some(host) => Ok(unsafe { hostmem::exchange(host, value) }),
-            None => Ok(self.modify(gva, true, |_| value).map_err(|e| stack_fault(i, e))?.0),
+            Some(host) if !crosses_line::<T>(gva) => Ok(unsafe { hostmem::exchange(host, value) }),
+            _ => Ok(self.modify(gva, true, |_| value).map_err(|e| stack_fault(i, e))?.0),
         }
     }
 
@@ -324,8 +324,8 @@ impl Vcpu {
     #[inline(always)]
     pub fn modify<T: Data>(&mut self, gva: u64, locked: bool, f: impl Fn(T) -> T) -> Exec<(T, T)> {
         match self.tlb.write(self.state.tlb_base, self.state.tlb_tag, gva, T::SIZE) {
-            Some(host) => Ok(modify_ram(host, locked, f)),
-            None => self.modify_slow(gva, locked, self.privilege(), f),
+            Some(host) if !(locked && crosses_line::<T>(gva)) => Ok(modify_ram(host, locked, f)),
+            _ => self.modify_slow(gva, locked, self.privilege(), f),
         }
     }
 
@@ -577,6 +577,7 @@ impl Vcpu {
     ) -> Exec<(T, T)> {
         self.check_alignment(gva, T::SIZE, privilege)?;
         if (gva & 0xfff) + T::SIZE <= 0x1000
+            && !(locked && crosses_line::<T>(gva))
             && let Place::Ram { host, gpa, watched } = self.place(gva, AccessKind::Write, privilege)?
         {
             self.note_store(gpa, watched);
@@ -584,10 +585,14 @@ impl Vcpu {
             self.data_breakpoint(gva, T::SIZE, true);
             return Ok(result);
         }
-        // MMIO, or a page crossing. With LOCK, hardware locks the bus; here the other vCPUs stop.
+        // MMIO, or a page crossed, or a cache line with LOCK. For a LOCK hardware would lock the bus: one process's
+        // split lock holds up the whole host, or raises #AC there. Here the other vCPUs stop instead.
         self.probe_write_as(gva, T::SIZE, privilege)?;
         let ram = std::sync::Arc::clone(&self.ram);
-        let _alone = locked.then(|| self.outside(|vcpu| ram.group().stop_others(&vcpu.membership)));
+        let _alone = locked.then(|| {
+            self.stats.split_locks += 1;
+            self.outside(|vcpu| ram.group().stop_others(&vcpu.membership))
+        });
         let mut bytes = [0; 8];
         let size = T::SIZE as usize;
         self.read_bytes_as(gva, &mut bytes[..size], privilege)?;
@@ -746,6 +751,13 @@ impl Vcpu {
     pub fn refresh_table(&mut self) {
         self.state.tlb_base = self.table_of(self.privilege()).base();
     }
+}
+
+/// Whether a `T` at `gva` lies in two cache lines of the host: there a locked access to it is a split lock.
+#[inline(always)]
+fn crosses_line<T: Data>(gva: u64) -> bool {
+    const LINE: u64 = 64;
+    (gva & (LINE - 1)) + T::SIZE > LINE
 }
 
 #[inline(always)]

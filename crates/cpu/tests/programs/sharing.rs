@@ -377,3 +377,29 @@ fn a_locked_instruction_across_pages_excludes_plain_ones() {
     assert_eq!(second.peek::<u32>(counter - 4), ROUNDS);
     assert_eq!(u64::from(second.peek::<u32>(counter)), second.reg(reg::RCX));
 }
+
+#[test]
+fn locked_instructions_stop_the_other_vcpus_only_across_cache_lines() {
+    let mut g = Guest::long();
+    g.code(|a| {
+        for address in [DATA, DATA + 3, DATA + 56, DATA + 60] {
+            a.lock().add(dword_ptr(address), 1)?;
+            a.xchg(dword_ptr(address), eax)?;
+        }
+        // Not locked.
+        a.add(qword_ptr(DATA + 60), 1)
+    });
+    g.finish();
+    assert_eq!(g.vcpu.stats.split_locks, 0);
+    g.resume_at(CODE);
+    g.poke::<u64>(DATA + 0x7d, 0x0102_0304_0506_0708);
+    g.code(|a| {
+        a.lock().add(word_ptr(DATA + 63), 1)?;
+        a.lock().xadd(dword_ptr(DATA + 61), eax)?;
+        a.mov(rax, 9u64)?;
+        a.xchg(qword_ptr(DATA + 0x7d), rax)?;
+        a.lock().cmpxchg8b(qword_ptr(DATA + 57))
+    });
+    g.finish();
+    assert_eq!((g.vcpu.stats.split_locks, g.peek::<u64>(DATA + 0x7d)), (4, 9));
+}
