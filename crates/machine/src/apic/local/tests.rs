@@ -68,12 +68,12 @@ fn periodic_timer_goes_on() {
     let local = rig.bus.local(0).unwrap();
     local.mmio_write(DIVIDE, 0b0011);
     local.mmio_write(LVT_TIMER, 1 << 17 | 0x41);
-    local.mmio_write(INITIAL, 1000);
+    local.mmio_write(INITIAL, 100_000);
     for tick in 1..=5u64 {
-        rig.clock.advance_ns(16_000);
+        rig.clock.advance_ns(1_600_000);
         assert!(local.fire_timer_if_due(), "tick {tick}");
         assert_eq!(rig.drain(), [(0, 0x41)]);
-        assert_eq!(local.timer_tsc(), (tick + 1) * 32_000);
+        assert_eq!(local.timer_tsc(), (tick + 1) * 3_200_000);
     }
     local.mmio_write(INITIAL, 0);
     assert_eq!(local.next_deadline(), None);
