@@ -131,6 +131,14 @@ fn registers_move_with_apic_base_and_vanish_in_x2apic() {
 }
 
 #[test]
+fn where_the_registers_are_takes_no_lock() {
+    let rig = Rig::new(&[0], false);
+    let local = rig.bus.local(0).unwrap();
+    let _held = local.registers.lock().unwrap();
+    assert_eq!(local.mmio_base(), Some(Gpa(0xfee0_0000)));
+}
+
+#[test]
 fn lint1_as_nmi() {
     let rig = Rig::new(&[0], false);
     let local = rig.bus.local(0).unwrap();
