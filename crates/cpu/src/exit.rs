@@ -67,6 +67,8 @@ pub enum Exit<'a> {
         number: u64,
         /// RBX, RCX, RDX, RSI (truncated to 32 bits outside 64-bit mode).
         args: [u64; 4],
+        /// Called from 64-bit code.
+        long_mode: bool,
         /// The privilege level of the caller.
         cpl: u8,
         /// What goes into RAX.

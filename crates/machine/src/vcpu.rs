@@ -85,8 +85,8 @@ impl Platform for VcpuPlatform {
             }
             Exit::ReadCr8 { value } => *value = self.apic.cr8(),
             Exit::WriteCr8 { value } => return answer(self.apic.set_cr8(value)),
-            Exit::Hypercall { number, args, cpl, result } => {
-                *result = lock(&self.kvm).hypercall(&kvm::Hypercall { number, args, long_mode: true, cpl });
+            Exit::Hypercall { number, args, long_mode, cpl, result } => {
+                *result = lock(&self.kvm).hypercall(&kvm::Hypercall { number, args, long_mode, cpl });
             }
         }
         Answer::Done
@@ -158,6 +158,41 @@ impl VcpuThread {
         }
         if lock(&self.kvm).on_wake().0 {
             attention.raise(attention::FLUSH_TLB);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::apic::testing::Rig;
+    use crate::kvm::KvmVm;
+    use crate::{layout, memory};
+
+    fn vcpu(rig: &Rig) -> Vcpu {
+        let memory = Arc::new(memory::create(&layout::ram_regions(layout::MIN_RAM)).unwrap());
+        let vm = KvmVm::new(rig.clock.clone(), rig.bus.clone());
+        let platform = VcpuPlatform {
+            apic: rig.bus.local(0).unwrap().clone(),
+            bus: Arc::new(Bus::new()),
+            kvm: Arc::new(Mutex::new(KvmVcpu::new(vm, memory.clone()))),
+        };
+        let config = cpu::VcpuConfig { cpuid: cpu::Cpuid::default(), tsc_offset: 0 };
+        let ram = Arc::new(cpu::Ram::new((*memory).clone()));
+        Vcpu::new(config, ram, Box::new(platform), Arc::new(Attention::new())).unwrap()
+    }
+
+    #[test]
+    fn a_bitmap_of_vcpus_has_the_width_of_the_callers_registers() {
+        const SEND_IPI: u64 = 10;
+        let rig = Rig::new(&[0, 32, 64], false);
+        let mut vcpu = vcpu(&rig);
+        // The first bit of the second word.
+        for (long_mode, taker) in [(false, 1), (true, 2)] {
+            let mut result = 0;
+            let args = [0, 1, 0, 0xf0];
+            vcpu.exit(Exit::Hypercall { number: SEND_IPI, args, long_mode, cpl: 0, result: &mut result });
+            assert_eq!((result, rig.drain()), (1, vec![(taker, 0xf0)]));
         }
     }
 }

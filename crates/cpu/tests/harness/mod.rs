@@ -76,7 +76,7 @@ pub enum Seen {
     WriteMsr(u32, u64),
     ReadCr8,
     WriteCr8(u64),
-    Hypercall { number: u64, args: [u64; 4], cpl: u8 },
+    Hypercall { number: u64, args: [u64; 4], long_mode: bool, cpl: u8 },
 }
 
 /// What the platform saw, and what it is to answer.
@@ -139,9 +139,9 @@ impl Platform for TestPlatform {
                 Seen::ReadCr8
             }
             Exit::WriteCr8 { value } => Seen::WriteCr8(value),
-            Exit::Hypercall { number, args, cpl, result } => {
+            Exit::Hypercall { number, args, long_mode, cpl, result } => {
                 *result = answer();
-                Seen::Hypercall { number, args, cpl }
+                Seen::Hypercall { number, args, long_mode, cpl }
             }
         };
         script.seen.push(seen);
