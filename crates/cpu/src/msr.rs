@@ -297,14 +297,14 @@ impl Vcpu {
     /// A change of the TSC shows in TSC_ADJUST, and the other way round.
     fn write_tsc(&mut self, value: u64) {
         let delta = value.wrapping_sub(self.tsc());
-        self.state.tsc_offset = self.state.tsc_offset.wrapping_add(delta);
-        self.state.msrs.tsc_adjust = self.state.msrs.tsc_adjust.wrapping_add(delta);
+        self.write_tsc_adjust(self.state.msrs.tsc_adjust.wrapping_add(delta));
     }
 
     fn write_tsc_adjust(&mut self, value: u64) {
         let delta = value.wrapping_sub(self.state.msrs.tsc_adjust);
         self.state.tsc_offset = self.state.tsc_offset.wrapping_add(delta);
         self.state.msrs.tsc_adjust = value;
+        self.outside(|vcpu| vcpu.platform.tsc_adjusted(value));
     }
 
     fn write_pat(&mut self, value: u64) -> Exec {

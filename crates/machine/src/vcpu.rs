@@ -16,7 +16,7 @@ use mmu::Gpa;
 
 use crate::apic::{self, LAPIC_SIZE, LocalApic, MSR_APIC_BASE, MSR_TSC_DEADLINE};
 use crate::bus::Bus;
-use crate::clock::monotonic_ns;
+use crate::clock::{TscAdjust, monotonic_ns};
 use crate::kvm::{self, KvmVcpu};
 use crate::power::{PowerEvent, PowerSignal};
 
@@ -100,6 +100,13 @@ impl Platform for VcpuPlatform {
         self.apic.pending_vector().is_some()
     }
 
+    fn tsc_adjusted(&mut self, adjust: u64) {
+        let mut to = TscAdjust::default();
+        to.set(adjust);
+        self.apic.set_tsc_adjust(to);
+        lock(&self.kvm).set_tsc_adjust(to);
+    }
+
     fn init(&mut self) {
         self.apic.init();
     }
@@ -166,10 +173,11 @@ impl VcpuThread {
 mod tests {
     use super::*;
     use crate::apic::testing::Rig;
-    use crate::kvm::KvmVm;
+    use crate::kvm::{KvmVm, MSR_SYSTEM_TIME};
     use crate::{layout, memory};
+    use vm_memory::{Bytes as _, GuestAddress};
 
-    fn vcpu(rig: &Rig) -> Vcpu {
+    fn vcpu(rig: &Rig) -> (Vcpu, Arc<GuestRam>) {
         let memory = Arc::new(memory::create(&layout::ram_regions(layout::MIN_RAM)).unwrap());
         let vm = KvmVm::new(rig.clock.clone(), rig.bus.clone());
         let platform = VcpuPlatform {
@@ -179,14 +187,27 @@ mod tests {
         };
         let config = cpu::VcpuConfig { cpuid: cpu::Cpuid::default(), tsc_offset: 0 };
         let ram = Arc::new(cpu::Ram::new((*memory).clone()));
-        Vcpu::new(config, ram, Box::new(platform), Arc::new(Attention::new())).unwrap()
+        let vcpu = Vcpu::new(config, ram, Box::new(platform), Arc::new(Attention::new())).unwrap();
+        (vcpu, memory)
+    }
+
+    #[test]
+    fn a_moved_tsc_moves_deadline_and_clock() {
+        const MSR_TSC_ADJUST: u32 = 0x3b;
+        let rig = Rig::new(&[0], false);
+        let (mut vcpu, memory) = vcpu(&rig);
+        vcpu.write_msr(MSR_SYSTEM_TIME, 0x1000 | 1).unwrap();
+        vcpu.write_msr(MSR_TSC_ADJUST, 5000).unwrap();
+        assert_eq!(rig.bus.local(0).unwrap().tsc_adjust().get(), 5000);
+        // The clock page's tsc_timestamp.
+        assert_eq!(memory.read_obj::<u64>(GuestAddress(0x1008)).unwrap(), 5000);
     }
 
     #[test]
     fn a_bitmap_of_vcpus_has_the_width_of_the_callers_registers() {
         const SEND_IPI: u64 = 10;
         let rig = Rig::new(&[0, 32, 64], false);
-        let mut vcpu = vcpu(&rig);
+        let (mut vcpu, _) = vcpu(&rig);
         // The first bit of the second word.
         for (long_mode, taker) in [(false, 1), (true, 2)] {
             let mut result = 0;

@@ -79,6 +79,7 @@ pub enum Seen {
     Hypercall { number: u64, args: [u64; 4], long_mode: bool, cpl: u8 },
 }
 
+    TscAdjusted(u64),
 /// What the platform saw, and what it is to answer.
 #[derive(Debug, Default)]
 pub struct Script {
@@ -156,7 +157,9 @@ impl Platform for TestPlatform {
         !self.0.lock().unwrap().interrupts.is_empty()
     }
 
-    fn init(&mut self) {}
+    fn tsc_adjusted(&mut self, adjust: u64) {
+        self.0.lock().unwrap().seen.push(Seen::TscAdjusted(adjust));
+    }
 }
 
 /// An event frame as it lies on the stack of the handler.

@@ -250,6 +250,25 @@ fn hypercalls_say_whether_they_come_from_64_bit_code() {
 }
 
 #[test]
+fn writes_of_the_tsc_reach_the_platform_as_its_adjustment() {
+    let mut g = Guest::long();
+    g.code(|a| {
+        // IA32_TSC_ADJUST, then IA32_TSC.
+        a.mov(ecx, 0x3b)?;
+        a.mov(eax, 1000)?;
+        a.xor(edx, edx)?;
+        a.wrmsr()?;
+        a.mov(ecx, 0x10)?;
+        a.xor(eax, eax)?;
+        a.wrmsr()
+    });
+    g.finish();
+    let adjust = g.vcpu.state.msrs.tsc_adjust;
+    assert_eq!(g.seen(), [Seen::TscAdjusted(1000), Seen::TscAdjusted(adjust)]);
+    assert_eq!(g.vcpu.state.tsc_offset, adjust, "the harness's machine has no offset of its own");
+}
+
+#[test]
 fn cpuid_is_complete_for_x86_64_v3() {
     let cpuid = cpu::Cpuid::default();
     for name in [
