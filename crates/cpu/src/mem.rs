@@ -335,12 +335,12 @@ impl Vcpu {
     /// # Errors
     /// As for a write. The caller checks alignment.
     pub fn compare_exchange_16(&mut self, gva: u64, old: u128, new: u128) -> Exec<u128> {
-        match self.place(gva, AccessKind::Write, self.privilege())? {
+        let seen = match self.place(gva, AccessKind::Write, self.privilege())? {
             Place::Ram { host, gpa, watched } => {
                 self.note_store(gpa, watched);
                 // SAFETY: needed for the 128-bit atomic; `place` found RAM there, and 16 aligned bytes do not
                 // leave the page.
-                Ok(unsafe { hostmem::compare_exchange_16(host & !15, old, new) })
+                unsafe { hostmem::compare_exchange_16(host & !15, old, new) }
             }
             Place::Mmio { gpa } => {
                 let mut bytes = [0; 16];
@@ -352,9 +352,11 @@ impl Vcpu {
                 for (n, chunk) in value.to_le_bytes().chunks(8).enumerate() {
                     self.exit(Exit::MmioWrite { gpa: gpa.wrapping_add(n as u64 * 8), data: chunk });
                 }
-                Ok(seen)
+                seen
             }
-        }
+        };
+        self.data_breakpoint(gva, 16, true);
+        Ok(seen)
     }
 
     /// Reads bytes (at most a page) at a linear address with the current privilege.
