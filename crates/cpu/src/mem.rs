@@ -608,27 +608,30 @@ impl Vcpu {
     /// part of the buffer that it holds.
     fn places(&mut self, gva: u64, len: usize, kind: AccessKind, privilege: Privilege) -> Exec<Places> {
         let first = len.min(0x1000 - (gva & 0xfff) as usize);
-        if first < len
-            && self.walk.canonical(Gva(gva)) != self.walk.canonical(Gva(gva.wrapping_add(first as u64)))
-        {
+        let mut next = gva.wrapping_add(first as u64);
+        // In compatibility mode the processor's own tables may lie above 4 GiB.
+        if gva <= 0xffff_ffff {
+            next = self.wrapped(Gva(next)).0;
+        }
+        if first < len && self.walk.canonical(Gva(gva)) != self.walk.canonical(Gva(next)) {
             // Before any page fault.
             return fault(Fault::gp(0));
         }
         let one = self.place(gva, kind, privilege)?;
-        let two = if first < len {
-            let next = gva.wrapping_add(first as u64);
-            // In compatibility mode the processor's own tables may lie above 4 GiB.
-            let wide = self.state.code_mode == CodeMode::Bits64 || gva > 0xffff_ffff;
-            let next = if wide { next } else { next & 0xffff_ffff };
-            Some((self.place(next, kind, privilege)?, first..len))
-        } else {
-            None
-        };
+        let two = if first < len { Some((self.place(next, kind, privilege)?, first..len)) } else { None };
         Ok([Some((one, 0..first)), two])
+    }
+
+    /// A linear address that was computed from one below 4 GiB: outside 64-bit mode, it wraps around there.
+    #[inline]
+    pub(crate) fn wrapped(&self, gva: Gva) -> Gva {
+        if self.state.code_mode == CodeMode::Bits64 { gva } else { Gva(gva.0 & 0xffff_ffff) }
     }
 
     /// Translates one address, by the TLB or by a walk that fills it.
     fn place(&mut self, gva: u64, kind: AccessKind, privilege: Privilege) -> Exec<Place> {
+        // Without long mode no linear address has more than 32 bits, also not one in the middle of a descriptor.
+        let gva = if self.state.long_mode() { gva } else { gva & 0xffff_ffff };
         let wide = self.state.code_mode == CodeMode::Bits64 || gva > 0xffff_ffff;
         if wide && !self.walk.canonical(Gva(gva)) {
             return fault(Fault::gp(0));

@@ -223,7 +223,7 @@ impl Interpreter {
         let mode = vcpu.state.code_mode;
         let ram = std::sync::Arc::clone(&vcpu.ram);
         let first_len = 0x1000 - gpa.page_offset() as usize;
-        let second = fetch(vcpu, gva.wrapping_add(first_len as u64))?;
+        let second = fetch(vcpu, vcpu.wrapped(gva.wrapping_add(first_len as u64)))?;
         let (Some(page), Some(second_page)) = (ram.page(gpa), ram.page(second)) else { return Ok(None) };
         let known = self.blocks.crossing(gpa, mode, page.stamp());
         if known.is_some_and(|c| c.second == second && c.second_stamp == second_page.stamp()) {
@@ -267,7 +267,7 @@ impl Interpreter {
         let mut decoder = Decoder::with_ip(mode.bitness(), &bytes[..len], gva.0, DecoderOptions::NONE);
         decoder.decode_out(&mut i);
         if decoder.last_error() == DecoderError::NoMoreBytes && len < INSTRUCTION_LENGTH {
-            let next = gva.wrapping_add(len as u64);
+            let next = vcpu.wrapped(gva.wrapping_add(len as u64));
             read_code(vcpu, next, &mut bytes[len..])?;
             len = INSTRUCTION_LENGTH;
             Decoder::with_ip(mode.bitness(), &bytes[..len], gva.0, DecoderOptions::NONE).decode_out(&mut i);

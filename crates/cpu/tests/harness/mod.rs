@@ -32,6 +32,8 @@ pub const CODE: u64 = 0x8000;
 pub const TABLES: u64 = 0x1_0000;
 /// The page table entries of the first 2 MiB.
 pub const PT: u64 = TABLES + 0x3000;
+/// What [`Guest::wrapping`] has below 4 GiB.
+pub const LAST_PAGE: u64 = 0x5_0000;
 /// Scratch memory.
 pub const DATA: u64 = 0x2_0000;
 /// The initial stack pointer.
@@ -77,9 +79,9 @@ pub enum Seen {
     ReadCr8,
     WriteCr8(u64),
     Hypercall { number: u64, args: [u64; 4], long_mode: bool, cpl: u8 },
+    TscAdjusted(u64),
 }
 
-    TscAdjusted(u64),
 /// What the platform saw, and what it is to answer.
 #[derive(Debug, Default)]
 pub struct Script {
@@ -234,6 +236,25 @@ impl Guest {
         guest.poke::<u64>(GDT + u64::from(sel::TSS), descriptor(TSS as u32, 0x67, 0x8b00));
         guest.vcpu.state.cr0 |= cr0::PE;
         guest.flat(sel::CODE32, FLAT_CODE32, sel::DATA);
+        guest
+    }
+
+    /// 32-bit protected mode with 32-bit page tables: the last page below 4 GiB is at [`LAST_PAGE`], the rest is
+    /// identity-mapped. DS starts 64 KiB below 4 GiB.
+    pub fn wrapping() -> Self {
+        let mut guest = Self::protected();
+        for large in 0..1023u32 {
+            guest.poke::<u32>(TABLES + u64::from(large) * 4, large << 22 | 0x87);
+        }
+        guest.poke::<u32>(TABLES + 1023 * 4, PT as u32 | 7);
+        guest.poke::<u32>(PT + 1023 * 4, LAST_PAGE as u32 | 7);
+        let state = &mut guest.vcpu.state;
+        state.cr3 = TABLES;
+        state.cr4 |= cr4::PSE;
+        state.cr0 |= cr0::PG;
+        let data = Segment { selector: sel::DATA, limit: 0xffff_ffff, attributes: FLAT_DATA };
+        guest.vcpu.set_segment(seg::DS, data, 0xffff_0000);
+        guest.vcpu.refresh();
         guest
     }
 

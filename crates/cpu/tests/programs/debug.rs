@@ -244,3 +244,20 @@ fn cmpxchg16b_meets_data_breakpoints() {
         }
     }
 }
+
+#[test]
+fn a_data_breakpoint_sees_an_access_that_wraps_around() {
+    let mut g = Guest::wrapping();
+    g.vcpu.state.dr[0] = 0;
+    g.vcpu.state.dr7 = 1 << 10 | 1 | 0b01 << 16;
+    g.vcpu.refresh();
+    g.code(|a| {
+        a.mov(dword_ptr(0xfffe), 0x1122_3344)?;
+        a.nop()
+    });
+    g.fault(1);
+    assert_eq!(
+        (g.vcpu.state.dr6, g.peek::<u16>(LAST_PAGE + 0xffe), g.peek::<u16>(0)),
+        (FIXED | 1, 0x3344, 0x1122)
+    );
+}
