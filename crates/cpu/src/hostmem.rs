@@ -14,6 +14,21 @@ use std::arch::x86_64::__m128i;
 
 use crate::data::Data;
 
+/// `address` if `a` equals `b`, otherwise 0, found without a branch.
+///
+/// A branch can be mispredicted, and a guest can train it to be. Whoever then goes on with an address from here, for as
+/// long as the host speculates, goes on with 0, where nothing is mapped, instead of an address that the guest chose.
+#[inline(always)]
+pub(crate) fn address_if_equal(a: u64, b: u64, address: usize) -> usize {
+    let mut address = address;
+    // SAFETY: needed because the compiler would make a branch of it; sound because it computes with registers only.
+    unsafe {
+        asm!("cmp {a}, {b}", "cmovne {address}, {zero}", a = in(reg) a, b = in(reg) b, zero = in(reg) 0usize,
+             address = inout(reg) address, options(pure, nomem, nostack));
+    }
+    address
+}
+
 /// Loads a `T`.
 ///
 /// # Safety
