@@ -95,9 +95,9 @@ features! {
         18 "RDSEED", 19 "ADX", 20 "SMAP", 23 "CLFLUSHOPT", 24 "CLWB", 29 "SHA" = "sha";
     (0x7, 0) Ecx:
         2 "UMIP", 3 "PKU", 8 "GFNI" = "gfni", 9 "VAES" = "vaes", 10 "VPCLMULQDQ" = "vpclmulqdq", 16 "LA57",
-        22 "RDPID", 31 "PKS";
+        22 "RDPID", 27 "MOVDIRI", 31 "PKS";
     (0x7, 0) Edx: 4 "FSRM", 14 "SERIALIZE", 26 "IBRS_IBPB", 29 "ARCH_CAPABILITIES";
-    (0x7, 1) Eax: 10 "FZRM", 11 "FSRS";
+    (0x7, 1) Eax: 4 "AVX-VNNI" = "avxvnni", 10 "FZRM", 11 "FSRS";
     (0x7, 2) Edx: 4 "BHI_CTRL";
     (0xd, 1) Eax: 0 "XSAVEOPT", 1 "XSAVEC", 2 "XGETBV1";
     (0x8000_0001, 0) Ecx: 0 "LAHF", 5 "LZCNT", 8 "PREFETCHW";

@@ -67,8 +67,12 @@ const MTRR_CAP: u64 = VARIABLE_MTRRS as u64 | 1 << 8 | 1 << 10;
 /// A revision that kernels know as recent, in the upper half.
 const BIOS_SIGN_ID: u64 = 0x2b00_0603 << 32;
 
-/// What IA32_ARCH_CAPABILITIES promises: an interpreter speculates on nothing, so that no mitigation need slow the
-/// guest.
+/// What IA32_ARCH_CAPABILITIES tells the guest: the virtual processor has none of the known flaws, and its kernel can
+/// leave out the mitigations for them. None of the guest's instructions is executed speculatively, and the host's
+/// units that these flaws are in do not execute the guest's loads, stores and branches.
+///
+/// It says nothing about the host. That does speculate while it interprets; what this could show of the host's memory is
+/// held back by the host's own mitigations and by `tlb`, not by anything that the guest is told here.
 const ARCH_CAPABILITIES: u64 = {
     const RDCL_NO: u64 = 1 << 0;
     const IBRS_ALL: u64 = 1 << 1;
@@ -318,14 +322,14 @@ impl Vcpu {
     /// A change of the TSC shows in TSC_ADJUST, and the other way round.
     fn write_tsc(&mut self, value: u64) {
         let delta = value.wrapping_sub(self.tsc());
-        self.state.tsc_offset = self.state.tsc_offset.wrapping_add(delta);
-        self.state.msrs.tsc_adjust = self.state.msrs.tsc_adjust.wrapping_add(delta);
+        self.write_tsc_adjust(self.state.msrs.tsc_adjust.wrapping_add(delta));
     }
 
     fn write_tsc_adjust(&mut self, value: u64) {
         let delta = value.wrapping_sub(self.state.msrs.tsc_adjust);
         self.state.tsc_offset = self.state.tsc_offset.wrapping_add(delta);
         self.state.msrs.tsc_adjust = value;
+        self.outside(|vcpu| vcpu.platform.tsc_adjusted(value));
     }
 
     fn write_pat(&mut self, value: u64) -> Exec {

@@ -75,23 +75,23 @@ impl Interpreter {
 
     /// Runs `vcpu` until something needs its caller.
     pub fn run(&mut self, vcpu: &mut Vcpu) -> Outcome {
-        vcpu.attention.set_inside(true);
+        vcpu.enter();
         let outcome = self.run_inside(vcpu);
         vcpu.sync_mxcsr();
-        vcpu.attention.set_inside(false);
+        vcpu.leave();
         outcome
     }
 
     /// Executes exactly one instruction (or delivers one event), as debuggers and tests want it. `None` if
     /// the vCPU goes on.
     pub fn step(&mut self, vcpu: &mut Vcpu) -> Option<Outcome> {
-        vcpu.attention.set_inside(true);
+        vcpu.enter();
         let outcome = match service(vcpu) {
             Next::Leave(outcome) => Some(outcome),
             Next::Run | Next::Step => self.step_inside(vcpu),
         };
         vcpu.sync_mxcsr();
-        vcpu.attention.set_inside(false);
+        vcpu.leave();
         outcome
     }
 
@@ -223,7 +223,7 @@ impl Interpreter {
         let mode = vcpu.state.code_mode;
         let ram = std::sync::Arc::clone(&vcpu.ram);
         let first_len = 0x1000 - gpa.page_offset() as usize;
-        let second = fetch(vcpu, gva.wrapping_add(first_len as u64))?;
+        let second = fetch(vcpu, vcpu.wrapped(gva.wrapping_add(first_len as u64)))?;
         let (Some(page), Some(second_page)) = (ram.page(gpa), ram.page(second)) else { return Ok(None) };
         let known = self.blocks.crossing(gpa, mode, page.stamp());
         if known.is_some_and(|c| c.second == second && c.second_stamp == second_page.stamp()) {
@@ -267,7 +267,7 @@ impl Interpreter {
         let mut decoder = Decoder::with_ip(mode.bitness(), &bytes[..len], gva.0, DecoderOptions::NONE);
         decoder.decode_out(&mut i);
         if decoder.last_error() == DecoderError::NoMoreBytes && len < INSTRUCTION_LENGTH {
-            let next = gva.wrapping_add(len as u64);
+            let next = vcpu.wrapped(gva.wrapping_add(len as u64));
             read_code(vcpu, next, &mut bytes[len..])?;
             len = INSTRUCTION_LENGTH;
             Decoder::with_ip(mode.bitness(), &bytes[..len], gva.0, DecoderOptions::NONE).decode_out(&mut i);
@@ -296,8 +296,7 @@ impl Interpreter {
 fn watch(vcpu: &mut Vcpu, page: RamPage<'_>) -> Option<u32> {
     if page.ready().is_none() {
         vcpu.tlb.write_protect(page.host);
-        let (ram, peer) = (std::sync::Arc::clone(&vcpu.ram), std::sync::Arc::clone(&vcpu.peer));
-        ram.group().watch(&peer, page, || vcpu.serve_watch());
+        vcpu.outside(|vcpu| vcpu.ram.group().watch(&vcpu.membership, page));
     }
     page.ready()
 }
@@ -383,8 +382,9 @@ fn deliver(vcpu: &mut Vcpu, event: Event) -> Option<Outcome> {
 fn service(vcpu: &mut Vcpu) -> Next {
     vcpu.sync_mxcsr();
     let word = vcpu.attention.peek();
-    if word & attention::WATCH != 0 {
-        vcpu.serve_watch();
+    if word & (attention::WATCH | attention::STOP) != 0 {
+        vcpu.leave();
+        vcpu.enter();
     }
     if word & attention::FLUSH_TLB != 0 && vcpu.attention.take(attention::FLUSH_TLB) != 0 {
         vcpu.tlb.flush_all();

@@ -20,9 +20,12 @@
 //! so that an access that crosses a page never hits.
 //!
 //! The TLB is the security boundary: [`Tlb::fill`] is the only place where a host address enters it, and
-//! its caller passes pages of guest RAM only.
+//! its caller passes pages of guest RAM only. It holds while the host speculates, too: the address of a miss is 0 by
+//! computation, not by a branch that a guest could train ([`hostmem::address_if_equal`]).
 
 use mmu::{Gpa, Gva};
+
+use crate::hostmem;
 
 /// Pages in each table.
 const SIZE: usize = 1024;
@@ -135,7 +138,7 @@ impl Tlb {
     pub(crate) fn read(&self, base: u64, tag: u64, gva: u64, size: u64) -> Option<usize> {
         let entry = &self.entries[Self::index(base, gva)];
         let last = gva.wrapping_add(size - 1);
-        (entry.read == (last & !0xfff | tag)).then(|| entry.delta.wrapping_add(gva as usize))
+        hit(entry.read, last & !0xfff | tag, entry.delta.wrapping_add(gva as usize))
     }
 
     /// The host address of `size` bytes at `gva` if a write of them hits.
@@ -143,7 +146,7 @@ impl Tlb {
     pub(crate) fn write(&self, base: u64, tag: u64, gva: u64, size: u64) -> Option<usize> {
         let entry = &self.entries[Self::index(base, gva)];
         let last = gva.wrapping_add(size - 1);
-        (entry.write == (last & !0xfff | tag)).then(|| entry.delta.wrapping_add(gva as usize))
+        hit(entry.write, last & !0xfff | tag, entry.delta.wrapping_add(gva as usize))
     }
 
     /// The guest-physical address behind `gva` if a fetch from its page hits.
@@ -276,6 +279,13 @@ impl Tlb {
             }
         }
     }
+}
+
+/// The host address `address` if an entry's tag `tag` is the one looked for, `wanted`. Guest RAM is nowhere at 0.
+#[inline(always)]
+fn hit(tag: u64, wanted: u64, address: usize) -> Option<usize> {
+    let address = hostmem::address_if_equal(tag, wanted, address);
+    (address != 0).then_some(address)
 }
 
 impl Entry {

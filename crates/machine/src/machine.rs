@@ -85,6 +85,9 @@ pub enum MachineError {
     /// The host refused a thread or executable memory.
     #[error("cannot start a vCPU")]
     Vcpu(#[source] io::Error),
+    /// A thread of the machine, of this name, panicked, which ended the machine. (A release build aborts instead.)
+    #[error("the thread {0} failed: this is a mistake in ring3")]
+    Panicked(String),
 }
 
 /// Why a machine ended.
@@ -133,6 +136,17 @@ impl End {
                 return why;
             }
             why = self.changed.wait(why).unwrap_or_else(std::sync::PoisonError::into_inner);
+        }
+    }
+}
+
+/// Ends the machine if the thread that holds this panics: nobody else would.
+struct EndOnPanic(Arc<End>);
+
+impl Drop for EndOnPanic {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.set(Ended::Stopped);
         }
     }
 }
@@ -292,7 +306,7 @@ impl Machine {
     /// Runs until the machine ends.
     ///
     /// # Errors
-    /// When the host refuses threads or executable memory.
+    /// When the host refuses threads or executable memory, or a thread panics.
     pub fn run(mut self) -> Result<(Ended, MachineStats), MachineError> {
         self.pci.assign_bars()?;
         let pci = std::mem::replace(&mut self.pci, PciRoot::new(layout::MMIO32, 0..0));
@@ -323,17 +337,26 @@ impl Machine {
         let mut stats = MachineStats { guest_abi: self.config.guest_abi, ..MachineStats::default() };
         let ended = thread::scope(|scope| {
             let signals = &self.signals;
+            let end_on_panic = || EndOnPanic(Arc::clone(&self.end));
+            let ends = end_on_panic();
             let timers = thread::Builder::new()
                 .name("timers".into())
-                .spawn_scoped(scope, || signals.timers.serve(&self.apics))
+                .spawn_scoped(scope, || {
+                    let _ends = ends;
+                    signals.timers.serve(&self.apics)
+                })
                 .map_err(MachineError::Vcpu);
             let running: Result<Vec<_>, _> = threads
                 .into_iter()
                 .enumerate()
                 .map(|(index, vcpu)| {
+                    let ends = end_on_panic();
                     thread::Builder::new()
                         .name(format!("vcpu{index}"))
-                        .spawn_scoped(scope, move || vcpu.run())
+                        .spawn_scoped(scope, move || {
+                            let _ends = ends;
+                            vcpu.run()
+                        })
                         .map_err(MachineError::Vcpu)
                 })
                 .collect();
@@ -344,16 +367,20 @@ impl Machine {
             };
             signals.raise_all(attention::KICK);
             signals.timers.stop();
+            // All threads are joined, whatever the others ended with.
+            let timers = join(timers?);
+            let vcpus: Vec<_> = running?.into_iter().map(join).collect();
             timers?;
-            for thread in running? {
-                let end = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            for vcpu in vcpus {
+                let end = vcpu?;
                 stats.vcpus.push(end.counted);
                 stats.states.push(end.state);
                 stats.pvm.extend(end.pvm);
             }
             Ok::<_, MachineError>(ended)
-        })?;
+        });
         self.serial.flush();
+        let ended = ended?;
         stats.unclaimed_ports = bus.unclaimed_ports();
         stats.unclaimed_mmio = bus.unclaimed_mmio();
         Ok((ended, stats))
@@ -370,6 +397,12 @@ impl Machine {
         }
         cpuid
     }
+}
+
+/// What `thread` returned.
+fn join<T>(thread: thread::ScopedJoinHandle<'_, T>) -> Result<T, MachineError> {
+    let name = thread.thread().name().unwrap_or_default().to_owned();
+    thread.join().map_err(|_| MachineError::Panicked(name))
 }
 
 /// A device's edge-triggered line to an I/O APIC pin.
@@ -426,6 +459,30 @@ mod tests {
             assert!(matches!(with(layout::MIN_RAM, cpus), Err(MachineError::Cpus(c)) if c == cpus), "{cpus}");
         }
         assert!(with(layout::MIN_RAM, MAX_VCPUS).is_ok());
+    }
+
+    #[test]
+    fn a_panic_of_a_vcpu_ends_the_run() {
+        struct Broken;
+
+        impl crate::bus::PortDevice for Broken {
+            fn read(&self, _offset: u16, _data: &mut [u8]) {}
+
+            fn write(&self, _offset: u16, _data: &[u8]) {
+                panic!("on purpose");
+            }
+        }
+
+        let mut machine = with(layout::MIN_RAM, 2).unwrap();
+        machine.bus.add_ports("broken", 0x80, 1, Arc::new(Broken)).unwrap();
+        // A start-up IPI to `out 0x80, al`.
+        vm_memory::Bytes::write_slice(&*machine.memory, &[0xe6, 0x80], vm_memory::GuestAddress(0x5000))
+            .unwrap();
+        machine.signals.attentions()[1].raise_sipi(5);
+        match machine.run() {
+            Err(MachineError::Panicked(thread)) => assert_eq!(thread, "vcpu1"),
+            other => panic!("{other:?}"),
+        }
     }
 
     #[test]

@@ -120,6 +120,11 @@ impl Pvm {
         self.supervisor_cs.wrapping_add(8)
     }
 
+    /// The supervisor has loaded CS with `cs`, of RPL 0, in a way that trapped and was emulated.
+    pub fn set_supervisor_cs(&mut self, cs: u16) {
+        self.supervisor_cs = cs & !3;
+    }
+
     /// The addresses that the guest may use.
     pub const fn ranges(&self) -> &AddressRanges {
         &self.ranges

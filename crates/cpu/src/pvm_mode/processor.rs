@@ -262,7 +262,7 @@ impl Processor for Vcpu {
 
     fn kvm_hypercall(&mut self, number: u64, args: [u64; 4]) -> u64 {
         let mut result = pvm::abi::hypercall::KVM_ENOSYS;
-        match self.exit(Exit::Hypercall { number, args, cpl: 0, result: &mut result }) {
+        match self.exit(Exit::Hypercall { number, args, cpl: 0, long_mode: true, result: &mut result }) {
             Answer::Done => result,
             Answer::Refused => pvm::abi::hypercall::KVM_ENOSYS,
         }

@@ -1,10 +1,11 @@
 //! Two vCPUs on one RAM.
 
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::thread;
+use std::time::Duration;
 
 use cpu::state::reg;
-use cpu::{Outcome, attention};
+use cpu::{Answer, Exit, Outcome, Platform, attention};
 use iced_x86::code_asm::*;
 use vm_memory::{Bytes as _, GuestAddress};
 
@@ -231,4 +232,174 @@ fn a_kick_ends_the_run_of_a_guest_that_spins() {
         scope.spawn(|| attention.raise(attention::KICK));
         assert_eq!(g.run(), Outcome::Kicked);
     });
+}
+
+/// A platform that, at each port write of its vCPU, hands over to another thread and waits for it: an exit that
+/// takes as long as that thread likes.
+struct Handover {
+    go: mpsc::SyncSender<()>,
+    back: mpsc::Receiver<()>,
+}
+
+impl Platform for Handover {
+    fn exit(&mut self, exit: Exit<'_>) -> Answer {
+        if let Exit::PortOut { .. } | Exit::MmioWrite { .. } = exit {
+            self.go.send(()).unwrap();
+            self.back.recv_timeout(HANG).expect("the other vCPU waits for this exit");
+        }
+        Answer::Done
+    }
+
+    fn acknowledge_interrupt(&mut self) -> Option<u8> {
+        None
+    }
+
+    fn interrupt_pending(&mut self) -> bool {
+        false
+    }
+}
+
+/// Nothing takes this long unless it hangs.
+const HANG: Duration = Duration::from_secs(60);
+
+/// Runs a vCPU that was set up by `prepare` from 0xa000, and `meanwhile` on another thread each time that it is in
+/// an exit.
+fn during_exits(ram: &Arc<cpu::Ram>, prepare: impl FnOnce(&mut Guest), mut meanwhile: impl FnMut() + Send) {
+    let ((go, gone), (came, back)) = (mpsc::sync_channel(0), mpsc::sync_channel(1));
+    let mut guest = Guest::long_with(Arc::clone(ram), |_, _| Box::new(Handover { go, back }));
+    guest.vcpu.state.set_rip(0xa000);
+    guest.vcpu.set_reg(reg::RSP, STACK - 0x4000);
+    prepare(&mut guest);
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            while gone.recv().is_ok() {
+                meanwhile();
+                came.send(()).unwrap();
+            }
+        });
+        assert_eq!(guest.run(), Outcome::Halted);
+        drop(guest);
+    });
+}
+
+#[test]
+fn an_exit_that_blocks_holds_up_no_other_vcpu() {
+    // The writer makes its TLB entry for the page writable. While it is in an exit, the runner decodes the page,
+    // which takes a hand-shake. Afterwards the writer must not write through its old entry.
+    let mut runner = Guest::long();
+    let function = |a: &mut CodeAssembler| a.mov(eax, 1);
+    runner.code_at(0x9000, 64, function);
+    let ram = Arc::clone(&runner.ram);
+    let mut seen = Vec::new();
+    during_exits(
+        &ram,
+        |writer| {
+            writer.code_at(0xa000, 64, |a| {
+                a.mov(byte_ptr(0x9100), 1)?;
+                a.out(0x80, al)?;
+                a.mov(dword_ptr(0x9001), 7)?;
+                a.out(0x80, al)
+            });
+        },
+        || {
+            runner.resume_at(0x9000);
+            assert_eq!(runner.run(), Outcome::Halted);
+            seen.push(runner.reg(reg::RAX));
+        },
+    );
+    assert_eq!(seen, [1, 7]);
+}
+
+#[test]
+fn a_store_to_a_device_and_code_does_not_miss_that_it_is_code() {
+    // One store whose first half goes to a device and whose second to a page that becomes code during the exit.
+    let mut runner = Guest::long();
+    runner.code_at(0x9000, 64, |a| a.mov(eax, 0x0101_0101));
+    let ram = Arc::clone(&runner.ram);
+    let mut seen = Vec::new();
+    during_exits(
+        &ram,
+        |writer| {
+            // The page before is a device's.
+            writer.poke(PT + 8 * 8, MMIO | 7);
+            writer.code_at(0xa000, 64, |a| {
+                a.mov(byte_ptr(0x9100), 1)?;
+                a.mov(rax, 0x0202_02b8_0000_0000u64)?;
+                a.mov(qword_ptr(0x8ffc), rax)?;
+                a.out(0x80, al)
+            });
+        },
+        || {
+            runner.resume_at(0x9000);
+            assert_eq!(runner.run(), Outcome::Halted);
+            seen.push(runner.reg(reg::RAX));
+        },
+    );
+    assert_eq!(seen.last(), Some(&0x0102_0202), "{seen:x?}");
+}
+
+#[test]
+fn a_locked_instruction_across_pages_excludes_plain_ones() {
+    // One vCPU counts in eight bytes across two pages, the other in those of them that are aligned: with LOCK,
+    // but not across anything. Neither may lose one of the other's additions.
+    let mut first = Guest::long();
+    let mut second = Guest::long_on(Arc::clone(&first.ram));
+    let counter = DATA + 0x1000;
+    const ROUNDS: u32 = 2000;
+    first.code(|a| {
+        a.mov(ecx, ROUNDS)?;
+        let mut wait = a.create_label();
+        let mut top = a.create_label();
+        a.set_label(&mut wait)?;
+        a.cmp(dword_ptr(counter), 0)?;
+        a.je(wait)?;
+        a.set_label(&mut top)?;
+        a.lock().add(qword_ptr(counter - 4), 1)?;
+        a.dec(ecx)?;
+        a.jne(top)?;
+        a.mov(dword_ptr(DATA), 1)
+    });
+    second.code_at(0x9000, 64, |a| {
+        let mut top = a.create_label();
+        a.set_label(&mut top)?;
+        a.lock().inc(dword_ptr(counter))?;
+        a.inc(ecx)?;
+        a.cmp(dword_ptr(DATA), 0)?;
+        a.je(top)
+    });
+    second.vcpu.state.set_rip(0x9000);
+    second.vcpu.set_reg(reg::RCX, 0);
+    second.vcpu.set_reg(reg::RSP, STACK - 0x4000);
+    thread::scope(|scope| {
+        scope.spawn(|| assert_eq!(first.run(), Outcome::Halted));
+        assert_eq!(second.run(), Outcome::Halted);
+    });
+    assert_eq!(second.peek::<u32>(counter - 4), ROUNDS);
+    assert_eq!(u64::from(second.peek::<u32>(counter)), second.reg(reg::RCX));
+}
+
+#[test]
+fn locked_instructions_stop_the_other_vcpus_only_across_cache_lines() {
+    let mut g = Guest::long();
+    g.code(|a| {
+        for address in [DATA, DATA + 3, DATA + 56, DATA + 60] {
+            a.lock().add(dword_ptr(address), 1)?;
+            a.xchg(dword_ptr(address), eax)?;
+        }
+        // Not locked.
+        a.add(qword_ptr(DATA + 60), 1)
+    });
+    g.finish();
+    assert_eq!(g.vcpu.stats.split_locks, 0);
+    g.resume_at(CODE);
+    g.poke::<u64>(DATA + 0x7d, 0x0102_0304_0506_0708);
+    g.code(|a| {
+        a.lock().add(word_ptr(DATA + 63), 1)?;
+        a.lock().xadd(dword_ptr(DATA + 61), eax)?;
+        a.mov(rax, 9u64)?;
+        a.xchg(qword_ptr(DATA + 0x7d), rax)?;
+        a.lock().cmpxchg8b(qword_ptr(DATA + 57))
+    });
+    g.finish();
+    assert_eq!((g.vcpu.stats.split_locks, g.peek::<u64>(DATA + 0x7d)), (4, 9));
 }

@@ -31,7 +31,9 @@ pub static GROUPS: &[&Group] = &[
 
 /// What all groups use.
 mod prelude {
-    pub(super) use crate::abi::{PvmMsr, event_flags, hypercall as hc, msr, rflags, selector, vector, x86_msr};
+    pub(super) use crate::abi::{
+        PvmMsr, event_flags, hypercall as hc, msr, rflags, selector, vector, x86_msr,
+    };
     pub(super) use crate::cpu::{Cpu, Event, Exit, Registers, User, address, user_address, user_space};
     pub(super) use crate::entry::{Code, Trap, supervisor as s, user as u};
     pub(super) use crate::insn;
@@ -103,8 +105,12 @@ mod prelude {
 
     /// WRMSR, the instruction.
     pub(super) fn plain_wrmsr(cpu: &Cpu, index: u32, value: u64) -> Option<Event> {
-        let mut r =
-            Registers { rcx: index.into(), rax: value & 0xffff_ffff, rdx: value >> 32, ..Registers::default() };
+        let mut r = Registers {
+            rcx: index.into(),
+            rax: value & 0xffff_ffff,
+            rdx: value >> 32,
+            ..Registers::default()
+        };
         cpu.run(s::s_wrmsr, &mut r)
     }
 
