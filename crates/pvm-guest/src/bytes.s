@@ -37,11 +37,11 @@ memset:
 memcmp:
 bcmp:
     mov rcx, rdx
-    cmp rcx, rcx
+    cmp rcx, rcx                    # equal, for a length of zero
     repe cmpsb
+    je 2f                           # which they are, too, if there are none
     movzx eax, byte ptr [rdi - 1]
     movzx ecx, byte ptr [rsi - 1]
-    je 2f
     sub eax, ecx
     ret
 2:  xor eax, eax

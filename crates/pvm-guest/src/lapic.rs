@@ -39,6 +39,7 @@ pub mod command {
 const ENABLED: u32 = 1 << 8;
 const SPURIOUS_VECTOR: u32 = 0xff;
 const MASKED: u32 = 1 << 16;
+const PERIODIC: u32 = 1 << 17;
 const DIVIDE_BY_1: u32 = 0xb;
 
 static X2: AtomicBool = AtomicBool::new(false);
@@ -97,6 +98,12 @@ pub fn send(to: u32, command: u32) {
 /// Has the timer raise `vector` once, `count` ticks from now.
 pub fn timer_once(vector: u8, count: u32) {
     write(register::TIMER, vector.into());
+    write(register::INITIAL_COUNT, count);
+}
+
+/// Has the timer raise `vector` every `count` ticks.
+pub fn timer_periodic(vector: u8, count: u32) {
+    write(register::TIMER, u32::from(vector) | PERIODIC);
     write(register::INITIAL_COUNT, count);
 }
 

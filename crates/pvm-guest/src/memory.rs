@@ -20,6 +20,8 @@ pub mod place {
     pub const IMAGE: u64 = 4 << 30;
     /// For the checks to map what they like.
     pub const TEST: u64 = 8 << 30;
+    /// For the checks to find nothing mapped.
+    pub const NOWHERE: u64 = 16 << 30;
 }
 
 /// A physical address.

@@ -38,6 +38,11 @@ impl Space {
         memory::base() + place::TEST
     }
 
+    /// An address in the range where nothing is ever mapped.
+    pub fn nowhere(&self) -> u64 {
+        memory::base() + place::NOWHERE
+    }
+
     /// Maps a user page, in both roots as they share it, and drops what the TLB may have.
     pub fn map_user(&self, address: u64, frame: PageFrame, rights: u64) {
         self.user.map(address, frame.address(), rights);

@@ -51,7 +51,7 @@ fn general_protection(m: &Machine) -> Verdict {
 
 /// The address is in PVCS::cr2; the error code does not tell of user mode.
 fn page_fault_read(m: &Machine) -> Verdict {
-    let at = m.space.test() + 0x1234;
+    let at = m.space.nowhere() + 0x1234;
     let event = fault(m.cpu.run(s::s_load, &mut Registers { rdi: at, ..marked() }), vector::PF, 0)?;
     equal("cr2", event.cr2, at)?;
     equal("the frame's RIP", event.frame.rip, address(s::s_load))

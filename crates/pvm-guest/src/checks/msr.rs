@@ -95,7 +95,8 @@ fn range_refuses_malformed(m: &Machine) -> Verdict {
         of_fields([start4 - 1, end4, start5, end5]),
         of_fields([start4, end4 + 1, start5, end5]),
         of_fields([start4, 511, start5, end5]),
-        of_fields([start4 & 0xff, end4, start5, end5]),
+        value & !(1 << 8),
+        value & !(1 << 24),
     ] {
         refused(m.cpu, index, bad)?;
     }
@@ -142,7 +143,7 @@ fn vcpu_struct_moves(m: &Machine) -> Verdict {
     let index = msr(PvmMsr::VcpuStruct);
     let cr2_before = m.cpu.pvcs().cr2;
     wrmsr(index, m.cpu.spare_pvcs_address().0);
-    let target = m.space.test() + 0x123;
+    let target = m.space.nowhere() + 0x123;
     let event = m.cpu.run(s::s_load, &mut Registers { rdi: target, ..Registers::default() });
     wrmsr(index, m.cpu.pvcs_address().0);
     fault(event, vector::PF, 0)?;
