@@ -50,7 +50,7 @@ fn exists(name: &str) -> bool {
         return !source("cpu").exists() || has(&source(&format!("cpu/tests/programs/{file}.rs")), &test);
     }
     let unit = format!("    #[test]\n    fn {function}() {{");
-    has(&source(&format!("pvm/tests/abi/{file}.rs")), &test)
+    ["pvm/tests/abi", "pvm/tests"].iter().any(|folder| has(&source(&format!("{folder}/{file}.rs")), &test))
         || has(&source(&format!("pvm/src/{file}.rs")), &unit)
 }
 

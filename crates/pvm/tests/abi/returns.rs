@@ -146,6 +146,27 @@ fn eretu_with_bad_selectors_is_a_general_protection_fault_of_the_user() {
 }
 
 #[test]
+fn every_selector_is_loaded_or_refused() {
+    let mut v = about_to_return();
+    for selector in 0..=u16::MAX {
+        for (cs, ss) in [(selector, 0x2b), (0x33, selector)] {
+            v.put_u16(at::USER_CS, cs);
+            v.put_u16(at::USER_SS, ss);
+            assert_eq!(v.syscall_at(RETU_RIP), Ok(Next::Run));
+            let good = matches!(cs | 3, 0x33 | 0x23) && ss | 3 == 0x2b;
+            let mode = if good { Mode::User } else { Mode::Supervisor };
+            assert_eq!(v.pvm.mode(), mode, "{cs:#x}, {ss:#x}");
+            if good {
+                assert_eq!(v.deliver(Event::new(3)), Ok(()));
+            } else {
+                assert_eq!(v.cpu.bytes(PVCS + 8), u32::from(selector & !3).to_le_bytes(), "the error code");
+                assert_eq!(v.cpu.bytes(PVCS + 12), 13u32.to_le_bytes());
+            }
+        }
+    }
+}
+
+#[test]
 fn a_round_trip_to_user_mode_keeps_the_supervisors_stack_and_roots() {
     let mut v = about_to_return();
     let rsp = v.cpu.registers.rsp;
