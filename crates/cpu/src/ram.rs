@@ -9,7 +9,7 @@
 //! Writers are made to notice: a vCPU never has a writable TLB entry for a watched page, so that its
 //! stores to it take the slow path, which calls [`PageStamps::note_write`]; devices write through
 //! `vm-memory`, whose dirty-bitmap hook does the same. When a page becomes watched, other vCPUs may still
-//! hold writable TLB entries for it; [`VcpuGroup`] makes them drop these before the page is decoded.
+//! hold writable TLB entries for it; `group` makes them drop these before the page is decoded.
 
 use std::fmt;
 use std::sync::Arc;

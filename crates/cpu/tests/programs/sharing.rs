@@ -338,44 +338,50 @@ fn a_store_to_a_device_and_code_does_not_miss_that_it_is_code() {
     assert_eq!(seen.last(), Some(&0x0102_0202), "{seen:x?}");
 }
 
+/// A platform that calls a function at the first MMIO read.
+struct AtRead<F>(Option<F>);
+
+impl<F: FnOnce() + Send> Platform for AtRead<F> {
+    fn exit(&mut self, exit: Exit<'_>) -> Answer {
+        if let (Exit::MmioRead { .. }, Some(f)) = (exit, self.0.take()) {
+            f();
+        }
+        Answer::Done
+    }
+
+    fn acknowledge_interrupt(&mut self) -> Option<u8> {
+        None
+    }
+
+    fn interrupt_pending(&mut self) -> bool {
+        false
+    }
+}
+
 #[test]
-fn a_locked_instruction_across_pages_excludes_plain_ones() {
-    // One vCPU counts in eight bytes across two pages, the other in those of them that are aligned: with LOCK,
-    // but not across anything. Neither may lose one of the other's additions.
-    let mut first = Guest::long();
-    let mut second = Guest::long_on(Arc::clone(&first.ram));
-    let counter = DATA + 0x1000;
-    const ROUNDS: u32 = 2000;
-    first.code(|a| {
-        a.mov(ecx, ROUNDS)?;
-        let mut wait = a.create_label();
-        let mut top = a.create_label();
-        a.set_label(&mut wait)?;
-        a.cmp(dword_ptr(counter), 0)?;
-        a.je(wait)?;
-        a.set_label(&mut top)?;
-        a.lock().add(qword_ptr(counter - 4), 1)?;
-        a.dec(ecx)?;
-        a.jne(top)?;
-        a.mov(dword_ptr(DATA), 1)
-    });
-    second.code_at(0x9000, 64, |a| {
-        let mut top = a.create_label();
-        a.set_label(&mut top)?;
-        a.lock().inc(dword_ptr(counter))?;
-        a.inc(ecx)?;
-        a.cmp(dword_ptr(DATA), 0)?;
-        a.je(top)
-    });
+fn a_locked_instruction_across_pages_excludes_plain_stores() {
+    // The first half of the operand is RAM, the second a device's. When the device is read, RAM has been; a store
+    // that another vCPU makes now, without LOCK, must not be lost.
+    const OPERAND: u64 = DATA + 0xffc;
+    let mut second = Guest::long();
+    let ram = Arc::clone(&second.ram);
+    second.code_at(0x9000, 64, |a| a.mov(dword_ptr(OPERAND), 7));
     second.vcpu.state.set_rip(0x9000);
-    second.vcpu.set_reg(reg::RCX, 0);
-    second.vcpu.set_reg(reg::RSP, STACK - 0x4000);
-    thread::scope(|scope| {
-        scope.spawn(|| assert_eq!(first.run(), Outcome::Halted));
-        assert_eq!(second.run(), Outcome::Halted);
-    });
-    assert_eq!(second.peek::<u32>(counter - 4), ROUNDS);
-    assert_eq!(u64::from(second.peek::<u32>(counter)), second.reg(reg::RCX));
+    let stopped = Arc::clone(&second.attention);
+    let (started, running) = mpsc::channel();
+    let at_read = move || {
+        let second = thread::spawn(move || assert_eq!(second.run(), Outcome::Halted));
+        while !second.is_finished() && stopped.peek() & attention::STOP == 0 {
+            thread::yield_now();
+        }
+        started.send(second).unwrap();
+    };
+    let mut first = Guest::long_with(ram, |_, _| Box::new(AtRead(Some(at_read))));
+    first.poke(PT + ((OPERAND >> 12) + 1) * 8, MMIO | 7);
+    first.code(|a| a.lock().add(qword_ptr(OPERAND), 1));
+    first.finish();
+    running.recv().unwrap().join().unwrap();
+    assert_eq!(first.peek::<u32>(OPERAND), 7);
 }
 
 #[test]
