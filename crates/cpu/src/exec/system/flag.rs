@@ -15,9 +15,6 @@ const POPF: u64 = flags::ARITHMETIC | flags::TF | flags::DF | flags::NT | flags:
 pub(super) fn cli(vcpu: &mut Vcpu, _i: &Insn) -> Exec {
     vcpu.require_iopl()?;
     if vcpu.state.deprivileged {
-        return vcpu.set_pvm_interrupt_flag(true);
-    }
-    if vcpu.state.deprivileged {
         return vcpu.set_pvm_interrupt_flag(false);
     }
     vcpu.state.flags.set_system(flags::IF, 0);
@@ -27,6 +24,9 @@ pub(super) fn cli(vcpu: &mut Vcpu, _i: &Insn) -> Exec {
 /// STI: interrupts are taken after the next instruction.
 pub(super) fn sti(vcpu: &mut Vcpu, _i: &Insn) -> Exec {
     vcpu.require_iopl()?;
+    if vcpu.state.deprivileged {
+        return vcpu.set_pvm_interrupt_flag(true);
+    }
     if vcpu.state.flags.system() & flags::IF == 0 {
         vcpu.set_rflags(flags::IF, flags::IF);
         vcpu.state.slow |= slow::STI_SHADOW;
