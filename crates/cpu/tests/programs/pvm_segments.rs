@@ -233,17 +233,30 @@ fn far_transfers(selector: u16, stack: u16, target: u64) -> [(&'static str, Vec<
     ]
 }
 
+impl Guest {
+    /// Puts `bytes` in front of the vCPU, in `mode`, with fresh stacks.
+    fn again(&mut self, mode: Mode, bytes: &[u8]) {
+        self.vcpu.set_reg(reg::RSP, STACK);
+        self.pvm_program(mode, |a| {
+            a.mov(eax, 0x2b)?;
+            a.mov(ss, eax)?;
+            a.db(bytes)
+        });
+    }
+}
+
 /// Where far transfers go.
 const TARGET: u64 = 0x9000;
 
 #[test]
 fn supervisors_go_to_64_bit_code_or_their_own() {
+    let mut g = guest(Mode::Supervisor, |a| a.nop());
     for selector in 0..0x100u16 {
         let good = matches!(selector, 0x33 | 0x08..=0x0b);
         for (name, bytes) in far_transfers(selector, 0x2b, TARGET) {
             // JMP and CALL check only that the selector's RPL is not above 3.
             let good = good || matches!(name, "JMP FAR" | "CALL FAR") && matches!(selector, 0x30..=0x33);
-            let mut g = guest(Mode::Supervisor, |a| a.db(&bytes));
+            g.again(Mode::Supervisor, &bytes);
             // Still privileged there.
             g.code_at(TARGET, 64, |a| {
                 a.mov(rbx, cr3)?;
@@ -274,9 +287,10 @@ fn supervisors_go_to_64_bit_code_or_their_own() {
 
 #[test]
 fn iretq_takes_the_supervisors_stack_segments() {
+    let mut g = guest(Mode::Supervisor, |a| a.nop());
     for stack in 0..0x100u16 {
         let [(_, iretq), ..] = far_transfers(0x08, stack, TARGET);
-        let mut g = guest(Mode::Supervisor, |a| a.db(&iretq));
+        g.again(Mode::Supervisor, &iretq);
         g.code_at(TARGET, 64, |a| {
             a.mov(r9d, ss)?;
             a.pushfq()?;
@@ -299,12 +313,13 @@ fn iretq_takes_the_supervisors_stack_segments() {
 
 #[test]
 fn users_go_to_both_kinds_of_user_code() {
+    let mut g = guest(Mode::Supervisor, |a| a.nop());
     for selector in 0..0x100u16 {
         for (name, bytes) in far_transfers(selector, 0x2b, TARGET) {
             let jump = matches!(name, "JMP FAR" | "CALL FAR");
             let long = selector == 0x33 || jump && matches!(selector, 0x30..=0x33);
             let short = selector == 0x23 || jump && matches!(selector, 0x20..=0x23);
-            let mut g = guest(Mode::User, |a| a.db(&bytes));
+            g.again(Mode::User, &bytes);
             // INC EAX in 32-bit code, a prefix of the NOP in 64-bit code; then an instruction for supervisors.
             g.code_at(TARGET, 64, |a| {
                 a.db(&[0x31, 0xc0, 0x40, 0x90, 0x8c, 0xd3])?;
