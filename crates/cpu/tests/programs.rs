@@ -12,6 +12,11 @@ mod programs {
     mod paging;
     mod ports;
     mod pvm_events;
+    mod pvm_hostile;
+    mod pvm_instructions;
+    mod pvm_modes;
+    mod pvm_paging;
+    mod pvm_segments;
     mod segments;
     mod sharing;
 }

@@ -6,6 +6,10 @@
 
 #![allow(dead_code, unreachable_pub, missing_docs, reason = "each test program uses a part of it")]
 
+mod pvm_guest;
+
+pub use pvm_guest::*;
+
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
@@ -225,10 +229,25 @@ fn new_ram() -> Arc<Ram> {
     Arc::new(Ram::new(GuestRam::from_ranges(&[(GuestAddress(0), RAM)]).unwrap()))
 }
 
+/// The PVM ABI as the guests here have it.
+fn abi() -> pvm::Config {
+    let ranges = pvm::AddressRanges::new(402..434, Some(402..434)).unwrap();
+    pvm::Config { generation: &pvm::abi::GENERATION_1, ranges, cpu: 3 }
+}
+
 impl Guest {
     /// After reset, with CS:IP at `CODE` in the first 64 KiB.
     pub fn real() -> Self {
-        let mut guest = Self::on(new_ram());
+        Self::real_with_abi(None)
+    }
+
+    /// As [`Self::real`], for a guest that may use the PVM ABI.
+    pub fn real_before_pvm() -> Self {
+        Self::real_with_abi(Some(abi()))
+    }
+
+    fn real_with_abi(pvm: Option<pvm::Config>) -> Self {
+        let mut guest = Self::with_abi(new_ram(), pvm);
         let state = &mut guest.vcpu.state;
         state.set_real_mode_cs(0);
         state.set_rip(CODE);
@@ -287,17 +306,24 @@ impl Guest {
     /// 64-bit supervisor mode of a guest that may use the PVM ABI, before its first instruction: it enters PVM
     /// mode with that. Nothing of the ABI is set up; see [`Self::pvm`].
     pub fn long_before_pvm() -> Self {
-        let ranges = pvm::AddressRanges::new(402..434, Some(402..434)).unwrap();
-        let generation = &pvm::abi::GENERATION_1;
-        Self::long_with_abi(new_ram(), Some(pvm::Config { generation, ranges, cpu: 3 }), TestPlatform::boxed)
+        Self::pvm_on_before(new_ram())
+    }
+
+    fn pvm_on_before(ram: Arc<Ram>) -> Self {
+        Self::long_with_abi(ram, Some(abi()), TestPlatform::boxed)
     }
 
     /// PVM supervisor mode, set up: the shared structure at [`PVCS`], events entering at [`ENTRY`] (each of
     /// the three entries is a HLT), system calls at [`LSTAR`] (a HLT), ERETU at [`RETU`], ERETS at [`RETS`],
     /// one root for both modes.
     pub fn pvm() -> Self {
+        Self::pvm_on(new_ram())
+    }
+
+    /// As [`Self::pvm`], on RAM that another vCPU has already.
+    pub fn pvm_on(ram: Arc<Ram>) -> Self {
         use pvm::abi::{GENERATION_1, PvmMsr, x86_msr};
-        let mut guest = Self::long_before_pvm();
+        let mut guest = Self::pvm_on_before(ram);
         // The first instruction, a NOP, enters PVM mode.
         guest.code(|a| a.nop());
         guest.engine.step(&mut guest.vcpu);
