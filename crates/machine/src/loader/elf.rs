@@ -1,4 +1,4 @@
-//! Reading an ELF kernel: 64-bit, little-endian, x86-64, at fixed addresses.
+//! Reading an ELF kernel: 64-bit, little-endian, x86-64, at fixed physical addresses.
 //!
 //! Only program headers matter: what to put where (`PT_LOAD`) and notes (`PT_NOTE`), of which the one
 //! with the PVH entry point is looked for. Everything is checked against the file's length here,
@@ -13,6 +13,7 @@ const PROGRAM_HEADER_SIZE: usize = 56;
 const PT_LOAD: u32 = 1;
 const PT_NOTE: u32 = 4;
 const ET_EXEC: u16 = 2;
+const ET_DYN: u16 = 3;
 const EM_X86_64: u16 = 62;
 /// The Xen note whose value is the 32-bit entry point of PVH (Xen's `elfnote.h`).
 const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;
@@ -141,9 +142,9 @@ fn program_headers(file: &[u8]) -> Result<(u64, u64), ElfError> {
         return Err(ElfError::OtherArchitecture(machine_name(machine, big_endian)));
     }
     match u16_at(file, 16) {
-        ET_EXEC => {}
+        // Linkers give a kernel that can move itself the type of a shared object: see `Elf::parse`.
+        ET_EXEC | ET_DYN => {}
         1 => return Err(ElfError::NotExecutable("a relocatable object (a module?)".into())),
-        3 => return Err(ElfError::NotExecutable("a shared object or position-independent program".into())),
         4 => return Err(ElfError::NotExecutable("a core dump".into())),
         other => return Err(ElfError::NotExecutable(format!("of type {other}"))),
     }
@@ -205,6 +206,11 @@ impl Elf {
                 }
                 _ => {}
             }
+        }
+        if u16_at(file, 16) == ET_DYN && pvh_entry.is_none() {
+            // Only the note tells a position-independent kernel, which is loaded where its headers say, from a program.
+            let what = "a shared object or position-independent program".into();
+            return Err(ElfError::NotExecutable(what));
         }
         let e_entry = u64_at(file, 24);
         let entry = find_entry(&segments, e_entry).ok_or(ElfError::NoEntry(e_entry))?;

@@ -158,6 +158,9 @@ fn says_what_a_file_is_instead() {
         file[at..at + bytes.len()].copy_from_slice(bytes);
         file
     };
+    let code = Part { kind: 1, address: KERNEL_AT, memory_size: 4, content: vec![0x90; 4] };
+    let mut program = elf(KERNEL_AT, &[code]);
+    program[16] = 3;
     let cases: [(Vec<u8>, &str); 14] = [
         (vec![], "empty"),
         (arm64, "aarch64 (an arm64 Image)"),
@@ -166,7 +169,7 @@ fn says_what_a_file_is_instead() {
         (change(4, &[1]), "x32"),
         (change(5, &[2]), "ELF machine 15872"),
         (change(16, &[1, 0]), "module"),
-        (change(16, &[3, 0]), "shared object"),
+        (program, "shared object"),
         (change(24, &5u64.to_le_bytes()), "no 64-bit entry"),
         (b"#!/bin/sh\n".to_vec(), "a script"),
         (b"\x1f\x8b\x08xxxxxxxxxx".to_vec(), "decompress it first"),
@@ -180,6 +183,15 @@ fn says_what_a_file_is_instead() {
     }
     let path = Path::new("/nonexistent/vmlinuz");
     assert!(text(&KernelImage::open(path).unwrap_err()).contains("/nonexistent/vmlinuz: No such file"));
+}
+
+/// A kernel that can move itself is linked like a shared object; its PVH note tells that it is none.
+#[test]
+fn a_position_independent_kernel_with_a_pvh_note_is_one() {
+    let mut file = vmlinux();
+    file[16] = 3;
+    let image = KernelImage::from_bytes(file).unwrap();
+    assert_eq!((image.elf.entry, image.elf.pvh_entry), (Gpa(KERNEL_AT), Some(PVH_AT)));
 }
 
 /// Half a GiB is read to find out; not while another test watches the memory of this process.
