@@ -99,7 +99,9 @@ impl Report {
             }
         } else if let Some(count) = line.strip_prefix("1..").and_then(|n| n.parse().ok()) {
             self.plan = Some(count);
-        } else if let Some(words) = line.strip_prefix(NAME) {
+        } else if let Some(words) = line.strip_prefix(NAME)
+            && (words.starts_with("PASS") || words.starts_with("FAIL"))
+        {
             self.verdict = Some(words.to_owned());
         }
         if !line.is_empty() {
@@ -177,7 +179,7 @@ mod tests {
     #[test]
     fn a_whole_report_is_good() {
         let report = read(
-            "hello\r\n1..3\r\nok 1 a/b\r\nok 2 c # skip no LA57\r\n# why\r\nok 3 d: e\r\npvm-guest: PASS 3 checks, 1 skipped\r\n",
+            "pvm-guest: by PVH\r\n1..3\r\nok 1 a/b\r\nok 2 c # skip no LA57\r\n# why\r\nok 3 d: e\r\npvm-guest: PASS 3 checks, 1 skipped\r\n",
         );
         assert_eq!(report.problems(), [""; 0]);
         assert_eq!(report.counts(), (2, 1));
@@ -204,7 +206,10 @@ mod tests {
             ("1..1\nok 1 a # skip b\npvm-guest: PASS 1 checks, 0 skipped\n", "verdict: PASS 1"),
             ("1..1\nnot ok 1 a: saw 3\npvm-guest: FAIL 1 of 1 checks\n", "verdict: FAIL"),
             ("1..1\nnot ok 1 a\npvm-guest: PASS 1 checks, 0 skipped\n", "not ok 1 a: "),
-            ("pvm-guest: this machine is not a PVM hypervisor\n", "verdict: this machine is not"),
+            (
+                "pvm-guest: this machine is not a PVM hypervisor\n",
+                "last line was \"pvm-guest: this machine is",
+            ),
         ] {
             let problems = read(text).problems();
             assert!(problems.iter().any(|line| line.contains(words)), "{words:?} in {problems:?}");
