@@ -145,7 +145,7 @@ fn the_selftest_believes_a_whole_report_and_nothing_less() {
     let options = ["--boot=pvh", "--cpus=1", "--timeout=0.3"];
     let (status, text) = selftest_with(&kernel("1..2\nok 1 a\n", Ending::Hang, true), &options);
     assert!(status == 1 && text.contains("within 0.3 s"), "{text}");
-    assert!(text.contains("reported 1 of 2 checks") && text.contains("last line was \"ok 1 a\""), "{text}");
+    assert!(text.contains("reported 1 of 2 checks") && text.contains("\n  | ok 1 a\n"), "{text}");
 }
 
 #[test]

@@ -43,18 +43,9 @@ const PROGRAMS: [Program; 2] = [
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     for program in &PROGRAMS {
-        let binary = if program.package == "pvm-guest" { empty() } else { build(program) };
+        let binary = build(program);
         println!("cargo::rustc-env={}={}", program.variable, binary.display());
     }
-}
-
-/// Until there is a `pvm-guest`: a file without content.
-fn empty() -> PathBuf {
-    let path = PathBuf::from(env::var_os("OUT_DIR").unwrap_or_default()).join("empty");
-    if let Err(error) = std::fs::write(&path, b"") {
-        fail(&format!("cannot write {}: {error}", path.display()));
-    }
-    path
 }
 
 /// Builds a program; returns the file.

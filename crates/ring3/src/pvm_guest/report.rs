@@ -14,10 +14,14 @@
 //! are remarks. The guest is not trusted to keep to this: a report counts as good only if the plan, the checks and the last
 //! line agree.
 
+use crate::run::console::Tail;
+
 /// Who speaks in the last line.
 const NAME: &str = "pvm-guest: ";
 /// A longer line is cut.
 const LONGEST_LINE: usize = 512;
+/// Last lines that are shown of a guest that did not get to its end.
+const SHOWN: usize = 16;
 /// More checks than any guest of ours has. The rest is not kept.
 const MOST_CHECKS: usize = 10_000;
 
@@ -71,12 +75,14 @@ pub struct Report {
     checks: Vec<Check>,
     /// What the last line said behind [`NAME`].
     verdict: Option<String>,
-    last_line: String,
+    /// The last lines, for a guest that did not get to its end.
+    tail: Tail,
 }
 
 impl Report {
     /// Takes the next bytes; returns the lines that they complete, without what could command a terminal.
     pub fn push(&mut self, bytes: &[u8]) -> Vec<String> {
+        self.tail.push(bytes);
         let mut lines = Vec::new();
         for &byte in bytes {
             if byte == b'\n' {
@@ -99,11 +105,10 @@ impl Report {
             }
         } else if let Some(count) = line.strip_prefix("1..").and_then(|n| n.parse().ok()) {
             self.plan = Some(count);
-        } else if let Some(words) = line.strip_prefix(NAME) {
+        } else if let Some(words) = line.strip_prefix(NAME)
+            && (words.starts_with("PASS") || words.starts_with("FAIL"))
+        {
             self.verdict = Some(words.to_owned());
-        }
-        if !line.is_empty() {
-            line.clone_into(&mut self.last_line);
         }
     }
 
@@ -156,9 +161,12 @@ impl Report {
         match &self.verdict {
             Some(words) if *words == format!("PASS {count} checks, {skipped} skipped") => {}
             Some(words) => problems.push(format!("the guest's verdict: {words}")),
-            None => {
-                problems.push(format!("the guest gave no verdict; its last line was {:?}", self.last_line));
-            }
+            None => problems.push("the guest gave no verdict".to_owned()),
+        }
+        if self.verdict.is_none() || !self.is_complete() {
+            let said = self.tail.lines();
+            problems.push("the guest's last lines (-v shows all):".to_owned());
+            problems.extend(said.iter().rev().take(SHOWN).rev().map(|line| format!("| {line}")));
         }
         problems
     }
@@ -177,7 +185,7 @@ mod tests {
     #[test]
     fn a_whole_report_is_good() {
         let report = read(
-            "hello\r\n1..3\r\nok 1 a/b\r\nok 2 c # skip no LA57\r\n# why\r\nok 3 d: e\r\npvm-guest: PASS 3 checks, 1 skipped\r\n",
+            "pvm-guest: by PVH\r\n1..3\r\nok 1 a/b\r\nok 2 c # skip no LA57\r\n# why\r\nok 3 d: e\r\npvm-guest: PASS 3 checks, 1 skipped\r\n",
         );
         assert_eq!(report.problems(), [""; 0]);
         assert_eq!(report.counts(), (2, 1));
@@ -192,19 +200,19 @@ mod tests {
     fn whatever_is_missing_is_told() {
         for (text, words) in [
             ("", "no plan"),
-            ("", "its last line was \"\""),
+            ("", "no verdict"),
             ("1..2\nok 1 a\npvm-guest: PASS 1 checks, 0 skipped\n", "reported 1 of 2 checks"),
             ("1..1\nok 1 a\nok 2 b\npvm-guest: PASS 2 checks, 0 skipped\n", "reported 2 of 1 checks"),
             ("1..2\nok 2 a\nok 1 b\npvm-guest: PASS 2 checks, 0 skipped\n", "out of order"),
             ("1..0\npvm-guest: PASS 0 checks, 0 skipped\n", "out of order"),
             ("1..1\nok 1 a\noops", "no verdict"),
-            ("1..1\nok 1 a\npvm-guest: PASS 1 che", "its last line was \"ok 1 a\""),
+            ("1..1\nok 1 a\npvm-guest: PASS 1 che", "| pvm-guest: PASS 1 che"),
             ("1..1\nok 1 a\npvm-guest: PASS 2 checks, 0 skipped\n", "verdict: PASS 2"),
             ("1..1\nnot ok 1 a : saw 3\npvm-guest: FAIL 1 of 1 checks, 0 skipped\n", "not ok 1 a: saw 3"),
             ("1..1\nok 1 a # skip b\npvm-guest: PASS 1 checks, 0 skipped\n", "verdict: PASS 1"),
             ("1..1\nnot ok 1 a: saw 3\npvm-guest: FAIL 1 of 1 checks\n", "verdict: FAIL"),
             ("1..1\nnot ok 1 a\npvm-guest: PASS 1 checks, 0 skipped\n", "not ok 1 a: "),
-            ("pvm-guest: this machine is not a PVM hypervisor\n", "verdict: this machine is not"),
+            ("pvm-guest: this machine is not a PVM hypervisor\n", "| pvm-guest: this machine is"),
         ] {
             let problems = read(text).problems();
             assert!(problems.iter().any(|line| line.contains(words)), "{words:?} in {problems:?}");
