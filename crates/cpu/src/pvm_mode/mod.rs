@@ -259,6 +259,10 @@ impl Vcpu {
                 || self.supervisor_descriptor(selector).is_some_and(Descriptor::is_writable_data);
             return good.then(|| (self.state.segments[usize::from(seg::SS)], 0));
         }
+        if self.pvm_descriptor(selector).is_some() {
+            // The processor below can do it by itself.
+            return None;
+        }
         let d = self.supervisor_descriptor(selector).filter(|d| d.is_readable())?;
         Some((Segment { selector: 0, limit: 0, attributes: 0 }, d.base()))
     }

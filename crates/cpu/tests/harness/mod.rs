@@ -247,7 +247,7 @@ impl Guest {
     }
 
     fn real_with_abi(pvm: Option<pvm::Config>) -> Self {
-        let mut guest = Self::with_abi(new_ram(), pvm);
+        let mut guest = Self::with(new_ram(), pvm, TestPlatform::boxed);
         let state = &mut guest.vcpu.state;
         state.set_real_mode_cs(0);
         state.set_rip(CODE);

@@ -541,7 +541,7 @@ fn kvms_hypercalls_take_their_second_argument_from_r10() {
     });
     g.answer(&[99]);
     g.finish_pvm();
-    assert_eq!(g.seen(), [Seen::Hypercall { number: 11, args: [1, 2, 3, 4], cpl: 0 }]);
+    assert_eq!(g.seen(), [Seen::Hypercall { number: 11, args: [1, 2, 3, 4], long_mode: true, cpl: 0 }]);
     assert_eq!(g.reg(reg::RAX), 99);
 }
 
