@@ -524,7 +524,7 @@ fn a_root_that_maps_itself() {
 
 #[test]
 fn two_vcpus_on_one_shared_structure() {
-    const ROUNDS: u64 = 3000;
+    const ROUNDS: u64 = 150;
     let mut first = Guest::pvm();
     let mut second = Guest::pvm_on(Arc::clone(&first.ram));
     // Code and handler lie in the structure's page, so that each system call of one takes the other's decoded code
