@@ -160,7 +160,7 @@ fn prepare_state(vcpu: &mut Vcpu, mode: u64, choices: &mut Choices<'_>) {
     }
     state.segments[usize::from(seg::CS)].attributes |= Segment::WRITABLE;
     state.cr0 |= choices.word() & (cr0::MP | cr0::EM | cr0::TS | cr0::NE);
-    state.cr4 |= choices.word() & 0x7_0fff & !(cr4::PAE | cr4::LA57);
+    state.cr4 |= choices.word() & (0x7_0fff | cr4::PKE | cr4::PKS) & !(cr4::PAE | cr4::LA57);
     if mode >= 1 {
         state.cr0 |= cr0::PE;
     }
@@ -255,9 +255,6 @@ fn prepare_pvm(vcpu: &mut Vcpu, engine: &mut Interpreter, choices: &mut Choices<
     const R10: u8 = 10;
     vcpu.leave_pvm_mode();
     prepare_state(vcpu, 2, choices);
-    if vcpu.cpuid.has("PKU") {
-        vcpu.state.cr4 |= choices.maybe(cr4::PKE);
-    }
     // Code, stack and data are among the user's pages more often than not.
     put_tables(vcpu, choices.mostly(u64::MAX, 8) | 1 << 63);
     vcpu.refresh();
