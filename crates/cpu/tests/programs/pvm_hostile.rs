@@ -427,7 +427,6 @@ fn the_address_of_eretu_means_something_to_supervisors_alone() {
     g.code_at(CODE, 64, |a| a.syscall());
     g.vcpu.write_msr(MSR_RETU_RIP, CODE).unwrap();
     g.vcpu.write_msr(MSR_RETS_RIP, CODE).unwrap();
-    g.resume_at(RETU);
     let p = &GENERATION_1.pvcs;
     for (field, value) in [(p.user_cs, 0x33), (p.user_ss, 0x2b), (p.rip, CODE), (p.rsp, STACK), (p.eflags, 2)]
     {

@@ -297,7 +297,7 @@ fn load_pgtbl_sets_both_roots() {
     assert_eq!(g.vcpu.read_msr(MSR_SWITCH_CR3).unwrap(), root(0));
 }
 
-/// The last 48 bits of an address in PML4 slot `slot`, sign-extended, at which [`map_slots`] maps `DATA`.
+/// The address in PML4 slot `slot`, of the upper half, at which [`map_slots`] maps `DATA`.
 const fn in_slot(slot: u64) -> u64 {
     0xffff << 48 | slot << 39 | DATA
 }
@@ -403,7 +403,7 @@ fn ranges_that_become_narrower_count_at_once() {
     assert_eq!(g.vcpu.read_msr(MSR_RANGE).unwrap(), narrow.msr());
 }
 
-/// Five levels: the PML5 table of root 0 has the PML4 table of [`TABLES`] in its slots 0, 1, 402 and 511, and in 300.
+/// A PML5 table, which has the PML4 table [`TABLES`] in some of its slots.
 const PML5: u64 = ROOTS + 0x10_0000;
 
 fn five_levels(g: &mut Guest) {
