@@ -97,28 +97,40 @@ impl Interpreter {
 
     fn run_inside(&mut self, vcpu: &mut Vcpu) -> Outcome {
         loop {
-            if vcpu.attention.peek() | vcpu.state.slow != 0 {
-                match service(vcpu) {
-                    Next::Run => {}
-                    Next::Step => {
-                        if let Some(outcome) = self.step_inside(vcpu) {
-                            return outcome;
-                        }
-                        continue;
-                    }
-                    Next::Leave(outcome) => return outcome,
-                }
-            }
-            let result = match self.block(vcpu) {
-                Ok(Some(insns)) => execute(vcpu, insns),
-                Ok(None) => self.uncached(vcpu, false),
-                Err(stop) => Err(stop),
-            };
-            if let Err(stop) = result
-                && let Some(outcome) = stopped(vcpu, *stop)
-            {
+            if let Some(outcome) = self.turn(vcpu) {
                 return outcome;
             }
+        }
+    }
+
+    /// As [`Self::run`], for no more than `turns` blocks; `None` if the vCPU goes on.
+    #[cfg(feature = "testing")]
+    pub fn run_turns(&mut self, vcpu: &mut Vcpu, turns: usize) -> Option<Outcome> {
+        vcpu.attention.set_inside(true);
+        let outcome = (0..turns).find_map(|_| self.turn(vcpu));
+        vcpu.sync_mxcsr();
+        vcpu.attention.set_inside(false);
+        outcome
+    }
+
+    /// One turn of the loop: a block, or one instruction.
+    #[inline(always)]
+    fn turn(&mut self, vcpu: &mut Vcpu) -> Option<Outcome> {
+        if vcpu.attention.peek() | vcpu.state.slow != 0 {
+            match service(vcpu) {
+                Next::Run => {}
+                Next::Step => return self.step_inside(vcpu),
+                Next::Leave(outcome) => return Some(outcome),
+            }
+        }
+        let result = match self.block(vcpu) {
+            Ok(Some(insns)) => execute(vcpu, insns),
+            Ok(None) => self.uncached(vcpu, false),
+            Err(stop) => Err(stop),
+        };
+        match result {
+            Ok(()) => None,
+            Err(stop) => stopped(vcpu, *stop),
         }
     }
 

@@ -8,6 +8,7 @@
 
 mod pvm_guest;
 
+#[allow(unused_imports, reason = "each test program uses a part of it")]
 pub use pvm_guest::*;
 
 use std::collections::VecDeque;

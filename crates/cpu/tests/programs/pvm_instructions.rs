@@ -366,6 +366,15 @@ fn privileged_instructions_execute_in_supervisor_mode_alone() {
 }
 
 #[test]
+fn without_keys_their_register_is_not_there() {
+    for mode in MODES {
+        for bytes in [&[0x0f, 0x01, 0xee], &[0x0f, 0x01, 0xef]] {
+            assert_eq!(fault_at_start(mode, bytes), UD, "{bytes:x?} in {mode:?}");
+        }
+    }
+}
+
+#[test]
 fn xsetbv_and_rdpmc() {
     for mode in MODES {
         assert_eq!(fault_at_start(mode, &[0x0f, 0x33]), GP, "RDPMC: there are no counters");

@@ -85,8 +85,8 @@ fn lar_lsl_verr_and_verw_of_every_selector() {
     }
 }
 
-/// Loads every selector into `register` in `mode`, with DS reloaded from R8 behind each, and checks what becomes of
-/// it: `None` for #GP with the selector, else what the register holds then.
+/// Loads every selector into `register`, which holds 0x2b before, in `mode`. `model` says what becomes of it: `None`
+/// for #GP with the selector, else what the register holds then.
 fn load_every_selector(mode: Mode, register: u8, model: impl Fn(u16) -> Option<u16>) {
     // MOV Sreg, ECX; 2 bytes.
     let load: &[u8] = &[0x8e, 0xc1 | register << 3];
