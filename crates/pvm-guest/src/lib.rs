@@ -3,10 +3,12 @@
 
 pub mod abi;
 pub mod acpi;
+pub mod bench;
 pub mod boot;
 pub mod checks;
 pub mod cpu;
 pub mod entry;
+pub mod hostile;
 pub mod insn;
 pub mod lapic;
 pub mod memory;
@@ -39,8 +41,20 @@ pub fn kernel_main(kernel: Tree) -> ! {
     );
     let second = second_processor(&space, loader.rsdp);
     let machine = Machine { cpu, space, second };
-    report::run(checks::GROUPS, &machine, boot::option("only").unwrap_or(""));
+    match (boot::option("bench"), boot::option("hostile")) {
+        (Some(name), _) => {
+            let rounds = boot::option("count").and_then(|n| n.parse().ok()).unwrap_or(100_000);
+            verdict(bench::run(name, rounds, &machine));
+        }
+        (None, Some(name)) => verdict(hostile::run(name, &machine)),
+        (None, None) => report::run(checks::GROUPS, &machine, boot::option("only").unwrap_or("")),
+    }
     acpi::power_off(loader.rsdp)
+}
+
+/// The last line, where there are no checks to count.
+fn verdict(good: bool) {
+    say!("pvm-guest: {}", if good { "PASS" } else { "FAIL" });
 }
 
 /// Starts the second processor, if there is one.
