@@ -7,7 +7,8 @@ fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-changed=kernel.ld");
     // Position-independent, with its relocations left for the kernel itself to apply.
-    let arguments = ["-nostartfiles", "-nostdlib", "-static-pie", "-Wl,--no-dynamic-linker", "-Wl,-z,norelro"];
+    let arguments =
+        ["-nostartfiles", "-nostdlib", "-static-pie", "-Wl,--no-dynamic-linker", "-Wl,-z,norelro"];
     let layout = ["-Wl,-z,max-page-size=4096", "-Wl,--build-id=none", "-Wl,-z,noexecstack"];
     for argument in arguments.iter().chain(&layout) {
         println!("cargo::rustc-link-arg-bin=pvm-guest={argument}");

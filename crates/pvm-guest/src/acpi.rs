@@ -43,7 +43,8 @@ fn find_rsdp(told: u64) -> Option<u64> {
 fn find_table(rsdp: u64, signature: &[u8; 4]) -> Option<Table> {
     let revision: u8 = memory::read(Physical(rsdp + 15));
     let xsdt = if revision >= 2 { memory::read::<u64>(Physical(rsdp + 24)) } else { 0 };
-    let (root, size) = if xsdt != 0 { (xsdt, 8) } else { (memory::read::<u32>(Physical(rsdp + 16)).into(), 4) };
+    let (root, size) =
+        if xsdt != 0 { (xsdt, 8) } else { (memory::read::<u32>(Physical(rsdp + 16)).into(), 4) };
     let root = Table::at(root)?;
     (Table::HEADER..root.length)
         .step_by(size)
@@ -112,7 +113,8 @@ pub fn power_off(rsdp: u64) -> ! {
     const X_PM1A_CONTROL: u32 = 172;
     const SLEEP_CONTROL: u32 = 244;
     if let Some(fadt) = find_rsdp(rsdp).and_then(|r| find_table(r, b"FACP")) {
-        let dsdt = fadt.get::<u64>(X_DSDT).filter(|at| *at != 0).or_else(|| fadt.get::<u32>(DSDT).map(u64::from));
+        let dsdt =
+            fadt.get::<u64>(X_DSDT).filter(|at| *at != 0).or_else(|| fadt.get::<u32>(DSDT).map(u64::from));
         let s5 = dsdt.and_then(Table::at).and_then(sleep_type).unwrap_or(5) & 7;
         if let Some(port) = port(&fadt, SLEEP_CONTROL) {
             port_out8(port, 1 << 5 | s5 << 2);

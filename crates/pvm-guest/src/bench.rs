@@ -9,7 +9,7 @@
 use core::arch::global_asm;
 use core::mem::offset_of;
 
-use crate::abi::{PvmMsr, Pvcs, msr, vector, x86_msr};
+use crate::abi::{Pvcs, PvmMsr, msr, vector, x86_msr};
 use crate::cpu::{self, Registers, User, address};
 use crate::entry::{self, labels};
 use crate::report::Machine;

@@ -10,7 +10,7 @@ use core::cell::{Cell, UnsafeCell};
 use core::mem::offset_of;
 use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
 
-use crate::abi::{PvmMsr, Pvcs, event_flags, hypercall, msr, rflags, selector, x86_msr};
+use crate::abi::{Pvcs, PvmMsr, event_flags, hypercall, msr, rflags, selector, x86_msr};
 use crate::entry::{self, Code, Trap};
 use crate::insn;
 use crate::memory::{Physical, physical};
@@ -95,9 +95,9 @@ impl Events {
 
     /// The vectors, up to four of them, one byte each from the lowest byte on; 0xff in the byte behind the last.
     pub fn vectors(&self) -> u64 {
-        (0..4.min(self.count)).fold(!0 << (8 * 4.min(self.count)), |sum, n| {
-            sum | u64::from(self.get(n).vector) << (8 * n)
-        }) & 0xff_ffff_ffff
+        (0..4.min(self.count))
+            .fold(!0 << (8 * 4.min(self.count)), |sum, n| sum | u64::from(self.get(n).vector) << (8 * n))
+            & 0xff_ffff_ffff
     }
 }
 

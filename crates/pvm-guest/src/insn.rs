@@ -174,14 +174,5 @@ pub fn stop() -> ! {
 pub fn triple_fault() -> ! {
     // SAFETY: nothing is relied upon afterwards. On PVM the exception has no stack to go to; elsewhere there is
     // no IDT.
-    unsafe {
-        asm!(
-            "push 0",
-            "push 0",
-            "lidt [rsp]",
-            "xor esp, esp",
-            "ud2",
-            options(noreturn)
-        )
-    }
+    unsafe { asm!("push 0", "push 0", "lidt [rsp]", "xor esp, esp", "ud2", options(noreturn)) }
 }

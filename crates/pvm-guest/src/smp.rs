@@ -10,10 +10,10 @@ use core::sync::atomic::{AtomicU64, Ordering};
 
 use crate::abi::hypercall;
 use crate::cpu::{Cpu, wait_until};
+use crate::insn;
 use crate::lapic::{self, command};
 use crate::memory::{self, Physical, physical};
 use crate::paging::{self, Tree};
-use crate::insn;
 
 /// A free page below 1 MiB that no loader keeps anything in that is still needed by now.
 const TRAMPOLINE: u64 = 0x1_0000;

@@ -235,9 +235,13 @@ fn erets_restores(m: &Machine) -> Verdict {
     equal("RCX", r.rcx, before.rcx)?;
     equal("R11", r.r11, before.r11)?;
     equal("RSP", r.rsp, before.rsp)?;
-    for (got, want) in
-        [(r.rax, before.rax), (r.rbx, before.rbx), (r.rbp, before.rbp), (r.r10, before.r10), (r.r15, before.r15)]
-    {
+    for (got, want) in [
+        (r.rax, before.rax),
+        (r.rbx, before.rbx),
+        (r.rbp, before.rbp),
+        (r.r10, before.r10),
+        (r.r15, before.r15),
+    ] {
         equal("a register", got, want)?;
     }
     Ok(())

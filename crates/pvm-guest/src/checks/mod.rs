@@ -31,7 +31,9 @@ pub static GROUPS: &[&Group] = &[
 
 /// What all groups use.
 mod prelude {
-    pub(super) use crate::abi::{PvmMsr, event_flags, hypercall as hc, msr, rflags, selector, vector, x86_msr};
+    pub(super) use crate::abi::{
+        PvmMsr, event_flags, hypercall as hc, msr, rflags, selector, vector, x86_msr,
+    };
     pub(super) use crate::cpu::{Cpu, Event, Exit, Registers, User, address, user_address, user_space};
     pub(super) use crate::entry::{Code, Trap, supervisor as s, user as u};
     pub(super) use crate::insn;
@@ -103,17 +105,19 @@ mod prelude {
 
     /// WRMSR, the instruction.
     pub(super) fn plain_wrmsr(cpu: &Cpu, index: u32, value: u64) -> Option<Event> {
-        let mut r =
-            Registers { rcx: index.into(), rax: value & 0xffff_ffff, rdx: value >> 32, ..Registers::default() };
+        let mut r = Registers {
+            rcx: index.into(),
+            rax: value & 0xffff_ffff,
+            rdx: value >> 32,
+            ..Registers::default()
+        };
         cpu.run(s::s_wrmsr, &mut r)
     }
 
-    /// RDMSR, the instruction.
-    pub(super) fn plain_rdmsr(cpu: &Cpu, index: u32) -> Result<u64, Event> {
+    /// RDMSR, the instruction, of an MSR that there is.
+    pub(super) fn plain_rdmsr(cpu: &Cpu, index: u32) -> Result<u64, Stop> {
         let mut r = Registers { rcx: index.into(), ..Registers::default() };
-        match cpu.run(s::s_rdmsr, &mut r) {
-            Some(event) => Err(event),
-            None => Ok(r.rdx << 32 | r.rax & 0xffff_ffff),
-        }
+        no_fault(cpu.run(s::s_rdmsr, &mut r))?;
+        Ok(r.rdx << 32 | r.rax & 0xffff_ffff)
     }
 }

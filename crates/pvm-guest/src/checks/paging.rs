@@ -94,7 +94,11 @@ fn outside_range_user(m: &Machine) -> Verdict {
     let exit = m.cpu.enter(&program);
     ended_by(&exit, vector::PF)?;
     // Underneath it may be the host's page, which is present and not for users.
-    one_of("the error code but for PRESENT", exit.pvcs.event_errcode & !pf::PRESENT, &[(pf::USER | pf::WRITE).into()])?;
+    one_of(
+        "the error code but for PRESENT",
+        exit.pvcs.event_errcode & !pf::PRESENT,
+        &[(pf::USER | pf::WRITE).into()],
+    )?;
     equal("cr2", exit.pvcs.cr2, OUTSIDE)
 }
 

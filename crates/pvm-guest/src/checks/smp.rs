@@ -83,10 +83,7 @@ fn user_mode(m: &Machine) -> Verdict {
 
 fn both_in_user_mode(m: &Machine) -> Verdict {
     second(m)?;
-    smp::post(
-        |cpu, n| (0..n).filter(|i| call_in_user_mode(cpu, i * 2) == i + 1).count() as u64,
-        200,
-    );
+    smp::post(|cpu, n| (0..n).filter(|i| call_in_user_mode(cpu, i * 2) == i + 1).count() as u64, 200);
     let here = (0..200u64).filter(|i| call_in_user_mode(m.cpu, i * 2) == i + 1).count() as u64;
     let there = smp::wait();
     equal("right answers here", here, 200u64)?;

@@ -405,10 +405,8 @@ fn compat_int_80(m: &Machine) -> Verdict {
 }
 
 fn compat_page_fault(m: &Machine) -> Verdict {
-    let exit = m.cpu.enter(&User {
-        cs: selector::USER32_CS,
-        ..touching(u::u32_store, 0xffff_ffff_8765_4321)
-    });
+    let exit =
+        m.cpu.enter(&User { cs: selector::USER32_CS, ..touching(u::u32_store, 0xffff_ffff_8765_4321) });
     ended_by_fault(&exit, vector::PF, pf::USER | pf::WRITE)?;
     equal("cr2", exit.pvcs.cr2, 0x8765_4321u64)?;
     equal("user_cs", exit.pvcs.user_cs, selector::USER32_CS)
