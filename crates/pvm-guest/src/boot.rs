@@ -1,7 +1,7 @@
 //! From the loader to the kernel's own place.
 //!
 //! # Theory of operation
-//! `boot.s` brings both boot protocols to [`boot_main`] in 64-bit supervisor mode, where the image is loaded, with
+//! `boot.s` brings both boot protocols to `boot_main` in 64-bit supervisor mode, where the image is loaded, with
 //! relocations applied for that place. Here the kernel finds out what it runs on, in the order that the specification
 //! gives ("PVM booting sequence"): is IF set, is CPL 3, does the synthetic CPUID instruction say "KVM" and
 //! then "PVM"? Only the last of these is executed with the others true: on an ordinary processor nothing is left

@@ -59,6 +59,8 @@ macro_rules! labels {
     };
 }
 
+pub(crate) use labels;
+
 labels! { event_entry syscall_entry retu rets snippet_abandoned }
 
 /// The code of `supervisor.s`.
@@ -154,7 +156,7 @@ impl Trap {
     }
 
     /// Has ERETS go to where [`run_supervisor`] says that the code was given up.
-    fn abandon(&mut self, registers: u64, resume_rsp: u64) {
+    pub(crate) fn abandon(&mut self, registers: u64, resume_rsp: u64) {
         let values = Registers {
             rax: self.rax,
             rbx: self.rbx,

@@ -68,7 +68,7 @@ pub fn read<T: Plain>(address: Physical) -> T {
 /// Writes physical memory below 4 GiB.
 ///
 /// # Safety
-/// No Rust object is there, or one that can be written any time (a frame of [`Frames`]).
+/// No Rust object is there, or one that can be written any time (a [`PageFrame`]).
 pub unsafe fn write<T: Plain>(address: Physical, value: T) {
     // SAFETY: mapped, see `read`; the rest is the caller's.
     unsafe { core::ptr::write_volatile(linear(address) as *mut T, value) }

@@ -174,11 +174,12 @@ pub fn make_boot_tables() {
 pub fn make_kernel_tree(base: u64) -> Tree {
     let tree = Tree::new();
     // The direct map shares the boot tables' directories, without execution.
-    let (directory, _) = (physical(&raw const boot_directories).0, ());
+    let directories = physical(&raw const boot_directories).0;
     let pdpt = PageFrame::new();
     tree.root.set_word(base >> 39 & 511, pdpt.address().0 | PRESENT | WRITE);
     for n in 0..4 {
-        pdpt.set_word((place::DIRECT >> 30) + n, directory + n * PAGE | PRESENT | WRITE | NO_EXECUTE);
+        let directory = directories + n * PAGE;
+        pdpt.set_word((place::DIRECT >> 30) + n, directory | PRESENT | WRITE | NO_EXECUTE);
     }
     let image = |start: *const u8, end: *const u8| physical(start).0..physical(end).0;
     for (pages, rights) in [

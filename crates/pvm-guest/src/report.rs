@@ -69,8 +69,8 @@ pub struct Machine {
     pub second: Option<u32>,
 }
 
-/// Runs the checks whose names begin with `only`; whether none failed.
-pub fn run(groups: &[&Group], machine: &Machine, only: &str) -> bool {
+/// Runs the checks whose names begin with `only`.
+pub fn run(groups: &[&Group], machine: &Machine, only: &str) {
     let chosen = || {
         groups
             .iter()
@@ -104,7 +104,6 @@ pub fn run(groups: &[&Group], machine: &Machine, only: &str) -> bool {
     } else {
         say!("pvm-guest: FAIL {failed} of {count} checks, {skipped} skipped");
     }
-    failed == 0
 }
 
 /// Whether `group/name` begins with `only`.

@@ -114,12 +114,10 @@ mod prelude {
         cpu.run(s::s_wrmsr, &mut r)
     }
 
-    /// RDMSR, the instruction.
-    pub(super) fn plain_rdmsr(cpu: &Cpu, index: u32) -> Result<u64, Event> {
+    /// RDMSR, the instruction, of an MSR that there is.
+    pub(super) fn plain_rdmsr(cpu: &Cpu, index: u32) -> Result<u64, Stop> {
         let mut r = Registers { rcx: index.into(), ..Registers::default() };
-        match cpu.run(s::s_rdmsr, &mut r) {
-            Some(event) => Err(event),
-            None => Ok(r.rdx << 32 | r.rax & 0xffff_ffff),
-        }
+        no_fault(cpu.run(s::s_rdmsr, &mut r))?;
+        Ok(r.rdx << 32 | r.rax & 0xffff_ffff)
     }
 }
