@@ -116,6 +116,9 @@ pub enum RunError {
         /// The last lines of the console.
         console: Vec<String>,
     },
+    /// The machine of a guest that runs alone did not end as it should.
+    #[error("{0}")]
+    Ended(&'static str),
     /// The machine ended before the command did.
     #[error("{what}{}", excerpt(console))]
     Died {
@@ -186,6 +189,8 @@ where
         let ports = open_ports(streams, typed_end, control_end.into())?;
         (Serial { input: None, output: console_end }, Some(ports))
     } else {
+        // The serial port is the user's: nobody writes to the other ends, and who reads them must see that.
+        drop((console_end, control_end));
         let input = typed_end.map_or_else(|| duplicate(io::stdin().as_fd()), Ok)?;
         (Serial { input: Some(input), output: duplicate(io::stdout().as_fd())? }, None)
     };
