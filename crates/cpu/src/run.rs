@@ -106,10 +106,10 @@ impl Interpreter {
     /// As [`Self::run`], for no more than `turns` blocks; `None` if the vCPU goes on.
     #[cfg(feature = "testing")]
     pub fn run_turns(&mut self, vcpu: &mut Vcpu, turns: usize) -> Option<Outcome> {
-        vcpu.attention.set_inside(true);
+        vcpu.enter();
         let outcome = (0..turns).find_map(|_| self.turn(vcpu));
         vcpu.sync_mxcsr();
-        vcpu.attention.set_inside(false);
+        vcpu.leave();
         outcome
     }
 
