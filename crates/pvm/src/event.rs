@@ -113,16 +113,10 @@ impl Pvm {
         let layout = &self.config.generation.pvcs;
         let selectors = cpu.selectors();
         let flags = cpu.register(Register::Rflags) | event.map_or(0, |e| e.flags);
-        let [rip, rsp, rcx, r11, gs_base, pkru, cr2] = [
-            Register::Rip,
-            Register::Rsp,
-            Register::Rcx,
-            Register::R11,
-            Register::GsBase,
-            Register::Pkru,
-            Register::Cr2,
-        ]
-        .map(|r| cpu.register(r));
+        let (rip, rsp) = (cpu.register(Register::Rip), cpu.register(Register::Rsp));
+        let (rcx, r11) = (cpu.register(Register::Rcx), cpu.register(Register::R11));
+        let (gs_base, pkru) = (cpu.register(Register::GsBase), cpu.register(Register::Pkru));
+        let cr2 = cpu.register(Register::Cr2);
         let Some(mut pvcs) = self.pvcs(cpu) else { return Err(TripleFault) };
         pvcs.store(layout.user_cs, selectors.cs.into());
         pvcs.store(layout.user_ss, selectors.ss.into());
