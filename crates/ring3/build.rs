@@ -1,6 +1,7 @@
-//! Builds `guest-init`, the first process of the guest, statically linked, for `include_bytes!`.
+//! Builds what runs in guests, for `include_bytes!`: `guest-init`, the first process of a Linux guest, statically
+//! linked, and `pvm-guest`, the kernel that checks the PVM guest ABI.
 //!
-//! A nested cargo builds it into its own target directory below `OUT_DIR`: a second cargo on the outer target
+//! A nested cargo builds each into a target directory below `OUT_DIR`: a second cargo on the outer target
 //! directory would wait for the lock that the outer one holds. What the outer cargo put into the environment
 //! for its own compiler runs (flags, wrappers such as clippy's, coverage, profile overrides) is taken out.
 
@@ -11,15 +12,52 @@ use std::process::{Command, exit};
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
+/// A program for a guest: a package of the workspace with a binary of its name.
+struct Program {
+    package: &'static str,
+    /// What it is made from, below the workspace's `crates`.
+    inputs: &'static [&'static str],
+    features: &'static str,
+    rustflags: &'static str,
+    /// The variable that tells the crate where the file is.
+    variable: &'static str,
+}
+
+const PROGRAMS: [Program; 2] = [
+    Program {
+        package: "guest-init",
+        inputs: &["guest-init/src", "guest-init/Cargo.toml"],
+        features: "",
+        rustflags: "-Ctarget-feature=+crt-static -Crelocation-model=static -Cstrip=symbols",
+        variable: "RING3_GUEST_INIT",
+    },
+    Program {
+        package: "pvm-guest",
+        inputs: &["pvm-guest", "pvm/src", "pvm/Cargo.toml"],
+        features: "kernel",
+        rustflags: "-Cstrip=symbols",
+        variable: "RING3_PVM_GUEST",
+    },
+];
+
 fn main() {
+    println!("cargo::rerun-if-changed=build.rs");
+    for program in &PROGRAMS {
+        let binary = build(program);
+        println!("cargo::rustc-env={}={}", program.variable, binary.display());
+    }
+}
+
+/// Builds a program; returns the file.
+fn build(program: &Program) -> PathBuf {
     let path =
         |name: &str| PathBuf::from(env::var_os(name).unwrap_or_else(|| fail(&format!("{name} is not set"))));
     let workspace = path("CARGO_MANIFEST_DIR").join("../..");
-    let source = workspace.join("crates/guest-init");
-    let target_dir = path("OUT_DIR").join("guest-init");
-    println!("cargo::rerun-if-changed=build.rs");
-    for file in [source.join("src"), source.join("Cargo.toml"), workspace.join("Cargo.lock")] {
-        println!("cargo::rerun-if-changed={}", file.display());
+    let package = program.package;
+    let target_dir = path("OUT_DIR").join(package);
+    println!("cargo::rerun-if-changed={}", workspace.join("Cargo.lock").display());
+    for input in program.inputs {
+        println!("cargo::rerun-if-changed={}", workspace.join("crates").join(input).display());
     }
 
     let mut cargo = Command::new(path("CARGO"));
@@ -28,11 +66,12 @@ fn main() {
     }
     cargo
         .current_dir(&workspace)
-        .args(["build", "--quiet", "--locked", "--package", "guest-init", "--bin", "guest-init"])
+        .args(["build", "--quiet", "--locked", "--package", package, "--bin", package])
+        .args(["--features", program.features])
         // With a target named, RUSTFLAGS leaves build scripts and procedural macros alone.
         .args(["--release", "--target", TARGET, "--target-dir"])
         .arg(&target_dir)
-        .env("RUSTFLAGS", "-Ctarget-feature=+crt-static -Crelocation-model=static -Cstrip=symbols")
+        .env("RUSTFLAGS", program.rustflags)
         .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "z")
         .env("CARGO_PROFILE_RELEASE_LTO", "fat")
         .env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "1")
@@ -43,11 +82,10 @@ fn main() {
     }
     match cargo.status() {
         Ok(status) if status.success() => {}
-        Ok(status) => fail(&format!("building guest-init for {TARGET} failed: {status}")),
-        Err(error) => fail(&format!("cannot run cargo to build guest-init: {error}")),
+        Ok(status) => fail(&format!("building {package} for {TARGET} failed: {status}")),
+        Err(error) => fail(&format!("cannot run cargo to build {package}: {error}")),
     }
-    let binary: PathBuf = [&target_dir, Path::new(TARGET), Path::new("release/guest-init")].iter().collect();
-    println!("cargo::rustc-env=RING3_GUEST_INIT={}", binary.display());
+    [&target_dir, Path::new(TARGET), Path::new("release"), Path::new(package)].iter().collect()
 }
 
 /// Whether a variable belongs to the outer cargo's own run, not to the user's set-up (which mirrors, proxies,

@@ -1,4 +1,5 @@
-//! What the end-to-end tests share: kernels ([`kernels`]), and `ring3` processes that always end ([`process`]).
+//! What the end-to-end tests share: kernels ([`kernels`], [`standin`]), and `ring3` processes that always end
+//! ([`process`]).
 //!
 //! The tests run `ring3` as the user of whom the documentation speaks: without root, with an empty home. When they
 //! run as root themselves, they start it as `nobody`.
@@ -12,6 +13,7 @@
 
 pub mod kernels;
 pub mod process;
+pub mod standin;
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};

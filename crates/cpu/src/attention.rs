@@ -5,7 +5,7 @@
 //! thread sets bits in it, and wakes the vCPU's thread if that sleeps. What a bit means in detail (which
 //! interrupt, which page) is asked of its owner afterwards.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -26,14 +26,14 @@ pub const FLUSH_TLB: u32 = 1 << 6;
 /// A halted vCPU goes on without an interrupt; if it is not halted, its next HLT ends at once
 /// (KVM_HC_KICK_CPU).
 pub const UNHALT: u32 = 1 << 7;
+/// The vCPU is not to run guest code until the bit is cleared: another one is alone in RAM.
+pub const STOP: u32 = 1 << 8;
 
 /// A vCPU's attention word, with the means to sleep until it is set.
 #[derive(Debug, Default)]
 pub struct Attention {
     word: AtomicU32,
     sipi: AtomicU32,
-    /// Whether the vCPU's thread is inside the engine and may use its TLB.
-    inside: AtomicBool,
     sleeping: Mutex<()>,
     wake: Condvar,
 }
@@ -54,6 +54,11 @@ impl Attention {
         }
     }
 
+    /// Sets `bits`, for what can wait until the vCPU runs: a sleeping thread sleeps on.
+    pub(crate) fn mark(&self, bits: u32) {
+        self.word.fetch_or(bits, Ordering::SeqCst);
+    }
+
     /// Raises [`SIPI`] with its vector.
     pub fn raise_sipi(&self, vector: u8) {
         self.sipi.store(u32::from(vector), Ordering::SeqCst);
@@ -69,6 +74,11 @@ impl Attention {
     #[inline(always)]
     pub fn peek(&self) -> u32 {
         self.word.load(Ordering::Relaxed)
+    }
+
+    /// The word, in order with what the thread did before.
+    pub(crate) fn look(&self) -> u32 {
+        self.word.load(Ordering::SeqCst)
     }
 
     /// Clears `bits` and returns which of them were set.
@@ -91,15 +101,5 @@ impl Attention {
                 }
             };
         }
-    }
-
-    /// Marks the vCPU's thread as inside or outside the engine.
-    pub(crate) fn set_inside(&self, inside: bool) {
-        self.inside.store(inside, Ordering::SeqCst);
-    }
-
-    /// Whether the vCPU's thread may be using its TLB now.
-    pub(crate) fn is_inside(&self) -> bool {
-        self.inside.load(Ordering::SeqCst)
     }
 }

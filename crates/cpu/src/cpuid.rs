@@ -8,6 +8,7 @@
 //!
 //! The numbers are those of Intel SDM vol. 2, CPUID.
 
+use crate::fpu::layout;
 use crate::state::{CpuState, cr4};
 
 /// What CPUID returns for a leaf.
@@ -94,9 +95,9 @@ features! {
         18 "RDSEED", 19 "ADX", 20 "SMAP", 23 "CLFLUSHOPT", 24 "CLWB", 29 "SHA" = "sha";
     (0x7, 0) Ecx:
         2 "UMIP", 3 "PKU", 8 "GFNI" = "gfni", 9 "VAES" = "vaes", 10 "VPCLMULQDQ" = "vpclmulqdq", 16 "LA57",
-        22 "RDPID";
+        22 "RDPID", 27 "MOVDIRI", 31 "PKS";
     (0x7, 0) Edx: 4 "FSRM", 14 "SERIALIZE", 26 "IBRS_IBPB", 29 "ARCH_CAPABILITIES";
-    (0x7, 1) Eax: 10 "FZRM", 11 "FSRS";
+    (0x7, 1) Eax: 4 "AVX-VNNI" = "avxvnni", 10 "FZRM", 11 "FSRS";
     (0x7, 2) Edx: 4 "BHI_CTRL";
     (0xd, 1) Eax: 0 "XSAVEOPT", 1 "XSAVEC", 2 "XGETBV1";
     (0x8000_0001, 0) Ecx: 0 "LAHF", 5 "LZCNT", 8 "PREFETCHW";
@@ -105,10 +106,20 @@ features! {
     (0x8000_0008, 0) Ebx: 9 "WBNOINVD";
 }
 
-/// The XSAVE state components that the processor knows: x87, SSE, AVX. Protection keys are offered only together with
-/// theirs, as operating systems take one to imply the other.
-const XSAVE_COMPONENTS: u64 = 0b111;
-const XSAVE_PKRU: u64 = 1 << 9;
+/// An XSAVE state component beyond x87 and SSE.
+struct Component {
+    number: u32,
+    /// The feature that it comes and goes with: operating systems take one to imply the other.
+    feature: &'static str,
+    size: usize,
+    /// Where it lies in the standard format.
+    offset: usize,
+}
+
+const COMPONENTS: [Component; 2] = [
+    Component { number: 2, feature: "AVX", size: layout::AVX_SIZE, offset: layout::AVX },
+    Component { number: 9, feature: "PKU", size: layout::PKRU_SIZE, offset: layout::PKRU },
+];
 
 /// Family 6, model 0x8f, stepping 8: a server processor that is at home on x86-64-v3 and newer.
 const SIGNATURE: u32 = 0x0008_06f8;
@@ -197,16 +208,7 @@ impl Cpuid {
         for feature in FEATURES {
             cpuid.set_feature(feature, feature.host.is_none_or(|detected| detected()));
         }
-        if XSAVE_COMPONENTS & XSAVE_PKRU == 0 {
-            cpuid.disable("PKU");
-        }
-        // XSAVE components beyond x87 and SSE.
-        let components = if cpuid.has("AVX") { XSAVE_COMPONENTS } else { XSAVE_COMPONENTS & !0b100 };
-        cpuid.set_leaf(0xd, 0, leaf(components as u32, 0, 0, (components >> 32) as u32));
-        if components & 0b100 != 0 {
-            // The upper halves of YMM0 to YMM15: size and offset.
-            cpuid.set_leaf(0xd, 2, leaf(256, 576, 0, 0));
-        }
+        cpuid.set_components();
         cpuid.set_topology(0, 1);
         cpuid.set_widths();
         cpuid
@@ -256,6 +258,7 @@ impl Cpuid {
         match FEATURES.iter().find(|f| f.name == name) {
             Some(feature) => {
                 self.set_feature(feature, false);
+                self.set_components();
                 self.set_widths();
                 true
             }
@@ -365,6 +368,20 @@ impl Cpuid {
         self.set_leaf(feature.leaf, feature.subleaf, leaf);
     }
 
+    /// Leaf 0xd: the state components of the features that there are. Sizes of areas are filled in when asked for.
+    fn set_components(&mut self) {
+        let mut components = 0b11;
+        for Component { number, feature, size, offset } in COMPONENTS {
+            let mut leaf = CpuidLeaf::default();
+            if self.has(feature) {
+                components |= 1 << number;
+                leaf = [size as u32, offset as u32, 0, 0].into();
+            }
+            self.set_leaf(0xd, number, leaf);
+        }
+        self.set_leaf(0xd, 0, [components, 0, 0, 0]);
+    }
+
     /// Leaf 0x8000_0008: physical and linear address widths.
     fn set_widths(&mut self) {
         let linear = if self.has("LA57") { 57 } else { 48 };
@@ -386,6 +403,7 @@ impl Cpuid {
             ("SMEP", cr4::SMEP),
             ("SMAP", cr4::SMAP),
             ("PKU", cr4::PKE),
+            ("PKS", cr4::PKS),
         ];
         optional.iter().filter(|(name, _)| self.has(name)).fold(always, |bits, (_, bit)| bits | bit)
     }
@@ -413,6 +431,21 @@ mod tests {
         assert!(cpuid.disable("SMAP"));
         assert!(!cpuid.has("SMAP") && cpuid.cr4_bits() & cr4::SMAP == 0);
         assert!(!cpuid.disable("no such feature"));
+    }
+
+    #[test]
+    fn a_state_component_comes_and_goes_with_its_feature() {
+        let mut cpuid = Cpuid::host_supported();
+        let state = CpuState { xcr0: 1 << 9 | 3, ..CpuState::default() };
+        assert_eq!(cpuid.query(0xd, 9, &state), [8, 832, 0, 0].into());
+        assert_ne!(cpuid.xcr0_bits() & 1 << 9, 0);
+        // The standard format has its place fixed, the compacted one packs.
+        assert_eq!((cpuid.query(0xd, 0, &state).ebx, cpuid.query(0xd, 1, &state).ebx), (840, 584));
+        assert!(cpuid.disable("PKU"));
+        assert_eq!(cpuid.query(0xd, 9, &state), CpuidLeaf::default());
+        assert_eq!((cpuid.xcr0_bits() & 1 << 9, cpuid.cr4_bits() & cr4::PKE), (0, 0));
+        assert!(cpuid.has("PKS") && cpuid.disable("PKS"));
+        assert_eq!(cpuid.cr4_bits() & cr4::PKS, 0);
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! for all of them after the instruction. Instruction breakpoints are faults, found before it.
 
 use crate::flags;
-use crate::state::{cr4, slow};
+use crate::state::{CodeMode, cr4, slow};
 use crate::vcpu::Vcpu;
 
 /// DR6 bits.
@@ -44,6 +44,9 @@ impl Vcpu {
     /// `address`.
     fn breakpoints(&self, address: u64, size: u64, conditions: &[u64]) -> u64 {
         let dr7 = self.state.dr7;
+        // Outside 64-bit mode addresses wrap around at 4 GiB. (The processor's own tables may lie above.)
+        let narrow = self.state.code_mode != CodeMode::Bits64 && address <= 0xffff_ffff;
+        let mask = if narrow { 0xffff_ffff } else { u64::MAX };
         let mut hits = 0;
         for (n, base) in (0u32..).zip(self.state.dr) {
             let enabled = dr7 >> (n * 2) & 3 != 0;
@@ -59,7 +62,9 @@ impl Vcpu {
             };
             let start = base & !(len - 1);
             // Distances, so that ranges at the end of the address space work.
-            if address.wrapping_sub(start) < len || start.wrapping_sub(address) < size {
+            let reached =
+                address.wrapping_sub(start) & mask < len || start.wrapping_sub(address) & mask < size;
+            if base <= mask && reached {
                 hits |= 1 << n;
             }
         }

@@ -172,11 +172,11 @@ impl Vcpu {
     /// # Errors
     /// As [`Self::software_interrupt`].
     pub(crate) fn debug_interrupt(&mut self) -> Exec {
+        self.state.slow |= slow::NO_STEP_TRAP;
         if self.state.deprivileged {
             return self.deliver_pvm(Event::Fault(Fault::db(0, true)));
         }
         self.deliver_once(&Delivery::new(Event::Fault(Fault::db(0, true))))?;
-        self.state.slow |= slow::NO_STEP_TRAP;
         self.end_block();
         Ok(())
     }

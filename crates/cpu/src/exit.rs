@@ -67,6 +67,8 @@ pub enum Exit<'a> {
         number: u64,
         /// RBX, RCX, RDX, RSI (truncated to 32 bits outside 64-bit mode).
         args: [u64; 4],
+        /// Called from 64-bit code.
+        long_mode: bool,
         /// The privilege level of the caller.
         cpl: u8,
         /// What goes into RAX.
@@ -95,6 +97,12 @@ pub trait Platform: Send {
 
     /// Whether [`Self::acknowledge_interrupt`] would return a vector.
     fn interrupt_pending(&mut self) -> bool;
+
+    /// The guest moved its TSC, by a write to IA32_TSC or IA32_TSC_ADJUST; `adjust` is what the latter is now. Clocks
+    /// and deadlines in terms of this vCPU's TSC move with it.
+    fn tsc_adjusted(&mut self, adjust: u64) {
+        let _ = adjust;
+    }
 
     /// The processor took INIT: its local interrupt controller, if it has one, does the same.
     fn init(&mut self) {}

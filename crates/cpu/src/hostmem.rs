@@ -3,7 +3,8 @@
 //! Guest RAM is shared with other vCPUs, device threads and possibly other processes, so it is never a
 //! Rust reference. Each access is one instruction in inline assembly: the compiler can neither tear,
 //! repeat nor remove it, unaligned addresses behave as on hardware, and the host's memory ordering (x86
-//! TSO) is the guest's. Guest atomics are host atomics with a LOCK prefix, split or not.
+//! TSO) is the guest's. Guest atomics are host atomics with a LOCK prefix, which callers do not let cross a
+//! cache line.
 //!
 //! This module is one of the few with `unsafe`. All its functions have one contract: `address` to
 //! `address + size` lies in mapped guest RAM. The TLB is what establishes it.
@@ -12,6 +13,21 @@ use std::arch::asm;
 use std::arch::x86_64::__m128i;
 
 use crate::data::Data;
+
+/// `address` if `a` equals `b`, otherwise 0, found without a branch.
+///
+/// A branch can be mispredicted, and a guest can train it to be. Whoever then goes on with an address from here, for as
+/// long as the host speculates, goes on with 0, where nothing is mapped, instead of an address that the guest chose.
+#[inline(always)]
+pub(crate) fn address_if_equal(a: u64, b: u64, address: usize) -> usize {
+    let mut address = address;
+    // SAFETY: needed because the compiler would make a branch of it; sound because it computes with registers only.
+    unsafe {
+        asm!("cmp {a}, {b}", "cmovne {address}, {zero}", a = in(reg) a, b = in(reg) b, zero = in(reg) 0usize,
+             address = inout(reg) address, options(pure, nomem, nostack));
+    }
+    address
+}
 
 /// Loads a `T`.
 ///

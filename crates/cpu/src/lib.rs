@@ -20,6 +20,7 @@ pub mod fault;
 pub mod flags;
 pub mod fpu;
 mod frame;
+mod group;
 mod hostmem;
 pub mod insn;
 mod mem;

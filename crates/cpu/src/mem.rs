@@ -19,7 +19,7 @@ use crate::hostmem;
 use crate::insn::{Insn, insn_flags};
 use crate::stack::as_stack_fault;
 use crate::state::{CodeMode, CpuState, REG_ZERO, cr0, cr4, seg};
-use crate::tlb::{Fill, Table};
+use crate::tlb::{Fill, PageKey, Table};
 use crate::vcpu::Vcpu;
 
 /// What a linear address turned out to be.
@@ -175,8 +175,8 @@ impl Vcpu {
         let gva = self.linear(i, T::SIZE, true)?;
         match self.tlb.write(self.state.tlb_base, self.state.tlb_tag, gva, T::SIZE) {
             // SAFETY: as in `store`.
-            Some(host) => Ok(unsafe { hostmem::exchange(host, value) }),
-            None => Ok(self.modify(gva, true, |_| value).map_err(|e| stack_fault(i, e))?.0),
+            Some(host) if !crosses_line::<T>(gva) => Ok(unsafe { hostmem::exchange(host, value) }),
+            _ => Ok(self.modify(gva, true, |_| value).map_err(|e| stack_fault(i, e))?.0),
         }
     }
 
@@ -324,8 +324,8 @@ impl Vcpu {
     #[inline(always)]
     pub fn modify<T: Data>(&mut self, gva: u64, locked: bool, f: impl Fn(T) -> T) -> Exec<(T, T)> {
         match self.tlb.write(self.state.tlb_base, self.state.tlb_tag, gva, T::SIZE) {
-            Some(host) => Ok(modify_ram(host, locked, f)),
-            None => self.modify_slow(gva, locked, self.privilege(), f),
+            Some(host) if !(locked && crosses_line::<T>(gva)) => Ok(modify_ram(host, locked, f)),
+            _ => self.modify_slow(gva, locked, self.privilege(), f),
         }
     }
 
@@ -335,12 +335,12 @@ impl Vcpu {
     /// # Errors
     /// As for a write. The caller checks alignment.
     pub fn compare_exchange_16(&mut self, gva: u64, old: u128, new: u128) -> Exec<u128> {
-        match self.place(gva, AccessKind::Write, self.privilege())? {
+        let seen = match self.place(gva, AccessKind::Write, self.privilege())? {
             Place::Ram { host, gpa, watched } => {
                 self.note_store(gpa, watched);
                 // SAFETY: needed for the 128-bit atomic; `place` found RAM there, and 16 aligned bytes do not
                 // leave the page.
-                Ok(unsafe { hostmem::compare_exchange_16(host & !15, old, new) })
+                unsafe { hostmem::compare_exchange_16(host & !15, old, new) }
             }
             Place::Mmio { gpa } => {
                 let mut bytes = [0; 16];
@@ -352,9 +352,11 @@ impl Vcpu {
                 for (n, chunk) in value.to_le_bytes().chunks(8).enumerate() {
                     self.exit(Exit::MmioWrite { gpa: gpa.wrapping_add(n as u64 * 8), data: chunk });
                 }
-                Ok(seen)
+                seen
             }
-        }
+        };
+        self.data_breakpoint(gva, 16, true);
+        Ok(seen)
     }
 
     /// Reads bytes (at most a page) at a linear address with the current privilege.
@@ -509,20 +511,19 @@ impl Vcpu {
     /// # Errors
     /// As [`Self::write_bytes`].
     pub fn write_bytes_as(&mut self, gva: u64, buffer: &[u8], privilege: Privilege) -> Exec {
-        for (place, part) in
-            self.places(gva, buffer.len(), AccessKind::Write, privilege)?.into_iter().flatten()
-        {
-            let Some(piece) = buffer.get(part) else { continue };
-            match place {
-                Place::Ram { host, gpa, watched } => {
-                    self.note_store(gpa, watched);
-                    // SAFETY: needed to write RAM; `place` found RAM there, and `part` stays inside its page.
-                    unsafe { hostmem::copy_to(host, piece) };
-                }
-                Place::Mmio { gpa } => {
-                    for (n, chunk) in piece.chunks(8).enumerate() {
-                        self.exit(Exit::MmioWrite { gpa: gpa.wrapping_add(n as u64 * 8), data: chunk });
-                    }
+        let places = self.places(gva, buffer.len(), AccessKind::Write, privilege)?;
+        // RAM first: the page may become watched during an exit.
+        for (place, part) in places.iter().flatten() {
+            if let (Place::Ram { host, gpa, watched }, Some(piece)) = (*place, buffer.get(part.clone())) {
+                self.note_store(gpa, watched);
+                // SAFETY: needed to write RAM; `place` found RAM there, and `part` stays inside its page.
+                unsafe { hostmem::copy_to(host, piece) };
+            }
+        }
+        for (place, part) in places.iter().flatten() {
+            if let (Place::Mmio { gpa }, Some(piece)) = (*place, buffer.get(part.clone())) {
+                for (n, chunk) in piece.chunks(8).enumerate() {
+                    self.exit(Exit::MmioWrite { gpa: gpa.wrapping_add(n as u64 * 8), data: chunk });
                 }
             }
         }
@@ -578,6 +579,7 @@ impl Vcpu {
     ) -> Exec<(T, T)> {
         self.check_alignment(gva, T::SIZE, privilege)?;
         if (gva & 0xfff) + T::SIZE <= 0x1000
+            && !(locked && crosses_line::<T>(gva))
             && let Place::Ram { host, gpa, watched } = self.place(gva, AccessKind::Write, privilege)?
         {
             self.note_store(gpa, watched);
@@ -585,11 +587,14 @@ impl Vcpu {
             self.data_breakpoint(gva, T::SIZE, true);
             return Ok(result);
         }
-        // MMIO, or a page crossing. Hardware locks the bus for the latter; here all vCPUs that cross pages
-        // with LOCK exclude each other, which leaves out only mixed locked and plain access to one word.
+        // MMIO, or a page crossed, or a cache line with LOCK. For a LOCK hardware would lock the bus: one process's
+        // split lock holds up the whole host, or raises #AC there. Here the other vCPUs stop instead.
         self.probe_write_as(gva, T::SIZE, privilege)?;
         let ram = std::sync::Arc::clone(&self.ram);
-        let _guard = locked.then(|| ram.group().split_lock());
+        let _alone = locked.then(|| {
+            self.stats.split_locks += 1;
+            self.outside(|vcpu| ram.group().stop_others(&vcpu.membership))
+        });
         let mut bytes = [0; 8];
         let size = T::SIZE as usize;
         self.read_bytes_as(gva, &mut bytes[..size], privilege)?;
@@ -603,27 +608,30 @@ impl Vcpu {
     /// part of the buffer that it holds.
     fn places(&mut self, gva: u64, len: usize, kind: AccessKind, privilege: Privilege) -> Exec<Places> {
         let first = len.min(0x1000 - (gva & 0xfff) as usize);
-        if first < len
-            && self.walk.canonical(Gva(gva)) != self.walk.canonical(Gva(gva.wrapping_add(first as u64)))
-        {
+        let mut next = gva.wrapping_add(first as u64);
+        // In compatibility mode the processor's own tables may lie above 4 GiB.
+        if gva <= 0xffff_ffff {
+            next = self.wrapped(Gva(next)).0;
+        }
+        if first < len && self.walk.canonical(Gva(gva)) != self.walk.canonical(Gva(next)) {
             // Before any page fault.
             return fault(Fault::gp(0));
         }
         let one = self.place(gva, kind, privilege)?;
-        let two = if first < len {
-            let next = gva.wrapping_add(first as u64);
-            // In compatibility mode the processor's own tables may lie above 4 GiB.
-            let wide = self.state.code_mode == CodeMode::Bits64 || gva > 0xffff_ffff;
-            let next = if wide { next } else { next & 0xffff_ffff };
-            Some((self.place(next, kind, privilege)?, first..len))
-        } else {
-            None
-        };
+        let two = if first < len { Some((self.place(next, kind, privilege)?, first..len)) } else { None };
         Ok([Some((one, 0..first)), two])
+    }
+
+    /// A linear address that was computed from one below 4 GiB: outside 64-bit mode, it wraps around there.
+    #[inline]
+    pub(crate) fn wrapped(&self, gva: Gva) -> Gva {
+        if self.state.code_mode == CodeMode::Bits64 { gva } else { Gva(gva.0 & 0xffff_ffff) }
     }
 
     /// Translates one address, by the TLB or by a walk that fills it.
     fn place(&mut self, gva: u64, kind: AccessKind, privilege: Privilege) -> Exec<Place> {
+        // Without long mode no linear address has more than 32 bits, also not one in the middle of a descriptor.
+        let gva = if self.state.long_mode() { gva } else { gva & 0xffff_ffff };
         let wide = self.state.code_mode == CodeMode::Bits64 || gva > 0xffff_ffff;
         if wide && !self.walk.canonical(Gva(gva)) {
             return fault(Fault::gp(0));
@@ -682,6 +690,7 @@ impl Vcpu {
             // PVM tags translations by their root, whatever they say.
             global: translation.global && !self.state.deprivileged,
             large: translation.page_size != mmu::PageSize::Size4K,
+            key: PageKey { key: translation.pkey, user: translation.rights.contains(mmu::PageRights::USER) },
         };
         let host = page.host;
         if table != Table::Slow {
@@ -752,6 +761,13 @@ impl Vcpu {
     pub fn refresh_table(&mut self) {
         self.state.tlb_base = self.table_of(self.privilege()).base();
     }
+}
+
+/// Whether a `T` at `gva` lies in two cache lines of the host: there a locked access to it is a split lock.
+#[inline(always)]
+fn crosses_line<T: Data>(gva: u64) -> bool {
+    const LINE: u64 = 64;
+    (gva & (LINE - 1)) + T::SIZE > LINE
 }
 
 #[inline(always)]

@@ -9,7 +9,7 @@ use mmu::Gva;
 
 use crate::exit::{Answer, Exit};
 use crate::fault::{Exec, Fault, fault};
-use crate::state::seg;
+use crate::state::{cr4, seg};
 use crate::vcpu::Vcpu;
 
 const FIXED_MTRRS: usize = 11;
@@ -54,6 +54,8 @@ pub struct Msrs {
     pub debugctl: u64,
     /// IA32_MCG_STATUS.
     pub mcg_status: u64,
+    /// IA32_PKRS: as PKRU, for supervisor-mode pages.
+    pub pkrs: u32,
 }
 
 /// Fast strings on; branch trace and event sampling unavailable.
@@ -65,8 +67,12 @@ const MTRR_CAP: u64 = VARIABLE_MTRRS as u64 | 1 << 8 | 1 << 10;
 /// A revision that kernels know as recent, in the upper half.
 const BIOS_SIGN_ID: u64 = 0x2b00_0603 << 32;
 
-/// What IA32_ARCH_CAPABILITIES promises: an interpreter speculates on nothing, so that no mitigation need slow the
-/// guest.
+/// What IA32_ARCH_CAPABILITIES tells the guest: the virtual processor has none of the known flaws, and its kernel can
+/// leave out the mitigations for them. None of the guest's instructions is executed speculatively, and the host's
+/// units that these flaws are in do not execute the guest's loads, stores and branches.
+///
+/// It says nothing about the host. That does speculate while it interprets; what this could show of the host's memory is
+/// held back by the host's own mitigations and by `tlb`, not by anything that the guest is told here.
 const ARCH_CAPABILITIES: u64 = {
     const RDCL_NO: u64 = 1 << 0;
     const IBRS_ALL: u64 = 1 << 1;
@@ -126,6 +132,7 @@ impl Default for Msrs {
             spec_ctrl: 0,
             debugctl: 0,
             mcg_status: 0,
+            pkrs: 0,
         }
     }
 }
@@ -137,6 +144,8 @@ enum Read {
     Constant(u64),
     /// From the state.
     Value(fn(&Vcpu) -> u64),
+    /// As the function decides.
+    Checked(fn(&Vcpu) -> Exec<u64>),
     /// Reading it is #GP(0).
     Never,
 }
@@ -208,6 +217,7 @@ static TABLE: &[Msr] = &[
     msr(0x1d9, "IA32_DEBUGCTL", field!(debugctl), field!(debugctl, bits 0b11)),
     msr(0x277, "IA32_PAT", field!(pat), Write::Checked(Vcpu::write_pat)),
     msr(0x2ff, "IA32_MTRR_DEF_TYPE", field!(mtrr_def_type), Write::Checked(Vcpu::write_mtrr_def_type)),
+    msr(0x6e1, "IA32_PKRS", Read::Checked(Vcpu::read_pkrs), Write::Checked(Vcpu::write_pkrs)),
     msr(0xc000_0080, "IA32_EFER", Read::Value(|v| v.state.efer), Write::Checked(Vcpu::load_efer)),
     msr(0xc000_0081, "IA32_STAR", field!(star), field!(star, bits ALL)),
     msr(0xc000_0082, "IA32_LSTAR", field!(lstar), field!(lstar, address)),
@@ -264,6 +274,7 @@ impl Vcpu {
             return match msr.read {
                 Read::Constant(value) => Ok(value),
                 Read::Value(read) => Ok(read(self)),
+                Read::Checked(read) => read(self),
                 Read::Never => fault(Fault::gp(0)),
             };
         }
@@ -311,14 +322,14 @@ impl Vcpu {
     /// A change of the TSC shows in TSC_ADJUST, and the other way round.
     fn write_tsc(&mut self, value: u64) {
         let delta = value.wrapping_sub(self.tsc());
-        self.state.tsc_offset = self.state.tsc_offset.wrapping_add(delta);
-        self.state.msrs.tsc_adjust = self.state.msrs.tsc_adjust.wrapping_add(delta);
+        self.write_tsc_adjust(self.state.msrs.tsc_adjust.wrapping_add(delta));
     }
 
     fn write_tsc_adjust(&mut self, value: u64) {
         let delta = value.wrapping_sub(self.state.msrs.tsc_adjust);
         self.state.tsc_offset = self.state.tsc_offset.wrapping_add(delta);
         self.state.msrs.tsc_adjust = value;
+        self.outside(|vcpu| vcpu.platform.tsc_adjusted(value));
     }
 
     fn write_pat(&mut self, value: u64) -> Exec {
@@ -335,6 +346,21 @@ impl Vcpu {
             return fault(Fault::gp(0));
         }
         self.state.msrs.mtrr_def_type = value;
+        Ok(())
+    }
+
+    /// There is no IA32_PKRS without its feature.
+    fn read_pkrs(&self) -> Exec<u64> {
+        if self.cpuid.cr4_bits() & cr4::PKS == 0 {
+            return fault(Fault::gp(0));
+        }
+        Ok(self.state.msrs.pkrs.into())
+    }
+
+    fn write_pkrs(&mut self, value: u64) -> Exec {
+        let Ok(value) = u32::try_from(value) else { return fault(Fault::gp(0)) };
+        self.read_pkrs()?;
+        self.load_pkrs(value);
         Ok(())
     }
 

@@ -9,25 +9,25 @@
 //! Writers are made to notice: a vCPU never has a writable TLB entry for a watched page, so that its
 //! stores to it take the slow path, which calls [`PageStamps::note_write`]; devices write through
 //! `vm-memory`, whose dirty-bitmap hook does the same. When a page becomes watched, other vCPUs may still
-//! hold writable TLB entries for it; [`WatchGroup`] makes them drop these before the page is decoded.
+//! hold writable TLB entries for it; `group` makes them drop these before the page is decoded.
 
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering, fence};
-use std::sync::{Arc, Mutex, PoisonError};
 
 use mmu::Gpa;
 use vm_memory::bitmap::{Bitmap, NewBitmap, RefSlice, WithBitmapSlice};
 use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryMmap, GuestMemoryRegion};
 
-use crate::attention::{self, Attention};
 use crate::data::Data;
+use crate::group::VcpuGroup;
 use crate::hostmem;
 
 /// Guest memory: `vm-memory` with [`PageStamps`] as its dirty-bitmap hook.
 pub type GuestRam = GuestMemoryMmap<PageStamps>;
 
 const WATCHED: u32 = 1 << 0;
-/// The hand-shake of [`WatchGroup`] is over: no vCPU has a writable TLB entry for the page.
+/// The hand-shake of [`VcpuGroup`] is over: no vCPU has a writable TLB entry for the page.
 const READY: u32 = 1 << 1;
 /// One write.
 const COUNT: u32 = 1 << 2;
@@ -145,14 +145,14 @@ impl RamPage<'_> {
     }
 
     /// Marks the page watched; returns the stamp, by which the hand-shake that follows is known.
-    fn watch(&self) -> u32 {
+    pub(crate) fn watch(&self) -> u32 {
         self.stamp.fetch_or(WATCHED, Ordering::AcqRel) | WATCHED
     }
 
     /// The hand-shake that began at `stamp` is over. It counts only if the page was not written meanwhile: then
     /// it was not watched for a while, and if it is again, that is for another hand-shake, which vCPUs that
     /// answered this one need not have answered.
-    fn set_ready(&self, stamp: u32) {
+    pub(crate) fn set_ready(&self, stamp: u32) {
         let (from, to) = (stamp & !READY, stamp | READY);
         let _ = self.stamp.compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire);
     }
@@ -170,7 +170,7 @@ pub struct Ram {
     regions: Vec<Region>,
     /// Keeps the mappings behind `Region::host` alive.
     memory: GuestRam,
-    group: WatchGroup,
+    group: VcpuGroup,
 }
 
 impl fmt::Debug for Ram {
@@ -191,7 +191,7 @@ impl Ram {
                 stamps: vm_memory::MmapRegion::bitmap(r).clone(),
             })
             .collect();
-        Self { regions, memory, group: WatchGroup::default() }
+        Self { regions, memory, group: VcpuGroup::default() }
     }
 
     /// The memory, for whoever accesses it as devices do.
@@ -200,7 +200,7 @@ impl Ram {
     }
 
     /// The vCPUs that share this RAM.
-    pub fn group(&self) -> &WatchGroup {
+    pub(crate) fn group(&self) -> &VcpuGroup {
         &self.group
     }
 
@@ -247,115 +247,6 @@ impl Ram {
     }
 }
 
-/// The vCPUs that share one RAM and must agree on which pages are watched.
-///
-/// The hand-shake: the vCPU that wants to decode a page queues the page for every other vCPU, raises
-/// [`attention::WATCH`] there, and waits until each has dropped its writable TLB entries for the page or
-/// is found outside the engine (it then does so before it runs guest code again). A vCPU that waits
-/// serves its own queue meanwhile, so that two can wait for each other.
-#[derive(Debug, Default)]
-pub struct WatchGroup {
-    peers: Mutex<Vec<Arc<WatchPeer>>>,
-    /// Held during a locked operation that crosses a page.
-    split: Mutex<()>,
-}
-
-/// One vCPU's part in a [`WatchGroup`].
-#[derive(Debug)]
-pub struct WatchPeer {
-    attention: Arc<Attention>,
-    queue: Mutex<Queue>,
-}
-
-/// More pages than this are not told apart any more: a vCPU that sleeps for long does not serve its queue.
-const MOST_QUEUED: usize = 64;
-
-/// What to drop from a TLB's writable entries.
-#[derive(Debug, Default)]
-struct Queue {
-    /// Pages by host address.
-    pages: Vec<usize>,
-    /// All pages.
-    all: bool,
-}
-
-impl Queue {
-    fn push(&mut self, page: usize) {
-        if self.all || self.pages.len() >= MOST_QUEUED {
-            self.pages.clear();
-            self.all = true;
-        } else {
-            self.pages.push(page);
-        }
-    }
-}
-
-/// What [`WatchPeer::serve`] asks for: to take the right to write from TLB entries.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Protect {
-    /// For the page at this host address.
-    Page(usize),
-    /// For all pages.
-    All,
-}
-
-impl WatchPeer {
-    /// Hands what is queued to `protect` and acknowledges.
-    pub(crate) fn serve(&self, mut protect: impl FnMut(Protect)) {
-        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-        if std::mem::take(&mut queue.all) {
-            protect(Protect::All);
-        }
-        for host in queue.pages.drain(..) {
-            protect(Protect::Page(host));
-        }
-        // Under the lock: a page queued after this raises the bit again.
-        self.attention.take(attention::WATCH);
-    }
-}
-
-impl WatchGroup {
-    /// Adds a vCPU.
-    pub(crate) fn join(&self, attention: Arc<Attention>) -> Arc<WatchPeer> {
-        let peer = Arc::new(WatchPeer { attention, queue: Mutex::default() });
-        self.peers.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&peer));
-        peer
-    }
-
-    /// Excludes the other vCPUs' locked operations that cross a page.
-    pub(crate) fn split_lock(&self) -> std::sync::MutexGuard<'_, ()> {
-        self.split.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Makes `page` watched: returns when no vCPU but `own` can write it unnoticed. The caller drops its
-    /// own writable TLB entries, and serves its own queue when `serve` is called.
-    pub(crate) fn watch(&self, own: &Arc<WatchPeer>, page: RamPage<'_>, mut serve: impl FnMut()) {
-        let stamp = page.watch();
-        let peers: Vec<_> = {
-            let all = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
-            all.iter().filter(|p| !Arc::ptr_eq(p, own)).cloned().collect()
-        };
-        for peer in &peers {
-            let mut queue = peer.queue.lock().unwrap_or_else(PoisonError::into_inner);
-            queue.push(page.host);
-            peer.attention.raise(attention::WATCH);
-        }
-        for peer in &peers {
-            let mut spins = 0u32;
-            while peer.attention.is_inside() && peer.attention.peek() & attention::WATCH != 0 {
-                serve();
-                spins += 1;
-                if spins.is_multiple_of(64) {
-                    std::thread::yield_now();
-                } else {
-                    std::hint::spin_loop();
-                }
-            }
-        }
-        page.set_ready(stamp);
-    }
-}
-
 impl mmu::PageTableMemory for Ram {
     #[inline]
     fn read_u32(&self, gpa: Gpa) -> Option<u32> {
@@ -397,22 +288,5 @@ mod tests {
         assert_eq!(page.ready(), None, "watched by the second, which is not over");
         page.set_ready(second);
         assert_eq!(page.ready(), Some(second | READY));
-    }
-
-    #[test]
-    fn a_vcpu_that_does_not_run_queues_a_bounded_number_of_pages() {
-        let ram = ram();
-        let own = ram.group().join(Arc::new(Attention::new()));
-        let parked = ram.group().join(Arc::new(Attention::new()));
-        for page in 0..PAGES {
-            ram.group().watch(&own, ram.page(Gpa((page * PAGE) as u64)).unwrap(), || ());
-        }
-        let (mut pages, mut all) = (0, 0);
-        parked.serve(|what| match what {
-            Protect::Page(_) => pages += 1,
-            Protect::All => all += 1,
-        });
-        assert_eq!((pages, all), (0, 1));
-        parked.serve(|_| panic!("served twice"));
     }
 }

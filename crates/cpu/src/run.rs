@@ -75,50 +75,62 @@ impl Interpreter {
 
     /// Runs `vcpu` until something needs its caller.
     pub fn run(&mut self, vcpu: &mut Vcpu) -> Outcome {
-        vcpu.attention.set_inside(true);
+        vcpu.enter();
         let outcome = self.run_inside(vcpu);
         vcpu.sync_mxcsr();
-        vcpu.attention.set_inside(false);
+        vcpu.leave();
         outcome
     }
 
     /// Executes exactly one instruction (or delivers one event), as debuggers and tests want it. `None` if
     /// the vCPU goes on.
     pub fn step(&mut self, vcpu: &mut Vcpu) -> Option<Outcome> {
-        vcpu.attention.set_inside(true);
+        vcpu.enter();
         let outcome = match service(vcpu) {
             Next::Leave(outcome) => Some(outcome),
             Next::Run | Next::Step => self.step_inside(vcpu),
         };
         vcpu.sync_mxcsr();
-        vcpu.attention.set_inside(false);
+        vcpu.leave();
         outcome
     }
 
     fn run_inside(&mut self, vcpu: &mut Vcpu) -> Outcome {
         loop {
-            if vcpu.attention.peek() | vcpu.state.slow != 0 {
-                match service(vcpu) {
-                    Next::Run => {}
-                    Next::Step => {
-                        if let Some(outcome) = self.step_inside(vcpu) {
-                            return outcome;
-                        }
-                        continue;
-                    }
-                    Next::Leave(outcome) => return outcome,
-                }
-            }
-            let result = match self.block(vcpu) {
-                Ok(Some(insns)) => execute(vcpu, insns),
-                Ok(None) => self.uncached(vcpu, false),
-                Err(stop) => Err(stop),
-            };
-            if let Err(stop) = result
-                && let Some(outcome) = stopped(vcpu, *stop)
-            {
+            if let Some(outcome) = self.turn(vcpu) {
                 return outcome;
             }
+        }
+    }
+
+    /// As [`Self::run`], for no more than `turns` blocks; `None` if the vCPU goes on.
+    #[cfg(feature = "testing")]
+    pub fn run_turns(&mut self, vcpu: &mut Vcpu, turns: usize) -> Option<Outcome> {
+        vcpu.enter();
+        let outcome = (0..turns).find_map(|_| self.turn(vcpu));
+        vcpu.sync_mxcsr();
+        vcpu.leave();
+        outcome
+    }
+
+    /// One turn of the loop: a block, or one instruction.
+    #[inline(always)]
+    fn turn(&mut self, vcpu: &mut Vcpu) -> Option<Outcome> {
+        if vcpu.attention.peek() | vcpu.state.slow != 0 {
+            match service(vcpu) {
+                Next::Run => {}
+                Next::Step => return self.step_inside(vcpu),
+                Next::Leave(outcome) => return Some(outcome),
+            }
+        }
+        let result = match self.block(vcpu) {
+            Ok(Some(insns)) => execute(vcpu, insns),
+            Ok(None) => self.uncached(vcpu, false),
+            Err(stop) => Err(stop),
+        };
+        match result {
+            Ok(()) => None,
+            Err(stop) => stopped(vcpu, *stop),
         }
     }
 
@@ -223,7 +235,7 @@ impl Interpreter {
         let mode = vcpu.state.code_mode;
         let ram = std::sync::Arc::clone(&vcpu.ram);
         let first_len = 0x1000 - gpa.page_offset() as usize;
-        let second = fetch(vcpu, gva.wrapping_add(first_len as u64))?;
+        let second = fetch(vcpu, vcpu.wrapped(gva.wrapping_add(first_len as u64)))?;
         let (Some(page), Some(second_page)) = (ram.page(gpa), ram.page(second)) else { return Ok(None) };
         let known = self.blocks.crossing(gpa, mode, page.stamp());
         if known.is_some_and(|c| c.second == second && c.second_stamp == second_page.stamp()) {
@@ -267,7 +279,7 @@ impl Interpreter {
         let mut decoder = Decoder::with_ip(mode.bitness(), &bytes[..len], gva.0, DecoderOptions::NONE);
         decoder.decode_out(&mut i);
         if decoder.last_error() == DecoderError::NoMoreBytes && len < INSTRUCTION_LENGTH {
-            let next = gva.wrapping_add(len as u64);
+            let next = vcpu.wrapped(gva.wrapping_add(len as u64));
             read_code(vcpu, next, &mut bytes[len..])?;
             len = INSTRUCTION_LENGTH;
             Decoder::with_ip(mode.bitness(), &bytes[..len], gva.0, DecoderOptions::NONE).decode_out(&mut i);
@@ -296,8 +308,7 @@ impl Interpreter {
 fn watch(vcpu: &mut Vcpu, page: RamPage<'_>) -> Option<u32> {
     if page.ready().is_none() {
         vcpu.tlb.write_protect(page.host);
-        let (ram, peer) = (std::sync::Arc::clone(&vcpu.ram), std::sync::Arc::clone(&vcpu.peer));
-        ram.group().watch(&peer, page, || vcpu.serve_watch());
+        vcpu.outside(|vcpu| vcpu.ram.group().watch(&vcpu.membership, page));
     }
     page.ready()
 }
@@ -383,8 +394,9 @@ fn deliver(vcpu: &mut Vcpu, event: Event) -> Option<Outcome> {
 fn service(vcpu: &mut Vcpu) -> Next {
     vcpu.sync_mxcsr();
     let word = vcpu.attention.peek();
-    if word & attention::WATCH != 0 {
-        vcpu.serve_watch();
+    if word & (attention::WATCH | attention::STOP) != 0 {
+        vcpu.leave();
+        vcpu.enter();
     }
     if word & attention::FLUSH_TLB != 0 && vcpu.attention.take(attention::FLUSH_TLB) != 0 {
         vcpu.tlb.flush_all();
@@ -576,7 +588,6 @@ fn ends_block(i: &Instruction) -> bool {
                 | M::Xsetbv
                 | M::Invlpg
                 | M::Invpcid
-                | M::Wrpkru
                 | M::Mwait
                 | M::Cpuid
                 | M::Out

@@ -255,10 +255,8 @@ impl Vcpu {
         if state.virtual_8086() {
             return Ok((virtual_8086_segment(selector), u64::from(selector) << 4));
         }
-        if state.deprivileged
-            && let Some(kept) = self.pvm_stack_segment(register, selector)
-        {
-            return Ok(kept);
+        if let Some(emulated) = self.pvm_supervisor_load(register, selector) {
+            return Ok(emulated);
         }
         let state = &self.state;
         let cpl = self.segment_cpl();

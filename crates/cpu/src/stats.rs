@@ -14,6 +14,8 @@ pub struct VcpuStats {
     pub tlb_misses: u64,
     /// Stores that hit pages with decoded code.
     pub code_writes: u64,
+    /// Locked accesses that crossed a cache line, or hit no RAM: each stopped the other vCPUs.
+    pub split_locks: u64,
     /// External interrupts and NMIs delivered.
     pub interrupts: u64,
     /// Exceptions delivered.
@@ -59,6 +61,7 @@ impl AddAssign<&VcpuStats> for VcpuStats {
         self.blocks_decoded += other.blocks_decoded;
         self.tlb_misses += other.tlb_misses;
         self.code_writes += other.code_writes;
+        self.split_locks += other.split_locks;
         self.interrupts += other.interrupts;
         self.exceptions += other.exceptions;
         self.exits += other.exits;

@@ -8,6 +8,11 @@
 //! page with decoded code), simply has a tag that never matches. A fourth table stays empty: while
 //! data breakpoints or alignment checks are on, accesses are sent through it and so take the slow path.
 //!
+//! What a protection key forbids counts among these rights. Programs change PKRU often, so such a change must
+//! not cost the whole table: pages with a key other than 0 are few, are noted in a bitmap, and
+//! [`Tlb::deny_keys`] drops those whose key lost a right. A right that a key gains needs nothing: what was
+//! forbidden misses. So an entry never allows what the present registers forbid, whichever PCID it is of.
+//!
 //! A tag is the page's address with the PCID in its low 12 bits. A global page is stored under the PCID that
 //! was current; another PCID that misses on it takes the entry over without a walk.
 //!
@@ -15,9 +20,12 @@
 //! so that an access that crosses a page never hits.
 //!
 //! The TLB is the security boundary: [`Tlb::fill`] is the only place where a host address enters it, and
-//! its caller passes pages of guest RAM only.
+//! its caller passes pages of guest RAM only. It holds while the host speculates, too: the address of a miss is 0 by
+//! computation, not by a branch that a guest could train ([`hostmem::address_if_equal`]).
 
 use mmu::{Gpa, Gva};
+
+use crate::hostmem;
 
 /// Pages in each table.
 const SIZE: usize = 1024;
@@ -64,6 +72,16 @@ const EMPTY: Entry = Entry { read: NEVER, write: NEVER, exec: NEVER, delta: 0 };
 struct Meta {
     gpa: u64,
     global: bool,
+    key: PageKey,
+}
+
+/// A page's protection key, and the register that judges it.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub(crate) struct PageKey {
+    /// The key, 0 to 15.
+    pub(crate) key: u8,
+    /// Whether the page is a user-mode page, thus PKRU's; else it is IA32_PKRS's.
+    pub(crate) user: bool,
 }
 
 /// What [`Tlb::fill`] stores.
@@ -83,12 +101,16 @@ pub(crate) struct Fill {
     pub(crate) global: bool,
     /// The page is part of a page larger than 4 KiB.
     pub(crate) large: bool,
+    /// Its protection key.
+    pub(crate) key: PageKey,
 }
 
 /// The software TLB of one vCPU.
 pub(crate) struct Tlb {
     entries: Box<[Entry; SIZE * TABLES]>,
     meta: Box<[Meta; SIZE * TABLES]>,
+    /// A bit for each entry, set if its page has a protection key other than 0.
+    keyed: [u64; SIZE * TABLES / 64],
     /// A bit for each 1 GiB of address space (modulo 64) in which fragments of large pages are held.
     large: u64,
     /// Whether anything was filled since the last full flush.
@@ -97,7 +119,13 @@ pub(crate) struct Tlb {
 
 impl Tlb {
     pub(crate) fn new() -> Self {
-        Self { entries: boxed(EMPTY), meta: boxed(Meta::default()), large: 0, used: false }
+        Self {
+            entries: boxed(EMPTY),
+            meta: boxed(Meta::default()),
+            keyed: [0; SIZE * TABLES / 64],
+            large: 0,
+            used: false,
+        }
     }
 
     #[inline(always)]
@@ -110,7 +138,7 @@ impl Tlb {
     pub(crate) fn read(&self, base: u64, tag: u64, gva: u64, size: u64) -> Option<usize> {
         let entry = &self.entries[Self::index(base, gva)];
         let last = gva.wrapping_add(size - 1);
-        (entry.read == (last & !0xfff | tag)).then(|| entry.delta.wrapping_add(gva as usize))
+        hit(entry.read, last & !0xfff | tag, entry.delta.wrapping_add(gva as usize))
     }
 
     /// The host address of `size` bytes at `gva` if a write of them hits.
@@ -118,7 +146,7 @@ impl Tlb {
     pub(crate) fn write(&self, base: u64, tag: u64, gva: u64, size: u64) -> Option<usize> {
         let entry = &self.entries[Self::index(base, gva)];
         let last = gva.wrapping_add(size - 1);
-        (entry.write == (last & !0xfff | tag)).then(|| entry.delta.wrapping_add(gva as usize))
+        hit(entry.write, last & !0xfff | tag, entry.delta.wrapping_add(gva as usize))
     }
 
     /// The guest-physical address behind `gva` if a fetch from its page hits.
@@ -140,7 +168,9 @@ impl Tlb {
             exec: pick(fill.exec),
             delta: fill.host.wrapping_sub(page as usize),
         };
-        self.meta[index] = Meta { gpa: fill.gpa.page().0, global: fill.global };
+        self.meta[index] = Meta { gpa: fill.gpa.page().0, global: fill.global, key: fill.key };
+        let (word, bit) = (&mut self.keyed[index / 64], 1 << (index % 64));
+        *word = if fill.key.key == 0 { *word & !bit } else { *word | bit };
         self.used = true;
         if fill.large {
             self.large |= 1 << (page >> 30 & 63);
@@ -170,6 +200,7 @@ impl Tlb {
     pub(crate) fn flush_all(&mut self) {
         if self.used {
             self.entries.fill(EMPTY);
+            self.keyed.fill(0);
             self.used = false;
             self.large = 0;
         }
@@ -204,6 +235,29 @@ impl Tlb {
         }
     }
 
+    /// Drops what the protection keys in `denied` allowed, of every PCID: of user-mode pages if `user`, else of
+    /// supervisor-mode pages. `denied` has the bits, as PKRU has them, that have become set.
+    pub(crate) fn deny_keys(&mut self, user: bool, denied: u32) {
+        if denied & 0b11 != 0 {
+            // Almost every page has key 0.
+            self.flush_all();
+        } else if denied != 0 {
+            for (n, word) in self.keyed.iter_mut().enumerate() {
+                let mut left = *word;
+                while left != 0 {
+                    let bit = left.trailing_zeros();
+                    left &= left - 1;
+                    let index = n * 64 + bit as usize;
+                    let key = self.meta[index].key;
+                    if key.user == user && denied >> (2 * key.key) & 0b11 != 0 {
+                        self.entries[index] = EMPTY;
+                        *word &= !(1 << bit);
+                    }
+                }
+            }
+        }
+    }
+
     /// Takes the right to write from every entry for the page at host address `host`.
     pub(crate) fn write_protect(&mut self, host: usize) {
         for entry in self.entries.iter_mut() {
@@ -225,6 +279,13 @@ impl Tlb {
             }
         }
     }
+}
+
+/// The host address `address` if an entry's tag `tag` is the one looked for, `wanted`. Guest RAM is nowhere at 0.
+#[inline(always)]
+fn hit(tag: u64, wanted: u64, address: usize) -> Option<usize> {
+    let address = hostmem::address_if_equal(tag, wanted, address);
+    (address != 0).then_some(address)
 }
 
 impl Entry {

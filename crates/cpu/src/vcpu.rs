@@ -9,9 +9,10 @@ use crate::attention::Attention;
 use crate::cpuid::Cpuid;
 use crate::exit::{Answer, Exit, Platform};
 use crate::flags;
+use crate::group::{Membership, Protect};
 use crate::native::Native;
 use crate::pvm_mode::PvmPaging;
-use crate::ram::{Protect, Ram, WatchPeer};
+use crate::ram::Ram;
 use crate::state::{CodeMode, CpuState, Segment, cr0, cr4, efer, seg, slow};
 use crate::stats::VcpuStats;
 use crate::tlb::Tlb;
@@ -39,7 +40,7 @@ pub struct Vcpu {
     pub(crate) ram: Arc<Ram>,
     pub(crate) platform: Box<dyn Platform>,
     pub(crate) attention: Arc<Attention>,
-    pub(crate) peer: Arc<WatchPeer>,
+    pub(crate) membership: Membership,
     pub(crate) cpuid: Cpuid,
     pub(crate) native: Native,
     /// The PVM ABI, for a guest that may use it. Absent while it is at work on the rest of the vCPU.
@@ -64,7 +65,7 @@ impl Vcpu {
         platform: Box<dyn Platform>,
         attention: Arc<Attention>,
     ) -> std::io::Result<Self> {
-        let peer = ram.group().join(Arc::clone(&attention));
+        let membership = Membership::new(&ram, Arc::clone(&attention));
         let mut vcpu = Self {
             state: CpuState { tsc_offset: config.tsc_offset, ..CpuState::default() },
             stats: VcpuStats::default(),
@@ -73,7 +74,7 @@ impl Vcpu {
             ram,
             platform,
             attention,
-            peer,
+            membership,
             cpuid: config.cpuid,
             native: Native::new()?,
             pvm_paging: PvmPaging::default(),
@@ -114,7 +115,7 @@ impl Vcpu {
         } += 1;
         // What the platform computes must not show in the guest's MXCSR.
         self.sync_mxcsr();
-        self.platform.exit(exit)
+        self.outside(|vcpu| vcpu.platform.exit(exit))
     }
 
     // ---- registers ----
@@ -234,7 +235,7 @@ impl Vcpu {
     }
 
     /// Rebuilds the page walker, without flushing the TLB. To be called after a change of CR0, CR3, CR4, EFER,
-    /// the PDPTEs or PKRU.
+    /// the PDPTEs, PKRU or IA32_PKRS.
     pub fn refresh_paging(&mut self) {
         if self.state.deprivileged {
             return self.refresh_pvm_paging();
@@ -246,7 +247,7 @@ impl Vcpu {
             cr4: state.cr4,
             efer: state.efer,
             pkru: state.pkru,
-            pkrs: 0,
+            pkrs: state.msrs.pkrs,
             maxphyaddr: self.cpuid.maxphyaddr(),
             pdptrs: state.pdptrs,
             features: PagingFeatures::all(),
@@ -292,12 +293,31 @@ impl Vcpu {
         *self.stats.unimplemented.entry(format!("{code:?}")).or_default() += 1;
     }
 
-    /// Serves requests of other vCPUs to drop writable TLB entries.
-    pub(crate) fn serve_watch(&mut self) {
-        let (peer, tlb) = (&self.peer, &mut self.tlb);
-        peer.serve(|what| match what {
+    /// Begins to run guest code: waits while another vCPU is alone, and serves what others asked for meanwhile.
+    pub(crate) fn enter(&mut self) {
+        let tlb = &mut self.tlb;
+        self.membership.enter(self.ram.group(), |what| match what {
             Protect::Page(host) => tlb.write_protect(host),
             Protect::All => tlb.write_protect_all(),
         });
+    }
+
+    /// Ends to run guest code: other vCPUs do not wait for this one.
+    pub(crate) fn leave(&self) {
+        self.membership.leave();
+    }
+
+    /// Calls `f` with other vCPUs not waiting for this one. Pages may become watched meanwhile: a right to write
+    /// that was found before the call is void after it.
+    pub(crate) fn outside<R>(&mut self, f: impl FnOnce(&mut Self) -> R) -> R {
+        let inside = self.membership.is_inside();
+        if inside {
+            self.leave();
+        }
+        let result = f(self);
+        if inside {
+            self.enter();
+        }
+        result
     }
 }

@@ -5,7 +5,7 @@
 use std::path::Path;
 
 use machine::loader::{BootProtocol, KernelImage};
-use machine::{Machine, MachineConfig};
+use machine::{GuestAbi, Machine, MachineConfig};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -14,8 +14,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let initramfs = args.get(1).map(std::fs::read).transpose()?;
     let cmdline = args.get(2).map_or("console=ttyS0 panic=-1", String::as_str);
     let cpus = args.get(3).map_or(Ok(1), |n| n.parse())?;
-    let mut machine =
-        Machine::new(MachineConfig { memory: 512 << 20, cpus, serial: Box::new(std::io::stdout()) })?;
+    let guest_abi = if kernel.is_pvm_guest() { GuestAbi::Pvm } else { GuestAbi::X86 };
+    let serial = Box::new(std::io::stdout());
+    let mut machine = Machine::new(MachineConfig { memory: 512 << 20, cpus, serial, guest_abi })?;
     machine.load(&kernel, BootProtocol::Linux64, initramfs.as_deref(), cmdline)?;
     let handle = machine.handle();
     std::thread::spawn(move || {

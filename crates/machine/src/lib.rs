@@ -10,6 +10,7 @@ pub mod apic;
 mod boot;
 pub mod bus;
 pub mod clock;
+mod guest_abi;
 pub mod kvm;
 pub mod layout;
 pub mod loader;
@@ -23,4 +24,5 @@ mod signals;
 mod vcpu;
 mod virtio_pci;
 
+pub use guest_abi::GuestAbi;
 pub use machine::{Ended, Machine, MachineConfig, MachineError, MachineHandle, MachineStats};

@@ -20,6 +20,7 @@ use crate::apic::{self, ApicBus, ApicBusConfig, IOAPIC_BASE, IOAPIC_SIZE, IoApic
 use crate::boot;
 use crate::bus::{Bus, BusError, MmioDevice, Unclaimed};
 use crate::clock::Clock;
+use crate::guest_abi::GuestAbi;
 use crate::kvm::{KvmVcpu, KvmVm};
 use crate::layout;
 use crate::loader::{self, BootProtocol, BootRequest, BootState, KernelImage, LoadError};
@@ -40,6 +41,8 @@ pub struct MachineConfig {
     pub cpus: u32,
     /// Where the serial port's output goes.
     pub serial: Box<dyn Write + Send>,
+    /// What the kernel is offered.
+    pub guest_abi: GuestAbi,
 }
 
 /// The most vCPUs a machine can have.
@@ -82,6 +85,9 @@ pub enum MachineError {
     /// The host refused a thread or executable memory.
     #[error("cannot start a vCPU")]
     Vcpu(#[source] io::Error),
+    /// A thread of the machine, of this name, panicked, which ended the machine. (A release build aborts instead.)
+    #[error("the thread {0} failed: this is a mistake in ring3")]
+    Panicked(String),
 }
 
 /// Why a machine ended.
@@ -100,6 +106,10 @@ pub struct MachineStats {
     pub vcpus: Vec<VcpuStats>,
     /// The state that each vCPU ended in, to see where a guest hangs.
     pub states: Vec<CpuState>,
+    /// What the kernel was offered.
+    pub guest_abi: GuestAbi,
+    /// What PVM counted, by vCPU; empty unless it was offered.
+    pub pvm: Vec<pvm::Stats>,
     /// Port accesses that nothing answered.
     pub unclaimed_ports: Unclaimed,
     /// Memory accesses that nothing answered.
@@ -130,6 +140,17 @@ impl End {
     }
 }
 
+/// Ends the machine if the thread that holds this panics: nobody else would.
+struct EndOnPanic(Arc<End>);
+
+impl Drop for EndOnPanic {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.set(Ended::Stopped);
+        }
+    }
+}
+
 /// Ends a running machine from another thread.
 #[derive(Clone)]
 pub struct MachineHandle {
@@ -150,7 +171,7 @@ impl MachineHandle {
 
 /// A machine that has not started yet.
 pub struct Machine {
-    config: Sizes,
+    config: Shape,
     memory: Arc<GuestRam>,
     bus: Bus,
     pci: PciRoot,
@@ -164,10 +185,12 @@ pub struct Machine {
     boot: Option<BootState>,
 }
 
+/// What is left of a [`MachineConfig`] once the devices are made.
 #[derive(Clone, Copy)]
-struct Sizes {
+struct Shape {
     memory: u64,
     cpus: u32,
+    guest_abi: GuestAbi,
 }
 
 impl Machine {
@@ -218,7 +241,7 @@ impl Machine {
         let pci = PciRoot::new(layout::MMIO32, layout::mmio64_window(bytes));
 
         Ok(Self {
-            config: Sizes { memory: bytes, cpus: config.cpus },
+            config: Shape { memory: bytes, cpus: config.cpus, guest_abi: config.guest_abi },
             memory,
             bus,
             pci,
@@ -283,7 +306,7 @@ impl Machine {
     /// Runs until the machine ends.
     ///
     /// # Errors
-    /// When the host refuses threads or executable memory.
+    /// When the host refuses threads or executable memory, or a thread panics.
     pub fn run(mut self) -> Result<(Ended, MachineStats), MachineError> {
         self.pci.assign_bars()?;
         let pci = std::mem::replace(&mut self.pci, PciRoot::new(layout::MMIO32, 0..0));
@@ -296,9 +319,10 @@ impl Machine {
             let kvm = Arc::new(Mutex::new(KvmVcpu::new(Arc::clone(&self.kvm), Arc::clone(&self.memory))));
             let platform =
                 VcpuPlatform { apic: Arc::clone(apic), bus: Arc::clone(&bus), kvm: Arc::clone(&kvm) };
+            let cpuid = self.cpuid(index as u32);
             let config = VcpuConfig {
-                pvm: None,
-                cpuid: self.cpuid(index as u32),
+                pvm: self.config.guest_abi.vcpu_config(index as u16, &cpuid),
+                cpuid,
                 tsc_offset: self.clock.host_tsc_offset().unwrap_or(0),
             };
             let mut vcpu = Vcpu::new(config, Arc::clone(&ram), Box::new(platform), Arc::clone(attention))
@@ -310,20 +334,29 @@ impl Machine {
             threads.push(VcpuThread { vcpu, apic: Arc::clone(apic), kvm, power: Arc::clone(&self.power) });
         }
 
-        let mut stats = MachineStats::default();
+        let mut stats = MachineStats { guest_abi: self.config.guest_abi, ..MachineStats::default() };
         let ended = thread::scope(|scope| {
             let signals = &self.signals;
+            let end_on_panic = || EndOnPanic(Arc::clone(&self.end));
+            let ends = end_on_panic();
             let timers = thread::Builder::new()
                 .name("timers".into())
-                .spawn_scoped(scope, || signals.timers.serve(&self.apics))
+                .spawn_scoped(scope, || {
+                    let _ends = ends;
+                    signals.timers.serve(&self.apics)
+                })
                 .map_err(MachineError::Vcpu);
             let running: Result<Vec<_>, _> = threads
                 .into_iter()
                 .enumerate()
                 .map(|(index, vcpu)| {
+                    let ends = end_on_panic();
                     thread::Builder::new()
                         .name(format!("vcpu{index}"))
-                        .spawn_scoped(scope, move || vcpu.run())
+                        .spawn_scoped(scope, move || {
+                            let _ends = ends;
+                            vcpu.run()
+                        })
                         .map_err(MachineError::Vcpu)
                 })
                 .collect();
@@ -334,15 +367,20 @@ impl Machine {
             };
             signals.raise_all(attention::KICK);
             signals.timers.stop();
+            // All threads are joined, whatever the others ended with.
+            let timers = join(timers?);
+            let vcpus: Vec<_> = running?.into_iter().map(join).collect();
             timers?;
-            for thread in running? {
-                let (counted, state) = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-                stats.vcpus.push(counted);
-                stats.states.push(state);
+            for vcpu in vcpus {
+                let end = vcpu?;
+                stats.vcpus.push(end.counted);
+                stats.states.push(end.state);
+                stats.pvm.extend(end.pvm);
             }
             Ok::<_, MachineError>(ended)
-        })?;
+        });
         self.serial.flush();
+        let ended = ended?;
         stats.unclaimed_ports = bus.unclaimed_ports();
         stats.unclaimed_mmio = bus.unclaimed_mmio();
         Ok((ended, stats))
@@ -354,8 +392,17 @@ impl Machine {
         for leaf in self.kvm.cpuid_leaves() {
             cpuid.set_leaf(leaf.leaf, leaf.subleaf, [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx]);
         }
+        if self.config.guest_abi == GuestAbi::Pvm {
+            cpuid.offer_pvm();
+        }
         cpuid
     }
+}
+
+/// What `thread` returned.
+fn join<T>(thread: thread::ScopedJoinHandle<'_, T>) -> Result<T, MachineError> {
+    let name = thread.thread().name().unwrap_or_default().to_owned();
+    thread.join().map_err(|_| MachineError::Panicked(name))
 }
 
 /// A device's edge-triggered line to an I/O APIC pin.
@@ -392,7 +439,11 @@ mod tests {
     use super::*;
 
     fn with(memory: u64, cpus: u32) -> Result<Machine, MachineError> {
-        Machine::new(MachineConfig { memory, cpus, serial: Box::new(io::sink()) })
+        with_abi(memory, cpus, GuestAbi::default())
+    }
+
+    fn with_abi(memory: u64, cpus: u32, guest_abi: GuestAbi) -> Result<Machine, MachineError> {
+        Machine::new(MachineConfig { memory, cpus, serial: Box::new(io::sink()), guest_abi })
     }
 
     #[test]
@@ -411,11 +462,53 @@ mod tests {
     }
 
     #[test]
+    fn a_panic_of_a_vcpu_ends_the_run() {
+        struct Broken;
+
+        impl crate::bus::PortDevice for Broken {
+            fn read(&self, _offset: u16, _data: &mut [u8]) {}
+
+            fn write(&self, _offset: u16, _data: &[u8]) {
+                panic!("on purpose");
+            }
+        }
+
+        let mut machine = with(layout::MIN_RAM, 2).unwrap();
+        machine.bus.add_ports("broken", 0x80, 1, Arc::new(Broken)).unwrap();
+        // A start-up IPI to `out 0x80, al`.
+        vm_memory::Bytes::write_slice(&*machine.memory, &[0xe6, 0x80], vm_memory::GuestAddress(0x5000))
+            .unwrap();
+        machine.signals.attentions()[1].raise_sipi(5);
+        match machine.run() {
+            Err(MachineError::Panicked(thread)) => assert_eq!(thread, "vcpu1"),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
     fn a_machine_without_kernel_can_be_stopped() {
         let machine = with(layout::MIN_RAM, 2).unwrap();
         machine.handle().stop();
         let (ended, stats) = machine.run().unwrap();
         assert_eq!(ended, Ended::Stopped);
         assert_eq!(stats.vcpus.len(), 2);
+        assert_eq!((stats.guest_abi, stats.pvm.len()), (GuestAbi::X86, 0));
+    }
+
+    #[test]
+    fn pvm_is_offered_to_every_vcpu_or_to_none() {
+        use pvm::abi::cpuid::{PVM, SIGNATURE, VENDOR_FEATURES};
+        let vendor = |machine: &Machine| machine.cpuid(0).leaf(VENDOR_FEATURES, 0).map(|leaf| leaf.ebx);
+        assert_eq!(vendor(&with(layout::MIN_RAM, 1).unwrap()), None);
+        let machine = with_abi(layout::MIN_RAM, 3, GuestAbi::Pvm).unwrap();
+        assert_eq!(vendor(&machine), Some(PVM));
+        let cpuid = machine.cpuid(2);
+        assert!(cpuid.leaf(SIGNATURE, 0).is_some_and(|leaf| leaf.eax >= VENDOR_FEATURES));
+        assert!(!cpuid.has("SMEP") && !cpuid.has("SMAP"));
+        let config = GuestAbi::Pvm.vcpu_config(2, &cpuid).unwrap();
+        assert_eq!((config.cpu, config.ranges), (2, pvm::AddressRanges::usual(cpuid.has("LA57"))));
+        machine.handle().stop();
+        let (_, stats) = machine.run().unwrap();
+        assert_eq!((stats.guest_abi, stats.pvm), (GuestAbi::Pvm, vec![pvm::Stats::default(); 3]));
     }
 }

@@ -16,7 +16,7 @@ use mmu::Gpa;
 
 use crate::apic::{self, LAPIC_SIZE, LocalApic, MSR_APIC_BASE, MSR_TSC_DEADLINE};
 use crate::bus::Bus;
-use crate::clock::monotonic_ns;
+use crate::clock::{TscAdjust, monotonic_ns};
 use crate::kvm::{self, KvmVcpu};
 use crate::power::{PowerEvent, PowerSignal};
 
@@ -85,8 +85,8 @@ impl Platform for VcpuPlatform {
             }
             Exit::ReadCr8 { value } => *value = self.apic.cr8(),
             Exit::WriteCr8 { value } => return answer(self.apic.set_cr8(value)),
-            Exit::Hypercall { number, args, cpl, result } => {
-                *result = lock(&self.kvm).hypercall(&kvm::Hypercall { number, args, long_mode: true, cpl });
+            Exit::Hypercall { number, args, long_mode, cpl, result } => {
+                *result = lock(&self.kvm).hypercall(&kvm::Hypercall { number, args, long_mode, cpl });
             }
         }
         Answer::Done
@@ -98,6 +98,13 @@ impl Platform for VcpuPlatform {
 
     fn interrupt_pending(&mut self) -> bool {
         self.apic.pending_vector().is_some()
+    }
+
+    fn tsc_adjusted(&mut self, adjust: u64) {
+        let mut to = TscAdjust::default();
+        to.set(adjust);
+        self.apic.set_tsc_adjust(to);
+        lock(&self.kvm).set_tsc_adjust(to);
     }
 
     fn init(&mut self) {
@@ -121,10 +128,17 @@ pub(crate) struct VcpuThread {
     pub(crate) power: Arc<PowerSignal>,
 }
 
+/// What is left of a vCPU.
+pub(crate) struct VcpuEnd {
+    pub(crate) counted: VcpuStats,
+    pub(crate) state: CpuState,
+    /// What PVM counted, if it was offered.
+    pub(crate) pvm: Option<pvm::Stats>,
+}
+
 impl VcpuThread {
-    /// Runs until [`attention::KICK`] is raised: the machine ends. Returns what the vCPU counted, and the state
-    /// that it ended in.
-    pub(crate) fn run(mut self) -> (VcpuStats, CpuState) {
+    /// Runs until [`attention::KICK`] is raised: the machine ends.
+    pub(crate) fn run(mut self) -> VcpuEnd {
         let mut engine = Interpreter::new();
         let attention = Arc::clone(self.vcpu.attention());
         loop {
@@ -138,7 +152,7 @@ impl VcpuThread {
                 }
             }
         }
-        (self.vcpu.stats, self.vcpu.state)
+        VcpuEnd { pvm: self.vcpu.pvm_stats(), counted: self.vcpu.stats, state: self.vcpu.state }
     }
 
     /// Sleeps as HLT does.
@@ -158,6 +172,55 @@ impl VcpuThread {
         }
         if lock(&self.kvm).on_wake().0 {
             attention.raise(attention::FLUSH_TLB);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::apic::testing::Rig;
+    use crate::kvm::{KvmVm, MSR_SYSTEM_TIME};
+    use crate::{layout, memory};
+    use vm_memory::{Bytes as _, GuestAddress};
+
+    fn vcpu(rig: &Rig) -> (Vcpu, Arc<GuestRam>) {
+        let memory = Arc::new(memory::create(&layout::ram_regions(layout::MIN_RAM)).unwrap());
+        let vm = KvmVm::new(rig.clock.clone(), rig.bus.clone());
+        let platform = VcpuPlatform {
+            apic: rig.bus.local(0).unwrap().clone(),
+            bus: Arc::new(Bus::new()),
+            kvm: Arc::new(Mutex::new(KvmVcpu::new(vm, memory.clone()))),
+        };
+        let config = cpu::VcpuConfig { cpuid: cpu::Cpuid::default(), tsc_offset: 0, pvm: None };
+        let ram = Arc::new(cpu::Ram::new((*memory).clone()));
+        let vcpu = Vcpu::new(config, ram, Box::new(platform), Arc::new(Attention::new())).unwrap();
+        (vcpu, memory)
+    }
+
+    #[test]
+    fn a_moved_tsc_moves_deadline_and_clock() {
+        const MSR_TSC_ADJUST: u32 = 0x3b;
+        let rig = Rig::new(&[0], false);
+        let (mut vcpu, memory) = vcpu(&rig);
+        vcpu.write_msr(MSR_SYSTEM_TIME, 0x1000 | 1).unwrap();
+        vcpu.write_msr(MSR_TSC_ADJUST, 5000).unwrap();
+        assert_eq!(rig.bus.local(0).unwrap().tsc_adjust().get(), 5000);
+        // The clock page's tsc_timestamp.
+        assert_eq!(memory.read_obj::<u64>(GuestAddress(0x1008)).unwrap(), 5000);
+    }
+
+    #[test]
+    fn a_bitmap_of_vcpus_has_the_width_of_the_callers_registers() {
+        const SEND_IPI: u64 = 10;
+        let rig = Rig::new(&[0, 32, 64], false);
+        let (mut vcpu, _) = vcpu(&rig);
+        // The first bit of the second word.
+        for (long_mode, taker) in [(false, 1), (true, 2)] {
+            let mut result = 0;
+            let args = [0, 1, 0, 0xf0];
+            vcpu.exit(Exit::Hypercall { number: SEND_IPI, args, long_mode, cpl: 0, result: &mut result });
+            assert_eq!((result, rig.drain()), (1, vec![(taker, 0xf0)]));
         }
     }
 }

@@ -225,3 +225,5 @@ trampoline_protected:
     .long 0
 trampoline_end:
     .text
+    // What follows may be in the same unit.
+    .code64

@@ -208,7 +208,20 @@ pub mod hypercall {
     /// LOAD_TLS(entry0, entry1, entry2).
     pub const LOAD_TLS: u64 = LOAD_PGTBL + 9;
     /// How many there are.
-    pub const COUNT: usize = 10;
+    pub const COUNT: usize = NAMES.len();
+    /// Their names, in the order of their numbers.
+    pub const NAMES: [&str; 10] = [
+        "LOAD_PGTBL",
+        "IRQ_WIN",
+        "IRQ_HALT",
+        "TLB_FLUSH",
+        "TLB_FLUSH_CURRENT",
+        "TLB_INVLPG",
+        "LOAD_GS",
+        "RDMSR",
+        "WRMSR",
+        "LOAD_TLS",
+    ];
     /// LOAD_PGTBL's flag: flush the translations of both new roots.
     pub const LOAD_PGTBL_FLUSH: u64 = 1 << 0;
     /// LOAD_PGTBL's flag: 5-level page tables.

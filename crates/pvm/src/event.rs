@@ -84,10 +84,7 @@ impl Pvm {
     /// # Errors
     /// If it cannot be delivered.
     pub fn deliver<P: Processor>(&mut self, cpu: &mut P, event: Event) -> Result<(), TripleFault> {
-        if event.vector == NMI {
-            self.nmi_masked = true;
-        }
-        if self.mode == Mode::User {
+        let delivered = if self.mode == Mode::User {
             self.stats.user_events += 1;
             self.leave_user(
                 cpu,
@@ -100,7 +97,9 @@ impl Pvm {
         } else {
             self.stats.supervisor_interrupts += 1;
             self.supervisor_interrupt(cpu, event)
-        }
+        };
+        self.nmi_masked |= event.vector == NMI && delivered.is_ok();
+        delivered
     }
 
     /// From user to supervisor mode: by an event, or (`None`) by SYSCALL.
@@ -114,16 +113,10 @@ impl Pvm {
         let layout = &self.config.generation.pvcs;
         let selectors = cpu.selectors();
         let flags = cpu.register(Register::Rflags) | event.map_or(0, |e| e.flags);
-        let [rip, rsp, rcx, r11, gs_base, pkru, cr2] = [
-            Register::Rip,
-            Register::Rsp,
-            Register::Rcx,
-            Register::R11,
-            Register::GsBase,
-            Register::Pkru,
-            Register::Cr2,
-        ]
-        .map(|r| cpu.register(r));
+        let (rip, rsp) = (cpu.register(Register::Rip), cpu.register(Register::Rsp));
+        let (rcx, r11) = (cpu.register(Register::Rcx), cpu.register(Register::R11));
+        let (gs_base, pkru) = (cpu.register(Register::GsBase), cpu.register(Register::Pkru));
+        let cr2 = cpu.register(Register::Cr2);
         let Some(mut pvcs) = self.pvcs(cpu) else { return Err(TripleFault) };
         pvcs.store(layout.user_cs, selectors.cs.into());
         pvcs.store(layout.user_ss, selectors.ss.into());
@@ -163,7 +156,7 @@ impl Pvm {
             cs: self.supervisor_cs.into(),
             rflags: self.guest_flags(cpu) | event.flags,
             rsp,
-            ss: u64::from(self.supervisor_cs) + 8,
+            ss: self.supervisor_ss().into(),
             rcx: cpu.register(Register::Rcx),
             r11: cpu.register(Register::R11),
         };

@@ -9,6 +9,8 @@
 //! - for RDMSR and WRMSR ([`Pvm::read_msr`], [`Pvm::write_msr`]), and
 //! - to learn whether an interrupt may be delivered ([`Pvm::interrupts_open`]).
 //!
+//! [`conformance`] goes through the ABI row by row and names the test for each.
+//!
 //! The words are the specification's: what is *underlying* is the state of the processor that the guest runs on
 //! without privileges; what is not, is what the guest believes. Numbers and layouts are tables ([`abi`]), one
 //! for each generation of the ABI.
@@ -17,6 +19,8 @@
 #![forbid(unsafe_code)]
 
 pub mod abi;
+#[doc = include_str!("conformance.md")]
+pub mod conformance {}
 mod event;
 mod gdt;
 pub mod image;
@@ -25,6 +29,8 @@ pub mod processor;
 mod range;
 mod stats;
 mod syscall;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod vcpu;
 
 pub use event::{Event, Frame};

@@ -49,8 +49,8 @@ impl Pvm {
             x86_msr::PKRS => {
                 let Ok(keys) = u32::try_from(value) else { return Access::Fault };
                 self.pkrs = keys;
-                if cpu.register(Register::Cr4) & control::CR4_PKS != 0 {
-                    // In supervisor mode PKRS is PKRU.
+                // In supervisor mode PKRS is PKRU; the user's PKRU is not the supervisor's to change from here.
+                if self.mode == Mode::Supervisor && cpu.register(Register::Cr4) & control::CR4_PKS != 0 {
                     cpu.set_register(Register::Pkru, value);
                 }
                 Access::Done(())

@@ -122,7 +122,8 @@ pub trait Processor {
     /// Goes to user mode with these selectors and the context.
     ///
     /// # Errors
-    /// The selector that cannot be loaded; the mode has changed nevertheless.
+    /// The selector that cannot be loaded. The mode has changed nevertheless, and [`Self::selectors`] are those
+    /// that were asked for: the #GP that follows reports them.
     fn enter_user(&mut self, selectors: Selectors, context: Context) -> Result<(), u16>;
 
     /// The shared structure at guest-physical address `page`, the start of a page; `None` if there is no RAM

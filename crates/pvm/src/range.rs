@@ -28,6 +28,13 @@ impl AddressRanges {
         Some(Self { pml4: (pml4.start, pml4.end), pml5: pml5.map_or((NONE, NONE), |r| (r.start, r.end)) })
     }
 
+    /// What guests of generation 1 expect: 32 slots, 0xffff_c900_0000_0000 to 0xffff_d900_0000_0000 among the PML4
+    /// entries and, with 5-level paging, those of the same numbers among the PML5 entries.
+    pub const fn usual(five_levels: bool) -> Self {
+        const SLOTS: (u16, u16) = (402, 434);
+        Self { pml4: SLOTS, pml5: if five_levels { SLOTS } else { (NONE, NONE) } }
+    }
+
     /// The MSR's value.
     pub const fn msr(&self) -> u64 {
         ONES | self.pml4.0 as u64
@@ -114,6 +121,14 @@ mod tests {
         // A 5-level range where there is none.
         let four = AddressRanges::new(402..434, None).expect("valid");
         assert_eq!(four.narrowed(r.msr()), None);
+    }
+
+    #[test]
+    fn the_usual_ranges_are_good() {
+        let four = AddressRanges::usual(false);
+        assert_eq!(Some(four), AddressRanges::new(402..434, None));
+        assert_eq!(four.pml4_addresses(), (0xffff_c900_0000_0000, 0xffff_d900_0000_0000));
+        assert_eq!(Some(AddressRanges::usual(true)), AddressRanges::new(402..434, Some(402..434)));
     }
 
     #[test]

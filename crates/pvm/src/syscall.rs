@@ -38,8 +38,11 @@ impl Pvm {
         if self.mode == Mode::Supervisor && address == self.retu_rip {
             return self.return_user(cpu);
         }
-        let flags = cpu.register(Register::Rflags) & !rflags::RF;
-        cpu.set_register(Register::Rflags, flags);
+        let before = cpu.register(Register::Rflags);
+        let flags = before & !rflags::RF;
+        if flags != before {
+            cpu.set_register(Register::Rflags, flags);
+        }
         cpu.set_register(Register::Rcx, rip);
         cpu.set_register(Register::R11, flags);
         if self.mode == Mode::User {
@@ -64,9 +67,9 @@ impl Pvm {
         if flags & event_flags::IP != 0 {
             pvcs.store(layout.event_flags, flags & !event_flags::IP);
         }
-        let [gs_base, eflags, pkru, rip, rsp, rcx, r11] =
-            [layout.user_gsbase, layout.eflags, layout.pkru, layout.rip, layout.rsp, layout.rcx, layout.r11]
-                .map(|f| pvcs.load(f));
+        let (gs_base, pkru) = (pvcs.load(layout.user_gsbase), pvcs.load(layout.pkru));
+        let (rip, rsp, eflags) = (pvcs.load(layout.rip), pvcs.load(layout.rsp), pvcs.load(layout.eflags));
+        let (rcx, r11) = (pvcs.load(layout.rcx), pvcs.load(layout.r11));
         drop(pvcs);
         self.stats.user_returns += 1;
         self.nmi_masked = false;
@@ -141,7 +144,7 @@ impl Pvm {
             }
             hypercall::LOAD_GS => {
                 let selector = a as u16;
-                let descriptor = self.gdt.descriptor(selector).filter(|_| selector & 3 == 3);
+                let descriptor = self.gdt.descriptor(selector);
                 cpu.load_gs(if descriptor.is_some() { selector } else { 0 }, descriptor)
             }
             hypercall::RDMSR => self.read_any_msr(cpu, a as u32).unwrap_or(0),

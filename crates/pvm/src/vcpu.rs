@@ -115,6 +115,16 @@ impl Pvm {
         self.supervisor_cs
     }
 
+    /// SS of supervisor mode as the guest believes it to be: the descriptor behind CS.
+    pub const fn supervisor_ss(&self) -> u16 {
+        self.supervisor_cs.wrapping_add(8)
+    }
+
+    /// The supervisor has loaded CS with `cs`, of RPL 0, in a way that trapped and was emulated.
+    pub fn set_supervisor_cs(&mut self, cs: u16) {
+        self.supervisor_cs = cs & !3;
+    }
+
     /// The addresses that the guest may use.
     pub const fn ranges(&self) -> &AddressRanges {
         &self.ranges
@@ -144,12 +154,14 @@ impl Pvm {
         !self.nmi_masked
     }
 
-    /// A maskable interrupt waits because the guest has closed them: tells it so.
+    /// A maskable interrupt waits because the guest has closed them: tells it so, if there is a structure.
     pub fn interrupt_waits<P: Processor>(&mut self, cpu: &mut P) {
-        let flags = self.event_flags(cpu);
+        let field = self.config.generation.pvcs.event_flags;
+        let Some(mut pvcs) = self.pvcs(cpu) else { return };
+        let flags = pvcs.load(field);
         if flags & event_flags::IP == 0 {
+            pvcs.store(field, flags | event_flags::IP);
             self.stats.interrupt_windows += 1;
-            self.set_event_flags(cpu, event_flags::IP, 0);
         }
     }
 

@@ -22,6 +22,8 @@ Examples:
   ring3 run --root ~/bookworm --cpus 2 --memory 2G -- make check
   ring3 run --disk disk.img -- mkfs.ext4 /dev/vda
   ring3 run --kernel ./bzImage --append loglevel=7 -v -- true
+  ring3 run --guest-abi pvm --kernel ./vmlinux.pvm --stats -- true
+  ring3 run --kernel ./unikernel.elf --boot pvh --initramfs none
 
 Kernel, without --kernel: the newest in ring3's cache; else the newest readable
 /boot/vmlinuz-* whose modules are in /lib/modules; else, on Debian and its
@@ -40,6 +42,22 @@ Exit status:
   The command's own; 128+N when signal N ended it; 124 when --timeout ended the
   run; 125 when ring3 itself failed; 126 when the command could not be executed;
   127 when it was not found.";
+
+const PVM_EXAMPLES: &str = "\
+Examples:
+  ring3 pvm selftest                    every combination of entry and processors
+  ring3 pvm selftest --cpus 2 --boot pvh -v
+  ring3 pvm selftest --only hypercall   one group of checks
+  ring3 pvm guest --output pvm-guest.elf
+  qemu-system-x86_64 -accel kvm -M q35 -kernel pvm-guest.elf -display none \\
+      -serial stdio -no-reboot          the same guest on a host with KVM's PVM
+
+A kernel of your own with PVM guest support is booted by `ring3 run --kernel FILE`.";
+
+const SELFTEST_STATUS: &str = "\
+Exit status:
+  0 when every check of every boot passed, 1 when one did not, 125 when ring3
+  itself failed.";
 
 /// Linux's virtualization stack in user space: virtual machines without virtualization hardware, kernel modules
 /// or root.
@@ -66,6 +84,16 @@ pub enum Task {
         #[command(subcommand)]
         task: KernelTask,
     },
+    /// The PVM guest ABI: test it, and get the guest that tests it
+    ///
+    /// PVM is an ABI for guest kernels that run without the processor's privileges and know it. ring3 offers it to
+    /// kernels that have support for it (`ring3 run --guest-abi`).
+    #[command(after_long_help = PVM_EXAMPLES)]
+    Pvm {
+        /// What to do.
+        #[command(subcommand)]
+        task: PvmTask,
+    },
     /// Print a completion script for a shell
     ///
     /// For example: ring3 completions bash > ~/.local/share/bash-completion/completions/ring3
@@ -75,10 +103,10 @@ pub enum Task {
     },
     /// Print the manual page (roff), for one subcommand if named
     ///
-    /// For example: ring3 man run | man -l -
+    /// For example: ring3 man run | man -l -, or ring3 man pvm selftest | man -l -
     Man {
-        /// A subcommand.
-        subcommand: Option<String>,
+        /// A subcommand, and one of its own.
+        subcommand: Vec<String>,
     },
 }
 
@@ -94,12 +122,14 @@ pub struct RunArgs {
     /// /lib/modules/VERSION and in ring3's cache.
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
-    /// Initramfs to boot instead of ring3's own
+    /// Initramfs to boot instead of ring3's own, or `none`
     ///
     /// The guest is then all its own: no command is run by ring3, and the guest's serial console is on standard
-    /// input and output. Exits with 0 when the guest powers off or resets.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["command", "env", "workdir"])]
-    pub initramfs: Option<PathBuf>,
+    /// input and output. Exits with 0 when the guest powers off or resets. `none` is for kernels that need no
+    /// initramfs, be they Linux or not (a file of that name is ./none).
+    #[arg(long, value_name = "FILE|none", value_parser = OsStringValueParser::new().map(parse_initramfs),
+          conflicts_with_all = ["command", "env", "workdir"])]
+    pub initramfs: Option<Initramfs>,
     /// Text to add to the kernel's command line
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub append: Option<String>,
@@ -135,6 +165,12 @@ pub struct RunArgs {
     /// How the kernel is entered
     #[arg(long, value_enum, default_value_t = Boot::Linux)]
     pub boot: Boot,
+    /// Which ABI the kernel is offered: plain x86, or PVM's for kernels that know they are deprivileged
+    ///
+    /// The choice holds for the whole run and all processors, and is shown by --stats. ring3 says so when `auto`
+    /// chooses pvm.
+    #[arg(long, value_name = "ABI", value_enum, default_value_t = GuestAbi::Auto)]
+    pub guest_abi: GuestAbi,
     /// How the guest's processor is run
     #[arg(long, value_enum, default_value_t = Engine::Interpret)]
     pub engine: Engine,
@@ -161,6 +197,17 @@ pub enum Boot {
     Pvh,
 }
 
+/// Which ABI the kernel is offered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum GuestAbi {
+    /// PVM's when the kernel contains PVM's synthetic CPUID instruction, as every PVM guest does; else plain x86
+    Auto,
+    /// PVM's, and no kernel without support for it
+    Pvm,
+    /// Plain x86: PVM is never offered
+    Off,
+}
+
 /// How the guest's processor is run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Engine {
@@ -185,6 +232,15 @@ impl Engine {
             Self::Interpret => "interpret",
         }
     }
+}
+
+/// An initramfs in the place of ring3's own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Initramfs {
+    /// No initramfs at all.
+    None,
+    /// This file.
+    File(PathBuf),
 }
 
 /// A disk of the guest.
@@ -223,6 +279,52 @@ pub enum KernelTask {
         #[arg(required = true, value_name = "VERSION")]
         versions: Vec<String>,
     },
+}
+
+/// The subcommands of `ring3 pvm`.
+#[derive(Debug, Subcommand)]
+pub enum PvmTask {
+    /// Boot a guest that checks the PVM guest ABI rule by rule
+    ///
+    /// The guest is a small kernel that ring3 brings along. It is booted once for each combination of boot protocol
+    /// and number of processors, unless the options choose one.
+    #[command(after_long_help = SELFTEST_STATUS)]
+    Selftest(SelftestArgs),
+    /// Write the selftest's guest to a file, to boot it elsewhere
+    ///
+    /// It is an ELF kernel with a PVH entry and a 64-bit Linux entry. It reports on the first serial port and powers
+    /// off. It is written against the ABI, not against ring3: any hypervisor with PVM of generation 1 can run it.
+    Guest {
+        /// The file to write; - is standard output.
+        #[arg(short, long, value_name = "FILE")]
+        output: PathBuf,
+    },
+}
+
+/// The options of `ring3 pvm selftest`.
+#[derive(Debug, Args)]
+pub struct SelftestArgs {
+    /// Number of processors of the guest [default: one boot with 1, one with 2]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub cpus: Option<u32>,
+    /// Memory of the guest, with a unit
+    #[arg(long, value_name = "SIZE", default_value = "128M", value_parser = parse_size)]
+    pub memory: u64,
+    /// How the guest is entered [default: one boot each way]
+    #[arg(long, value_enum)]
+    pub boot: Option<Boot>,
+    /// End each boot after this time, as failed: seconds, or a number with s, m, h or d
+    #[arg(long, value_name = "DURATION", default_value = "2m", value_parser = parse_duration)]
+    pub timeout: Duration,
+    /// Make only the checks whose names begin so: a group, or group/name
+    #[arg(long, value_name = "PREFIX", value_parser = parse_prefix)]
+    pub only: Option<String>,
+    /// Print the names of the checks, which one boot of the guest tells, and no outcome
+    #[arg(long, conflicts_with = "verbose")]
+    pub list: bool,
+    /// Show every line that the guest prints
+    #[arg(short, long)]
+    pub verbose: bool,
 }
 
 const MIB: u64 = 1 << 20;
@@ -275,6 +377,20 @@ fn parse_disk(text: OsString) -> Disk {
     match text.as_bytes().strip_suffix(b":ro") {
         Some(path) => Disk { path: OsStr::from_bytes(path).into(), readonly: true },
         None => Disk { path: text.into(), readonly: false },
+    }
+}
+
+fn parse_initramfs(text: OsString) -> Initramfs {
+    if text == "none" { Initramfs::None } else { Initramfs::File(text.into()) }
+}
+
+/// The prefix becomes a word of the guest's command line.
+fn parse_prefix(text: &str) -> Result<String, String> {
+    let good = |c: char| c.is_ascii_alphanumeric() || "/-_".contains(c);
+    if !text.is_empty() && text.chars().all(good) {
+        Ok(text.to_owned())
+    } else {
+        Err("not the beginning of a name: letters, digits, / - and _".into())
     }
 }
 
@@ -363,11 +479,49 @@ mod tests {
             (&["--env", "=x"], "needs a name"),
             (&["--engine", "magic"], "interpret"),
             (&["--isolation", "some"], "on, off"),
+            (&["--guest-abi", "xen"], "auto, pvm, off"),
             (&["--initramfs", "x", "--", "ls"], "cannot be used with"),
             (&["ls"], "'ls'"),
         ] {
             let error = run(args).unwrap_err().to_string();
             assert!(error.contains(words), "{args:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn an_initramfs_is_a_file_or_none() {
+        assert_eq!(run(&[]).unwrap().initramfs, None);
+        assert_eq!(run(&["--initramfs", "none"]).unwrap().initramfs, Some(Initramfs::None));
+        let file = run(&["--initramfs=./none"]).unwrap().initramfs;
+        assert_eq!(file, Some(Initramfs::File("./none".into())));
+    }
+
+    #[test]
+    fn the_guest_abi_is_the_kernels_choice_unless_told() {
+        assert_eq!(run(&[]).unwrap().guest_abi, GuestAbi::Auto);
+        assert_eq!(run(&["--guest-abi", "pvm"]).unwrap().guest_abi, GuestAbi::Pvm);
+        assert_eq!(run(&["--guest-abi=off"]).unwrap().guest_abi, GuestAbi::Off);
+    }
+
+    #[test]
+    fn the_selftest_covers_everything_unless_told() {
+        let parse = |words: &[&str]| match Cli::try_parse_from(["ring3", "pvm"].iter().chain(words)) {
+            Ok(Cli { command: Task::Pvm { task: PvmTask::Selftest(args) } }) => args,
+            other => panic!("{other:?}"),
+        };
+        let args = parse(&["selftest"]);
+        assert_eq!((args.cpus, args.boot, args.memory, args.list), (None, None, 128 << 20, false));
+        let args = parse(&["selftest", "--cpus=4", "--boot", "pvh", "--timeout", "9", "-v"]);
+        assert_eq!((args.cpus, args.boot, args.timeout), (Some(4), Some(Boot::Pvh), Duration::from_secs(9)));
+        assert!(args.verbose);
+        for words in [
+            &["selftest", "--cpus", "0"][..],
+            &["selftest", "--list", "-v"],
+            &["selftest", "--only", "a b"],
+            &["guest"],
+            &[],
+        ] {
+            assert!(Cli::try_parse_from(["ring3", "pvm"].iter().chain(words)).is_err(), "{words:?}");
         }
     }
 

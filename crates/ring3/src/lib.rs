@@ -1,7 +1,9 @@
 //! The `ring3` command: what it is told ([`cli`]), which kernel it boots ([`kernel`]), what the guest finds
-//! at boot ([`initramfs`]), and one run from start to exit status ([`run`]).
+//! at boot ([`initramfs`]), one run from start to exit status ([`run`]), and the guest that tests the PVM guest
+//! ABI ([`pvm_guest`]).
 
 pub mod cli;
 pub mod initramfs;
 pub mod kernel;
+pub mod pvm_guest;
 pub mod run;

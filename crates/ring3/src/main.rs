@@ -5,8 +5,8 @@ use std::process::ExitCode;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory, Parser};
-use ring3::cli::{Cli, KernelTask, Task};
-use ring3::{kernel, run};
+use ring3::cli::{Cli, KernelTask, PvmTask, Task};
+use ring3::{kernel, pvm_guest, run};
 
 /// ring3's own failures; the numbers of a run are in `ring3 run --help`.
 const FAILED: u8 = 125;
@@ -22,11 +22,18 @@ fn main() -> ExitCode {
             run::run(&args, run::vm::launch).map_err(Into::into)
         }
         Task::Kernel { task } => kernels(task).map(|()| 0),
+        Task::Pvm { task: PvmTask::Selftest(args) } => {
+            start_log();
+            pvm_guest::selftest::run(&args, pvm_guest::PVM_GUEST, &mut io::stdout()).map_err(Into::into)
+        }
+        Task::Pvm { task: PvmTask::Guest { output } } => {
+            pvm_guest::write(&output).map(|()| 0).map_err(Into::into)
+        }
         Task::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "ring3", &mut io::stdout());
             Ok(0)
         }
-        Task::Man { subcommand } => manual(subcommand.as_deref()).map(|()| 0),
+        Task::Man { subcommand } => manual(&subcommand).map(|()| 0),
     };
     match result {
         Ok(status) => ExitCode::from(status),
@@ -115,16 +122,16 @@ fn kernels(task: KernelTask) -> Result<(), Failure> {
     }
 }
 
-fn manual(subcommand: Option<&str>) -> Result<(), Failure> {
+/// Prints the page of the program, or of the subcommand that `names` lead to.
+fn manual(names: &[String]) -> Result<(), Failure> {
     let mut command = Cli::command().disable_help_subcommand(true);
     command.build();
-    let page = match subcommand {
-        None => command,
-        Some(name) => {
-            let found = command.find_subcommand(name).cloned().ok_or(format!("no subcommand {name}"))?;
-            found.display_name(format!("ring3-{name}"))
-        }
-    };
-    clap_mangen::Man::new(page).render(&mut io::stdout())?;
+    let mut title = "ring3".to_owned();
+    for name in names {
+        title = format!("{title}-{name}");
+        let found = command.find_subcommand(name).cloned();
+        command = found.ok_or_else(|| format!("no subcommand {}", names.join(" ")))?.display_name(&title);
+    }
+    clap_mangen::Man::new(command).render(&mut io::stdout())?;
     Ok(())
 }

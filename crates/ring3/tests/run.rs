@@ -142,7 +142,7 @@ fn the_machine_is_told_what_the_user_said() {
         assert!(vm.disks[0].readonly && vm.disks[0].path == path);
         assert!(vm.command_line.ends_with("quiet a=b"), "{}", vm.command_line);
         assert_eq!(vm.shared_root.as_deref(), Some("/".as_ref()));
-        assert!(vm.initramfs.starts_with(b"070701"));
+        assert!(vm.initramfs.unwrap().starts_with(b"070701"));
         File::from(vm.ports.unwrap().control).write_all(b"ready\nexit 0\n").unwrap();
         Ok(Outcome::PowerOff)
     });

@@ -1,6 +1,7 @@
 //! The instructions, by family. Each family chooses a handler for the instructions it knows.
 
 mod integer;
+mod offered;
 pub(crate) mod system;
 
 use iced_x86::Instruction;
@@ -12,6 +13,8 @@ use crate::vcpu::Vcpu;
 
 /// Chooses the handler of `i`. Families may also change the operand fields of `insn` (but not its length).
 pub(crate) fn select(vcpu: &mut Vcpu, i: &Instruction, mode: CodeMode, insn: &mut Insn) -> Handler {
+    let Some(i) = &offered::decoded(&vcpu.cpuid, i) else { return system::not_offered };
+    insn.code = i.code();
     integer::select(i, mode, insn)
         .or_else(|| system::select(i, mode, insn))
         .or_else(|| crate::native::select(vcpu, i, mode, insn))

@@ -341,12 +341,7 @@ fn restore<const SUPERVISOR: bool, const WIDE: bool>(vcpu: &mut Vcpu, i: &Insn) 
         if load & component::PKRU != 0 {
             bytes.copy_from_slice(&area[pkru..pkru + 4]);
         }
-        let value = u32::from_le_bytes(bytes);
-        if value != vcpu.state.pkru {
-            vcpu.state.pkru = value;
-            vcpu.refresh_paging();
-            vcpu.tlb.flush_all();
-        }
+        vcpu.load_pkru(u32::from_le_bytes(bytes));
     }
     Ok(())
 }

@@ -21,7 +21,7 @@ use pvm::{AddressRanges, Mode, Next, Pvm};
 use crate::event::Event;
 use crate::fault::{Exec, Fault, Stop, fault, vector};
 use crate::flags;
-use crate::segment::{Descriptor, is_null};
+use crate::segment::{Descriptor, is_null, rpl};
 use crate::state::{CodeMode, Segment, cr4, efer, seg, slow};
 use crate::vcpu::Vcpu;
 
@@ -203,30 +203,68 @@ impl Vcpu {
         self.pvm.as_ref()?.gdt().descriptor(selector).map(Descriptor)
     }
 
-    /// Whether `selector`, or the one below it for a stack, is that of supervisor mode as the guest knows it.
-    fn is_supervisor_selector(&self, selector: u16, below: u16) -> bool {
-        let in_supervisor = self.state.deprivileged && self.state.cpl == 0;
-        in_supervisor && self.pvm.as_ref().is_some_and(|pvm| selector & !3 == pvm.supervisor_cs() + below)
+    /// The descriptor of `selector` in the guest's own GDT, if a 64-bit supervisor could load it: present, of DPL 0
+    /// and RPL 0. That table has no effect, but kernels that start up load their selectors from it, which traps,
+    /// and a hypervisor that emulates the load looks there.
+    fn supervisor_descriptor(&mut self, selector: u16) -> Option<Descriptor> {
+        if self.state.cpl != 0 || rpl(selector) != 0 || is_null(selector) || selector & 4 != 0 {
+            return None;
+        }
+        let address = self.descriptor_address(selector, 8)?;
+        let d = Descriptor(self.read_as(address, Privilege::Implicit).ok()?);
+        (!d.is_system() && d.dpl() == 0 && d.present()).then_some(d)
     }
 
-    /// In supervisor mode a far transfer to the supervisor's own code segment, which would trap and be emulated,
-    /// goes to where it is already.
-    pub(crate) fn pvm_code_selector(&self, selector: u16) -> u16 {
-        if self.is_supervisor_selector(selector, 0) { pvm::abi::selector::USER_CS } else { selector }
+    /// Where a far transfer to `selector` goes. In supervisor mode a code segment of its own, the load of which would
+    /// trap and be emulated, becomes what the guest knows as its CS; to the processor below nothing changes.
+    pub(crate) fn pvm_code_selector(&mut self, selector: u16) -> u16 {
+        if !self.state.deprivileged {
+            return selector;
+        }
+        let own = self.pvm.as_ref().map(|pvm| pvm.supervisor_cs());
+        let in_supervisor = self.state.cpl == 0;
+        if in_supervisor && own == Some(selector) {
+            return pvm::abi::selector::USER_CS;
+        }
+        match self.supervisor_descriptor(selector) {
+            Some(d) if d.is_code() && d.has(Segment::LONG) && !d.has(Segment::DEFAULT_BIG) => {
+                if let Some(pvm) = &mut self.pvm {
+                    pvm.set_supervisor_cs(selector);
+                }
+                pvm::abi::selector::USER_CS
+            }
+            _ => selector,
+        }
     }
 
-    /// The same for the stack segment that IRET loads, for which 64-bit supervisors also use a null selector.
-    pub(crate) fn pvm_return_stack_selector(&self, selector: u16) -> u16 {
-        let null = self.state.deprivileged && self.state.cpl == 0 && is_null(selector);
-        if null || self.is_supervisor_selector(selector, 8) { pvm::abi::selector::USER_DS } else { selector }
+    /// The same for the stack segment that IRET or RETF loads, for which 64-bit supervisors also use a null selector.
+    pub(crate) fn pvm_return_stack_selector(&mut self, selector: u16) -> u16 {
+        if self.pvm_supervisor_load(seg::SS, selector).is_some() {
+            pvm::abi::selector::USER_DS
+        } else {
+            selector
+        }
     }
 
-    /// What a load of SS with the supervisor's own or a null selector comes to: SS as it is.
-    pub(crate) fn pvm_stack_segment(&self, register: u8, selector: u16) -> Option<(Segment, u64)> {
-        let kept = register == seg::SS
-            && self.state.cpl == 0
-            && (is_null(selector) || self.is_supervisor_selector(selector, 8));
-        kept.then(|| (self.state.segments[usize::from(seg::SS)], 0))
+    /// What a load of a data segment register by the supervisor comes to, where it would trap and be emulated: SS
+    /// stays what it is, the others become null with the base of the guest's descriptor.
+    pub(crate) fn pvm_supervisor_load(&mut self, register: u8, selector: u16) -> Option<(Segment, u64)> {
+        if !self.state.deprivileged || self.state.cpl != 0 {
+            return None;
+        }
+        if register == seg::SS {
+            let own = self.pvm.as_ref().map(|pvm| pvm.supervisor_cs().wrapping_add(8));
+            let good = selector == 0
+                || own == Some(selector)
+                || self.supervisor_descriptor(selector).is_some_and(Descriptor::is_writable_data);
+            return good.then(|| (self.state.segments[usize::from(seg::SS)], 0));
+        }
+        if self.pvm_descriptor(selector).is_some() {
+            // The processor below can do it by itself.
+            return None;
+        }
+        let d = self.supervisor_descriptor(selector).filter(|d| d.is_readable())?;
+        Some((Segment { selector: 0, limit: 0, attributes: 0 }, d.base()))
     }
 
     /// Whether a far transfer to the code segment `d` is possible: supervisor mode is 64-bit.

@@ -6,6 +6,7 @@ use pvm::processor::{Context, Flush, Roots, Selectors, SharedStruct};
 use pvm::{AddressRanges, Processor, Register};
 
 use crate::exit::{Answer, Exit};
+use crate::flags;
 use crate::ram::RamPage;
 use crate::segment::Descriptor;
 use crate::state::{CodeMode, REG_RIP, Segment, cr4, reg, seg};
@@ -55,6 +56,17 @@ impl Vcpu {
         self.state.segments[usize::from(seg::SS)] = flat(selectors.ss, DATA);
         self.state.seg_base[usize::from(seg::CS)] = 0;
         self.state.seg_base[usize::from(seg::SS)] = 0;
+    }
+
+    /// Replaces RFLAGS. The running block ends anyway.
+    #[inline(always)]
+    fn load_rflags(&mut self, value: u64) {
+        const MODES: u64 = flags::TF | flags::VM | flags::AC | flags::RF;
+        let old = self.state.flags.system();
+        self.state.flags.set_bits(value);
+        if (old ^ value) & MODES != 0 {
+            self.refresh_mode();
+        }
     }
 
     /// The part of a mode switch that both directions share. The CPL is the new one already.
@@ -118,7 +130,7 @@ impl Processor for Vcpu {
             Register::R10 => self.set_reg(R10, value),
             Register::R11 => self.set_reg(reg::R11, value),
             Register::Rip => self.set_reg(REG_RIP, value),
-            Register::Rflags => self.set_rflags(u64::MAX, value),
+            Register::Rflags => self.load_rflags(value),
             Register::GsBase => self.state.seg_base[usize::from(seg::GS)] = value,
             Register::Pkru => self.load_pkru(value as u32),
             Register::Cr2 => self.state.cr2 = value,
@@ -262,7 +274,7 @@ impl Processor for Vcpu {
 
     fn kvm_hypercall(&mut self, number: u64, args: [u64; 4]) -> u64 {
         let mut result = pvm::abi::hypercall::KVM_ENOSYS;
-        match self.exit(Exit::Hypercall { number, args, cpl: 0, result: &mut result }) {
+        match self.exit(Exit::Hypercall { number, args, cpl: 0, long_mode: true, result: &mut result }) {
             Answer::Done => result,
             Answer::Refused => pvm::abi::hypercall::KVM_ENOSYS,
         }

@@ -6,6 +6,11 @@
 
 #![allow(dead_code, unreachable_pub, missing_docs, reason = "each test program uses a part of it")]
 
+mod pvm_guest;
+
+#[allow(unused_imports, reason = "each test program uses a part of it")]
+pub use pvm_guest::*;
+
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
@@ -32,6 +37,8 @@ pub const CODE: u64 = 0x8000;
 pub const TABLES: u64 = 0x1_0000;
 /// The page table entries of the first 2 MiB.
 pub const PT: u64 = TABLES + 0x3000;
+/// What [`Guest::wrapping`] has below 4 GiB.
+pub const LAST_PAGE: u64 = 0x5_0000;
 /// Scratch memory.
 pub const DATA: u64 = 0x2_0000;
 /// The initial stack pointer.
@@ -86,7 +93,8 @@ pub enum Seen {
     WriteMsr(u32, u64),
     ReadCr8,
     WriteCr8(u64),
-    Hypercall { number: u64, args: [u64; 4], cpl: u8 },
+    Hypercall { number: u64, args: [u64; 4], long_mode: bool, cpl: u8 },
+    TscAdjusted(u64),
 }
 
 /// What the platform saw, and what it is to answer.
@@ -103,7 +111,16 @@ pub struct Script {
     pub interrupt_at_exit: Option<u8>,
 }
 
-struct TestPlatform(Arc<Mutex<Script>>, Arc<Attention>);
+/// A [`Script`] as a platform and a test share it.
+pub type SharedScript = Arc<Mutex<Script>>;
+
+struct TestPlatform(SharedScript, Arc<Attention>);
+
+impl TestPlatform {
+    fn boxed(script: SharedScript, attention: Arc<Attention>) -> Box<dyn Platform> {
+        Box::new(Self(script, attention))
+    }
+}
 
 impl Platform for TestPlatform {
     fn exit(&mut self, exit: Exit<'_>) -> Answer {
@@ -146,9 +163,9 @@ impl Platform for TestPlatform {
                 Seen::ReadCr8
             }
             Exit::WriteCr8 { value } => Seen::WriteCr8(value),
-            Exit::Hypercall { number, args, cpl, result } => {
+            Exit::Hypercall { number, args, long_mode, cpl, result } => {
                 *result = answer();
-                Seen::Hypercall { number, args, cpl }
+                Seen::Hypercall { number, args, long_mode, cpl }
             }
         };
         script.seen.push(seen);
@@ -163,7 +180,9 @@ impl Platform for TestPlatform {
         !self.0.lock().unwrap().interrupts.is_empty()
     }
 
-    fn init(&mut self) {}
+    fn tsc_adjusted(&mut self, adjust: u64) {
+        self.0.lock().unwrap().seen.push(Seen::TscAdjusted(adjust));
+    }
 }
 
 /// An event frame as it lies on the stack of the handler.
@@ -183,7 +202,7 @@ pub struct Trap {
 pub struct Guest {
     pub vcpu: Vcpu,
     pub engine: Interpreter,
-    pub script: Arc<Mutex<Script>>,
+    pub script: SharedScript,
     pub attention: Arc<Attention>,
     pub ram: Arc<Ram>,
 }
@@ -211,10 +230,25 @@ fn new_ram() -> Arc<Ram> {
     Arc::new(Ram::new(GuestRam::from_ranges(&[(GuestAddress(0), RAM)]).unwrap()))
 }
 
+/// The PVM ABI as the guests here have it.
+fn abi() -> pvm::Config {
+    let ranges = pvm::AddressRanges::new(402..434, Some(402..434)).unwrap();
+    pvm::Config { generation: &pvm::abi::GENERATION_1, ranges, cpu: 3 }
+}
+
 impl Guest {
     /// After reset, with CS:IP at `CODE` in the first 64 KiB.
     pub fn real() -> Self {
-        let mut guest = Self::on(new_ram());
+        Self::real_with_abi(None)
+    }
+
+    /// As [`Self::real`], for a guest that may use the PVM ABI.
+    pub fn real_before_pvm() -> Self {
+        Self::real_with_abi(Some(abi()))
+    }
+
+    fn real_with_abi(pvm: Option<pvm::Config>) -> Self {
+        let mut guest = Self::with(new_ram(), pvm, TestPlatform::boxed);
         let state = &mut guest.vcpu.state;
         state.set_real_mode_cs(0);
         state.set_rip(CODE);
@@ -241,6 +275,25 @@ impl Guest {
         guest
     }
 
+    /// 32-bit protected mode with 32-bit page tables: the last page below 4 GiB is at [`LAST_PAGE`], the rest is
+    /// identity-mapped. DS starts 64 KiB below 4 GiB.
+    pub fn wrapping() -> Self {
+        let mut guest = Self::protected();
+        for large in 0..1023u32 {
+            guest.poke::<u32>(TABLES + u64::from(large) * 4, large << 22 | 0x87);
+        }
+        guest.poke::<u32>(TABLES + 1023 * 4, PT as u32 | 7);
+        guest.poke::<u32>(PT + 1023 * 4, LAST_PAGE as u32 | 7);
+        let state = &mut guest.vcpu.state;
+        state.cr3 = TABLES;
+        state.cr4 |= cr4::PSE;
+        state.cr0 |= cr0::PG;
+        let data = Segment { selector: sel::DATA, limit: 0xffff_ffff, attributes: FLAT_DATA };
+        guest.vcpu.set_segment(seg::DS, data, 0xffff_0000);
+        guest.vcpu.refresh();
+        guest
+    }
+
     /// 64-bit mode; the first 16 MiB and 3 to 4 GiB are identity-mapped for everyone.
     pub fn long() -> Self {
         Self::long_on(new_ram())
@@ -248,23 +301,30 @@ impl Guest {
 
     /// As [`Self::long`], on RAM that another vCPU has already.
     pub fn long_on(ram: Arc<Ram>) -> Self {
-        Self::long_with_abi(ram, None)
+        Self::long_with(ram, TestPlatform::boxed)
     }
 
     /// 64-bit supervisor mode of a guest that may use the PVM ABI, before its first instruction: it enters PVM
     /// mode with that. Nothing of the ABI is set up; see [`Self::pvm`].
     pub fn long_before_pvm() -> Self {
-        let ranges = pvm::AddressRanges::new(402..434, Some(402..434)).unwrap();
-        let generation = &pvm::abi::GENERATION_1;
-        Self::long_with_abi(new_ram(), Some(pvm::Config { generation, ranges, cpu: 3 }))
+        Self::pvm_on_before(new_ram())
+    }
+
+    fn pvm_on_before(ram: Arc<Ram>) -> Self {
+        Self::long_with_abi(ram, Some(abi()), TestPlatform::boxed)
     }
 
     /// PVM supervisor mode, set up: the shared structure at [`PVCS`], events entering at [`ENTRY`] (each of
     /// the three entries is a HLT), system calls at [`LSTAR`] (a HLT), ERETU at [`RETU`], ERETS at [`RETS`],
     /// one root for both modes.
     pub fn pvm() -> Self {
+        Self::pvm_on(new_ram())
+    }
+
+    /// As [`Self::pvm`], on RAM that another vCPU has already.
+    pub fn pvm_on(ram: Arc<Ram>) -> Self {
         use pvm::abi::{GENERATION_1, PvmMsr, x86_msr};
-        let mut guest = Self::long_before_pvm();
+        let mut guest = Self::pvm_on_before(ram);
         // The first instruction, a NOP, enters PVM mode.
         guest.code(|a| a.nop());
         guest.engine.step(&mut guest.vcpu);
@@ -316,8 +376,20 @@ impl Guest {
         self.engine.step(&mut self.vcpu);
     }
 
-    fn long_with_abi(ram: Arc<Ram>, pvm: Option<pvm::Config>) -> Self {
-        let mut guest = Self::with_abi(ram, pvm);
+    /// As [`Self::long_on`], with a platform of its own.
+    pub fn long_with(
+        ram: Arc<Ram>,
+        platform: impl FnOnce(SharedScript, Arc<Attention>) -> Box<dyn Platform>,
+    ) -> Self {
+        Self::long_with_abi(ram, None, platform)
+    }
+
+    fn long_with_abi(
+        ram: Arc<Ram>,
+        pvm: Option<pvm::Config>,
+        platform: impl FnOnce(SharedScript, Arc<Attention>) -> Box<dyn Platform>,
+    ) -> Self {
+        let mut guest = Self::with(ram, pvm, platform);
         for vector in 0..256 {
             guest.set_gate(vector, sel::CODE64, HANDLERS + vector * 16, 0x8e);
         }
@@ -345,11 +417,15 @@ impl Guest {
     }
 
     fn on(ram: Arc<Ram>) -> Self {
-        Self::with_abi(ram, None)
+        Self::with(ram, None, TestPlatform::boxed)
     }
 
-    fn with_abi(ram: Arc<Ram>, pvm: Option<pvm::Config>) -> Self {
-        let script = Arc::new(Mutex::new(Script::default()));
+    fn with(
+        ram: Arc<Ram>,
+        pvm: Option<pvm::Config>,
+        platform: impl FnOnce(SharedScript, Arc<Attention>) -> Box<dyn Platform>,
+    ) -> Self {
+        let script = SharedScript::default();
         let attention = Arc::new(Attention::new());
         let mut cpuid = Cpuid::default();
         if pvm.is_some() {
@@ -357,7 +433,7 @@ impl Guest {
             cpuid.set_leaf(0x4000_0000, 0, [0x4000_0002, 0, 0, 0]);
         }
         let config = VcpuConfig { cpuid, tsc_offset: 0, pvm };
-        let platform = Box::new(TestPlatform(Arc::clone(&script), Arc::clone(&attention)));
+        let platform = platform(Arc::clone(&script), Arc::clone(&attention));
         let vcpu = Vcpu::new(config, Arc::clone(&ram), platform, Arc::clone(&attention)).unwrap();
         let guest = Self { vcpu, engine: Interpreter::new(), script, attention, ram };
         let table: [(u16, u64); 11] = [

@@ -223,7 +223,49 @@ fn hypercalls_reach_the_platform_with_their_privilege() {
     });
     g.fault(6);
     assert_eq!(g.reg(reg::RAX), 0xffff_ffff_ffff_fc18);
-    assert_eq!(g.seen(), [Seen::Hypercall { number: 1, args: [2, 3, 4, 5], cpl: 3 }]);
+    assert_eq!(g.seen(), [Seen::Hypercall { number: 1, args: [2, 3, 4, 5], long_mode: true, cpl: 3 }]);
+}
+
+#[test]
+fn hypercalls_say_whether_they_come_from_64_bit_code() {
+    // In compatibility mode as in protected mode, only the low halves of the registers count.
+    for (mut g, user) in [(Guest::long(), true), (Guest::protected(), false)] {
+        if user {
+            g.user(sel::USER_CODE32);
+        }
+        for register in [reg::RAX, reg::RBX, reg::RCX, reg::RDX, reg::RSI] {
+            g.vcpu.set_reg(register, 0xffff_ffff_0000_0000 | u64::from(register));
+        }
+        g.answer(&[u64::MAX]);
+        g.code(|a| {
+            a.vmcall()?;
+            a.ud2()
+        });
+        g.fault(6);
+        assert_eq!(g.reg(reg::RAX), 0xffff_ffff);
+        let args = [reg::RBX, reg::RCX, reg::RDX, reg::RSI].map(u64::from);
+        let cpl = if user { 3 } else { 0 };
+        assert_eq!(g.seen(), [Seen::Hypercall { number: 0, args, long_mode: false, cpl }]);
+    }
+}
+
+#[test]
+fn writes_of_the_tsc_reach_the_platform_as_its_adjustment() {
+    let mut g = Guest::long();
+    g.code(|a| {
+        // IA32_TSC_ADJUST, then IA32_TSC.
+        a.mov(ecx, 0x3b)?;
+        a.mov(eax, 1000)?;
+        a.xor(edx, edx)?;
+        a.wrmsr()?;
+        a.mov(ecx, 0x10)?;
+        a.xor(eax, eax)?;
+        a.wrmsr()
+    });
+    g.finish();
+    let adjust = g.vcpu.state.msrs.tsc_adjust;
+    assert_eq!(g.seen(), [Seen::TscAdjusted(1000), Seen::TscAdjusted(adjust)]);
+    assert_eq!(g.vcpu.state.tsc_offset, adjust, "the harness's machine has no offset of its own");
 }
 
 #[test]

@@ -221,3 +221,43 @@ fn a_breakpoint_behind_mov_ss_is_not_met() {
     assert_eq!(g.fault(1).rip, CODE + nop + 1);
     assert_eq!(g.vcpu.state.dr6, FIXED | 2);
 }
+
+#[test]
+fn cmpxchg16b_meets_data_breakpoints() {
+    for (condition, at, hit) in [(0b01, DATA + 8, true), (0b11, DATA, true), (0b01, DATA + 16, false)] {
+        let mut g = Guest::long();
+        g.vcpu.state.dr[0] = at;
+        // Local enable; 8 bytes long.
+        g.vcpu.state.dr7 = 1 << 10 | 1 | condition << 16 | 0b10 << 18;
+        g.vcpu.refresh();
+        g.vcpu.set_reg(reg::RAX, 1);
+        g.code(|a| {
+            a.cmpxchg16b(xmmword_ptr(DATA))?;
+            a.nop()
+        });
+        if hit {
+            // The comparison fails; memory is written all the same.
+            let t = g.fault(1);
+            assert_eq!((g.vcpu.state.dr6, g.peek::<u8>(t.rip)), (FIXED | 1, 0x90));
+        } else {
+            g.finish();
+        }
+    }
+}
+
+#[test]
+fn a_data_breakpoint_sees_an_access_that_wraps_around() {
+    let mut g = Guest::wrapping();
+    g.vcpu.state.dr[0] = 0;
+    g.vcpu.state.dr7 = 1 << 10 | 1 | 0b01 << 16;
+    g.vcpu.refresh();
+    g.code(|a| {
+        a.mov(dword_ptr(0xfffe), 0x1122_3344)?;
+        a.nop()
+    });
+    g.fault(1);
+    assert_eq!(
+        (g.vcpu.state.dr6, g.peek::<u16>(LAST_PAGE + 0xffe), g.peek::<u16>(0)),
+        (FIXED | 1, 0x3344, 0x1122)
+    );
+}

@@ -1,5 +1,6 @@
 //! Accessed and dirty bits, INVLPG, PCID and INVPCID, SMEP and SMAP, self-modifying code.
 
+use cpu::Outcome;
 use cpu::state::{cr4, efer, reg};
 use iced_x86::code_asm::*;
 
@@ -234,14 +235,6 @@ fn a_write_by_a_device_invalidates_decoded_code() {
     assert_eq!(g.reg(reg::RAX), 2);
 }
 
-#[test]
-fn protection_keys_need_their_state_component() {
-    let cpuid = cpu::Cpuid::default();
-    let state = cpu::CpuState::default();
-    let component = cpuid.query(0xd, 0, &state).eax >> 9 & 1;
-    assert_eq!(cpuid.has("PKU"), component == 1);
-}
-
 /// Goes from protected mode to 32-bit or PAE paging with the tables at `TABLES`.
 fn turn_on(g: &mut Guest, cr4_value: u64) {
     g.code(|a| {
@@ -287,4 +280,25 @@ fn paging_with_page_directory_pointers() {
     turn_on(&mut g, cr4::PAE);
     assert_eq!(g.fault(13).error_code, Some(0));
     assert_eq!(g.vcpu.state.cr0 >> 31, 0);
+}
+
+#[test]
+fn a_32_bit_instruction_and_its_data_wrap_around_at_4_gib() {
+    let mut g = Guest::wrapping();
+    // mov eax, [0xfffe], and hlt: two bytes of the first lie before the end, and two of its operand.
+    g.poke::<u16>(LAST_PAGE + 0xffe, 0xfea1);
+    g.poke::<u32>(0, 0xf400_00ff);
+    for stepped in [false, true] {
+        g.vcpu.state.set_rip(0xffff_fffe);
+        if stepped {
+            g.engine.step(&mut g.vcpu);
+            g.engine.step(&mut g.vcpu);
+        } else {
+            assert_eq!(g.run(), Outcome::Halted);
+            g.resume_at(0);
+        }
+        // The operand is the instruction itself.
+        assert_eq!((g.reg(reg::RAX), g.vcpu.state.rip()), (0x00ff_fea1, if stepped { 4 } else { 0 }));
+        g.vcpu.set_reg(reg::RAX, 0);
+    }
 }

@@ -1,10 +1,11 @@
 //! Two vCPUs on one RAM.
 
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::thread;
+use std::time::Duration;
 
 use cpu::state::reg;
-use cpu::{Outcome, attention};
+use cpu::{Answer, Exit, Outcome, Platform, attention};
 use iced_x86::code_asm::*;
 use vm_memory::{Bytes as _, GuestAddress};
 
@@ -231,4 +232,180 @@ fn a_kick_ends_the_run_of_a_guest_that_spins() {
         scope.spawn(|| attention.raise(attention::KICK));
         assert_eq!(g.run(), Outcome::Kicked);
     });
+}
+
+/// A platform that, at each port write of its vCPU, hands over to another thread and waits for it: an exit that
+/// takes as long as that thread likes.
+struct Handover {
+    go: mpsc::SyncSender<()>,
+    back: mpsc::Receiver<()>,
+}
+
+impl Platform for Handover {
+    fn exit(&mut self, exit: Exit<'_>) -> Answer {
+        if let Exit::PortOut { .. } | Exit::MmioWrite { .. } = exit {
+            self.go.send(()).unwrap();
+            self.back.recv_timeout(HANG).expect("the other vCPU waits for this exit");
+        }
+        Answer::Done
+    }
+
+    fn acknowledge_interrupt(&mut self) -> Option<u8> {
+        None
+    }
+
+    fn interrupt_pending(&mut self) -> bool {
+        false
+    }
+}
+
+/// Nothing takes this long unless it hangs.
+const HANG: Duration = Duration::from_secs(60);
+
+/// Runs a vCPU that was set up by `prepare` from 0xa000, and `meanwhile` on another thread each time that it is in
+/// an exit.
+fn during_exits(ram: &Arc<cpu::Ram>, prepare: impl FnOnce(&mut Guest), mut meanwhile: impl FnMut() + Send) {
+    let ((go, gone), (came, back)) = (mpsc::sync_channel(0), mpsc::sync_channel(1));
+    let mut guest = Guest::long_with(Arc::clone(ram), |_, _| Box::new(Handover { go, back }));
+    guest.vcpu.state.set_rip(0xa000);
+    guest.vcpu.set_reg(reg::RSP, STACK - 0x4000);
+    prepare(&mut guest);
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            while gone.recv().is_ok() {
+                meanwhile();
+                came.send(()).unwrap();
+            }
+        });
+        assert_eq!(guest.run(), Outcome::Halted);
+        drop(guest);
+    });
+}
+
+#[test]
+fn an_exit_that_blocks_holds_up_no_other_vcpu() {
+    // The writer makes its TLB entry for the page writable. While it is in an exit, the runner decodes the page,
+    // which takes a hand-shake. Afterwards the writer must not write through its old entry.
+    let mut runner = Guest::long();
+    let function = |a: &mut CodeAssembler| a.mov(eax, 1);
+    runner.code_at(0x9000, 64, function);
+    let ram = Arc::clone(&runner.ram);
+    let mut seen = Vec::new();
+    during_exits(
+        &ram,
+        |writer| {
+            writer.code_at(0xa000, 64, |a| {
+                a.mov(byte_ptr(0x9100), 1)?;
+                a.out(0x80, al)?;
+                a.mov(dword_ptr(0x9001), 7)?;
+                a.out(0x80, al)
+            });
+        },
+        || {
+            runner.resume_at(0x9000);
+            assert_eq!(runner.run(), Outcome::Halted);
+            seen.push(runner.reg(reg::RAX));
+        },
+    );
+    assert_eq!(seen, [1, 7]);
+}
+
+#[test]
+fn a_store_to_a_device_and_code_does_not_miss_that_it_is_code() {
+    // One store whose first half goes to a device and whose second to a page that becomes code during the exit.
+    let mut runner = Guest::long();
+    runner.code_at(0x9000, 64, |a| a.mov(eax, 0x0101_0101));
+    let ram = Arc::clone(&runner.ram);
+    let mut seen = Vec::new();
+    during_exits(
+        &ram,
+        |writer| {
+            // The page before is a device's.
+            writer.poke(PT + 8 * 8, MMIO | 7);
+            writer.code_at(0xa000, 64, |a| {
+                a.mov(byte_ptr(0x9100), 1)?;
+                a.mov(rax, 0x0202_02b8_0000_0000u64)?;
+                a.mov(qword_ptr(0x8ffc), rax)?;
+                a.out(0x80, al)
+            });
+        },
+        || {
+            runner.resume_at(0x9000);
+            assert_eq!(runner.run(), Outcome::Halted);
+            seen.push(runner.reg(reg::RAX));
+        },
+    );
+    assert_eq!(seen.last(), Some(&0x0102_0202), "{seen:x?}");
+}
+
+/// A platform that calls a function at the first MMIO read.
+struct AtRead<F>(Option<F>);
+
+impl<F: FnOnce() + Send> Platform for AtRead<F> {
+    fn exit(&mut self, exit: Exit<'_>) -> Answer {
+        if let (Exit::MmioRead { .. }, Some(f)) = (exit, self.0.take()) {
+            f();
+        }
+        Answer::Done
+    }
+
+    fn acknowledge_interrupt(&mut self) -> Option<u8> {
+        None
+    }
+
+    fn interrupt_pending(&mut self) -> bool {
+        false
+    }
+}
+
+#[test]
+fn a_locked_instruction_across_pages_excludes_plain_stores() {
+    // The first half of the operand is RAM, the second a device's. When the device is read, RAM has been; a store
+    // that another vCPU makes now, without LOCK, must not be lost.
+    const OPERAND: u64 = DATA + 0xffc;
+    let mut second = Guest::long();
+    let ram = Arc::clone(&second.ram);
+    second.code_at(0x9000, 64, |a| a.mov(dword_ptr(OPERAND), 7));
+    second.vcpu.state.set_rip(0x9000);
+    let stopped = Arc::clone(&second.attention);
+    let (started, running) = mpsc::channel();
+    let at_read = move || {
+        let second = thread::spawn(move || assert_eq!(second.run(), Outcome::Halted));
+        while !second.is_finished() && stopped.peek() & attention::STOP == 0 {
+            thread::yield_now();
+        }
+        started.send(second).unwrap();
+    };
+    let mut first = Guest::long_with(ram, |_, _| Box::new(AtRead(Some(at_read))));
+    first.poke(PT + ((OPERAND >> 12) + 1) * 8, MMIO | 7);
+    first.code(|a| a.lock().add(qword_ptr(OPERAND), 1));
+    first.finish();
+    running.recv().unwrap().join().unwrap();
+    assert_eq!(first.peek::<u32>(OPERAND), 7);
+}
+
+#[test]
+fn locked_instructions_stop_the_other_vcpus_only_across_cache_lines() {
+    let mut g = Guest::long();
+    g.code(|a| {
+        for address in [DATA, DATA + 3, DATA + 56, DATA + 60] {
+            a.lock().add(dword_ptr(address), 1)?;
+            a.xchg(dword_ptr(address), eax)?;
+        }
+        // Not locked.
+        a.add(qword_ptr(DATA + 60), 1)
+    });
+    g.finish();
+    assert_eq!(g.vcpu.stats.split_locks, 0);
+    g.resume_at(CODE);
+    g.poke::<u64>(DATA + 0x7d, 0x0102_0304_0506_0708);
+    g.code(|a| {
+        a.lock().add(word_ptr(DATA + 63), 1)?;
+        a.lock().xadd(dword_ptr(DATA + 61), eax)?;
+        a.mov(rax, 9u64)?;
+        a.xchg(qword_ptr(DATA + 0x7d), rax)?;
+        a.lock().cmpxchg8b(qword_ptr(DATA + 57))
+    });
+    g.finish();
+    assert_eq!((g.vcpu.stats.split_locks, g.peek::<u64>(DATA + 0x7d)), (4, 9));
 }

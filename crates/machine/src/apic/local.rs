@@ -13,6 +13,8 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 /// The timer will not expire.
 const NEVER: u64 = u64::MAX;
+/// The registers are not in memory.
+const NOWHERE: u64 = u64::MAX;
 
 /// The local APIC of one vCPU.
 ///
@@ -29,6 +31,8 @@ pub struct LocalApic {
     priority: AtomicU32,
     /// [`Identity`], packed. Written under the lock.
     identity: AtomicU64,
+    /// Where the xAPIC registers are in memory, or [`NOWHERE`]. Written under the lock.
+    mmio_base: AtomicU64,
     /// Base ticks at which the timer interrupts. Written under the lock.
     timer_tsc: AtomicU64,
 }
@@ -52,6 +56,7 @@ impl LocalApic {
             bus,
             priority: AtomicU32::new(0),
             identity: AtomicU64::new(registers.identity().pack()),
+            mmio_base: AtomicU64::new(mmio_base(&registers)),
             timer_tsc: AtomicU64::new(NEVER),
             registers: Mutex::new(registers),
         }
@@ -78,6 +83,7 @@ impl LocalApic {
         let priority = u32::from(vector) | u32::from(registers.ppr()) << 8;
         let before = self.priority.swap(priority, Ordering::AcqRel);
         self.identity.store(registers.identity().pack(), Ordering::Release);
+        self.mmio_base.store(mmio_base(&registers), Ordering::Release);
         let timer = self.timer_ticks(&registers, now);
         let timer_before = self.timer_tsc.swap(timer, Ordering::AcqRel);
         drop(registers);
@@ -213,11 +219,12 @@ impl LocalApic {
 
     // Register access.
 
-    /// Where the xAPIC registers are in memory, of [`super::LAPIC_SIZE`] bytes: only in xAPIC mode.
+    /// Where the xAPIC registers are in memory, of [`super::LAPIC_SIZE`] bytes: only in xAPIC mode. One atomic
+    /// load: each MMIO access of the vCPU asks.
+    #[inline]
     pub fn mmio_base(&self) -> Option<Gpa> {
-        self.with(|registers, _| {
-            (registers.mode() == ApicMode::XApic).then(|| Gpa(registers.base() & !0xfff))
-        })
+        let base = self.mmio_base.load(Ordering::Acquire);
+        (base != NOWHERE).then_some(Gpa(base))
     }
 
     /// Reads 32 bits at `offset` in the register page. 0 off the 16-byte steps or not in xAPIC mode.
@@ -281,6 +288,10 @@ impl LocalApic {
             _ => {}
         }
     }
+}
+
+fn mmio_base(registers: &Registers) -> u64 {
+    if registers.mode() == ApicMode::XApic { registers.base() & !0xfff } else { NOWHERE }
 }
 
 #[cfg(test)]

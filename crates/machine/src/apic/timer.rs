@@ -6,6 +6,11 @@ use crate::clock::Now;
 /// Frequency of the clock that the divide configuration divides: one tick is one nanosecond.
 pub const TIMER_HZ: u32 = 1_000_000_000;
 
+/// The shortest period of a periodic timer, in nanoseconds; a shorter one is taken as this. Each expiry costs the host
+/// a wake-up, which no guest may ask for at any rate it likes by one register write. KVM has the same limit by default
+/// (its parameter `min_timer_period_us`). A one-shot or deadline timer needs a write for each expiry.
+const MIN_PERIOD_NS: u64 = 200_000;
+
 /// Timer mode: bits 18:17 of the LVT timer register.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum TimerMode {
@@ -63,8 +68,10 @@ impl Timer {
         1 << ((code + 1) & 7)
     }
 
+    /// Nanoseconds from the initial count to zero.
     fn period(&self) -> u64 {
-        u64::from(self.initial_count) * self.divisor()
+        let period = u64::from(self.initial_count) * self.divisor();
+        if self.mode == TimerMode::Periodic { period.max(MIN_PERIOD_NS) } else { period }
     }
 
     /// Accounts for the time up to now. Returns whether the timer expired (once or more).
@@ -78,7 +85,7 @@ impl Timer {
                 self.zero_at = match self.mode {
                     // Expiries that nobody asked for in time are one: the IRR holds one bit.
                     TimerMode::Periodic => {
-                        let missed = (now.ns - at) / self.period().max(1);
+                        let missed = (now.ns - at) / self.period();
                         at.checked_add((missed + 1).saturating_mul(self.period()))
                     }
                     _ => None,
@@ -119,13 +126,14 @@ impl Timer {
         }
     }
 
-    /// What is left of the count, rounded up: it reads 0 only once expired.
+    /// What is left of the count, rounded up: it reads 0 only once expired. Never more than the initial count, also
+    /// in a period that is longer than asked for.
     pub(crate) fn current_count(&self, now: Now) -> u32 {
         let left = match self.zero_at {
             Some(at) if self.mode.counts() => at.saturating_sub(now.ns).div_ceil(self.divisor()),
             _ => 0,
         };
-        u32::try_from(left).unwrap_or(u32::MAX)
+        u32::try_from(left).unwrap_or(u32::MAX).min(self.initial_count)
     }
 
     pub(crate) fn divide_config(&self) -> u32 {
@@ -200,13 +208,32 @@ mod tests {
         let mut t = Timer::new();
         t.set_divide_config(0b1011, at(0));
         t.set_mode(TimerMode::Periodic);
-        t.set_initial_count(1000, at(500));
-        assert!(step(&mut t, 1500));
-        assert_eq!(t.expiry(), Some(Expiry::Ns(2500)));
-        assert!(step(&mut t, 7777));
-        assert_eq!(t.expiry(), Some(Expiry::Ns(8500)));
-        assert_eq!(t.current_count(at(7777)), 723);
-        assert!(!step(&mut t, 8499));
+        t.set_initial_count(1_000_000, at(500_000));
+        assert!(step(&mut t, 1_500_000));
+        assert_eq!(t.expiry(), Some(Expiry::Ns(2_500_000)));
+        assert!(step(&mut t, 7_777_000));
+        assert_eq!(t.expiry(), Some(Expiry::Ns(8_500_000)));
+        assert_eq!(t.current_count(at(7_777_000)), 723_000);
+        assert!(!step(&mut t, 8_499_999));
+    }
+
+    #[test]
+    fn a_period_has_a_floor() {
+        let mut t = Timer::new();
+        t.set_divide_config(0b1011, at(0));
+        t.set_initial_count(1, at(0));
+        assert_eq!(t.expiry(), Some(Expiry::Ns(1)), "one-shot: as asked for");
+        t.set_mode(TimerMode::Periodic);
+        assert!(step(&mut t, 1));
+        assert_eq!(t.expiry(), Some(Expiry::Ns(1 + MIN_PERIOD_NS)));
+        assert_eq!((t.current_count(at(2)), t.initial_count()), (1, 1));
+        t.set_initial_count(MIN_PERIOD_NS as u32 - 1, at(0));
+        assert_eq!(t.expiry(), Some(Expiry::Ns(MIN_PERIOD_NS)));
+        assert_eq!(t.current_count(at(0)), MIN_PERIOD_NS as u32 - 1);
+        t.set_initial_count(MIN_PERIOD_NS as u32 + 1, at(0));
+        assert_eq!(t.expiry(), Some(Expiry::Ns(MIN_PERIOD_NS + 1)));
+        t.set_initial_count(0, at(0));
+        assert_eq!(t.expiry(), None, "still stopped by 0");
     }
 
     #[test]

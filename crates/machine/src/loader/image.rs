@@ -249,6 +249,12 @@ impl KernelImage {
         self.elf.pvh_entry.is_some()
     }
 
+    /// Whether the kernel has PVM guest support: the synthetic CPUID instruction, by which it would ask for a PVM
+    /// hypervisor. Only such a kernel can be booted with [`GuestAbi::Pvm`](crate::GuestAbi::Pvm).
+    pub fn is_pvm_guest(&self) -> bool {
+        pvm::image::is_guest(&self.vmlinux)
+    }
+
     /// Whether some bytes occur in the decompressed kernel: a symbol, a message, a driver's name. For
     /// early hints ("this kernel has no virtio"), not for proof.
     pub fn contains(&self, bytes: &[u8]) -> bool {

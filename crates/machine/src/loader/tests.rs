@@ -63,6 +63,25 @@ fn every_compressor_gives_the_same_kernel() {
 }
 
 #[test]
+fn a_pvm_guest_shows_once_it_is_decompressed() {
+    // In the first segment, after what the kernel has there anyway.
+    let mut guest = vmlinux();
+    let at = 64 + 3 * 56 + 50_000;
+    guest[at..at + 10].copy_from_slice(&pvm::abi::cpuid::SYNTHETIC);
+    for compression in COMPRESSIONS {
+        let knows = |kernel: &[u8]| {
+            KernelImage::from_bytes(bzimage(&payload(compression, kernel))).unwrap().is_pvm_guest()
+        };
+        assert!(knows(&guest) && !knows(&vmlinux()), "{compression}");
+    }
+    assert!(KernelImage::from_bytes(guest.clone()).unwrap().is_pvm_guest());
+    // What is behind the last segment is never loaded.
+    guest[at] = 0;
+    guest.extend(pvm::abi::cpuid::SYNTHETIC);
+    assert!(!KernelImage::from_bytes(guest).unwrap().is_pvm_guest());
+}
+
+#[test]
 fn boots_by_the_linux_protocol() {
     let memory = memory(RAM);
     let map = memory_map(RAM);

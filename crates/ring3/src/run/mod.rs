@@ -30,7 +30,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use guest_init::spec::{SpecError, Stream};
 use rustix::event::{EventfdFlags, eventfd};
 
-use crate::cli::{Isolation, RunArgs};
+use crate::cli::{self, Isolation, RunArgs};
 use crate::initramfs::{self, ModuleError};
 use crate::kernel::image::ImageError;
 use crate::kernel::{self, KernelError};
@@ -116,6 +116,9 @@ pub enum RunError {
         /// The last lines of the console.
         console: Vec<String>,
     },
+    /// The machine of a guest that runs alone did not end as it should.
+    #[error("{0}")]
+    Ended(&'static str),
     /// The machine ended before the command did.
     #[error("{what}{}", excerpt(console))]
     Died {
@@ -156,13 +159,14 @@ where
     let own_initramfs = args.initramfs.is_none();
     let command_line = plan::command_line(args.verbose || !own_initramfs, args.append.as_deref());
     let initramfs = match &args.initramfs {
-        Some(path) => {
-            std::fs::read(path).map_err(|source| RunError::Initramfs { path: path.clone(), source })?
+        Some(cli::Initramfs::None) => None,
+        Some(cli::Initramfs::File(path)) => {
+            Some(std::fs::read(path).map_err(|source| RunError::Initramfs { path: path.clone(), source })?)
         }
         None => {
             let spec = plan::guest_spec(args, &kernel, streams)?;
             let modules = plan::modules(&kernel, &kernel_bytes, !args.disks.is_empty(), &command_line)?;
-            initramfs::build(&spec, &modules)?.finish()
+            Some(initramfs::build(&spec, &modules)?.finish())
         }
     };
     if args.verbose || args.stats {
@@ -185,11 +189,14 @@ where
         let ports = open_ports(streams, typed_end, control_end.into())?;
         (Serial { input: None, output: console_end }, Some(ports))
     } else {
+        // The serial port is the user's: nobody writes to the other ends, and who reads them must see that.
+        drop((console_end, control_end));
         let input = typed_end.map_or_else(|| duplicate(io::stdin().as_fd()), Ok)?;
         (Serial { input: Some(input), output: duplicate(io::stdout().as_fd())? }, None)
     };
     let stats = args.stats.then(|| Arc::new(Mutex::new(String::new())));
     let off = Arc::new(AtomicBool::new(false));
+    let spinner = Spinner::start(!args.verbose && own_initramfs, &format!("booting {}", kernel.release));
     let vm = VmSpec {
         kernel_path: kernel.image.clone(),
         kernel: kernel_bytes,
@@ -202,16 +209,17 @@ where
         serial,
         ports,
         boot: args.boot,
+        guest_abi: args.guest_abi,
         engine: args.engine,
         isolation: confined,
         verbose: args.verbose,
+        notes: spinner.notes(),
         status,
         stats: stats.clone(),
         off: Arc::clone(&off),
         stop: stop.try_clone().map_err(RunError::SetUp)?,
     };
 
-    let spinner = Spinner::start(!args.verbose && own_initramfs, &format!("booting {}", kernel.release));
     let mut session = Session::new(control, stop, off, spinner, args.timeout, typed)?;
     if !own_initramfs {
         session.hand_over_terminal().map_err(RunError::Streams)?;

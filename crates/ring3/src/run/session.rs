@@ -395,7 +395,8 @@ impl End {
             Some(Outcome::Interrupted | Outcome::TimedOut) => "the machine was interrupted",
             None => "the machine did not stop when told to",
         };
-        Err(RunError::Died { what, console })
+        // A guest alone has shown its console already.
+        Err(if own_initramfs { RunError::Died { what, console } } else { RunError::Ended(what) })
     }
 }
 

@@ -7,7 +7,8 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use super::isolation::Confined;
-use crate::cli::{Boot, Engine};
+use super::spinner::Notes;
+use crate::cli::{Boot, Engine, GuestAbi};
 
 /// Everything that the machine needs. All descriptors are blocking and close-on-exec; dropping the spec's
 /// descriptors is how the machine says that it is done with them.
@@ -17,8 +18,8 @@ pub struct VmSpec {
     pub kernel_path: PathBuf,
     /// The kernel file's bytes: ELF or bzImage.
     pub kernel: Vec<u8>,
-    /// The initramfs, to be handed to the kernel as it is.
-    pub initramfs: Vec<u8>,
+    /// The initramfs, to be handed to the kernel as it is; `None`: the kernel is to do without.
+    pub initramfs: Option<Vec<u8>>,
     /// The kernel's command line.
     pub command_line: String,
     /// Guest memory in bytes: a multiple of 1 MiB.
@@ -35,13 +36,17 @@ pub struct VmSpec {
     pub ports: Option<Ports>,
     /// How the kernel is entered.
     pub boot: Boot,
+    /// What the user wants the kernel to be offered.
+    pub guest_abi: GuestAbi,
     /// How the processor is run.
     pub engine: Engine,
     /// The process's first step of confinement, for the machine to take the second before the guest runs; `None`
     /// when the user wants none.
     pub isolation: Option<Confined>,
-    /// Say on standard error what the host allowed.
+    /// Say on standard error what the host allowed, and which ABI the kernel gets.
     pub verbose: bool,
+    /// Where to say it.
+    pub notes: Notes,
     /// `/proc/self/status`, which cannot be opened any more.
     pub status: Option<File>,
     /// Where to leave the text for `--stats`; `None` when nobody asked.

@@ -1,5 +1,6 @@
-//! The boot stage on standard error, only where that is a terminal.
+//! The boot stage on standard error, only where that is a terminal, and lines that go past it.
 
+use std::fmt;
 use std::io::IsTerminal;
 use std::time::Duration;
 
@@ -31,10 +32,31 @@ impl Spinner {
         }
     }
 
+    /// Where other threads say what is worth a line of its own.
+    #[must_use]
+    pub fn notes(&self) -> Notes {
+        Notes(self.0.clone())
+    }
+
     /// Removes the line. Later calls do nothing.
     pub fn clear(&mut self) {
         if let Some(bar) = self.0.take() {
             bar.finish_and_clear();
+        }
+    }
+}
+
+/// ring3's own words on standard error, which do not run into the spinning line.
+#[derive(Debug, Clone)]
+pub struct Notes(Option<ProgressBar>);
+
+impl Notes {
+    /// Says one line.
+    pub fn say(&self, text: fmt::Arguments<'_>) {
+        let say = || eprintln!("ring3: {text}");
+        match &self.0 {
+            Some(bar) => bar.suspend(say),
+            None => say(),
         }
     }
 }

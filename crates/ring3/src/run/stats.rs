@@ -5,7 +5,8 @@ use std::fs::File;
 use std::time::Duration;
 
 use cpu::{Exits, GuestRam, VcpuStats};
-use machine::MachineStats;
+use machine::{GuestAbi, MachineStats};
+use pvm::abi::hypercall;
 use vm_memory::{GuestMemory, GuestMemoryRegion};
 
 use super::isolation::Measures;
@@ -60,6 +61,7 @@ pub(super) fn report(run: &Run<'_>) -> String {
     };
     line("engine", run.engine.to_owned());
     line("isolation", run.isolation.to_string());
+    line("guest ABI", run.counted.guest_abi.to_string());
     line("vcpus", run.counted.vcpus.len().to_string());
     line("time to build", format!("{:.3} s", run.built.as_secs_f64()));
     line("time in the guest", format!("{seconds:.3} s"));
@@ -84,6 +86,9 @@ pub(super) fn report(run: &Run<'_>) -> String {
     ] {
         line(name, count.to_string());
     }
+    if run.counted.guest_abi == GuestAbi::Pvm {
+        pvm_lines(&run.counted.pvm, &mut line);
+    }
     let (ports, mmio) = (run.counted.unclaimed_ports, run.counted.unclaimed_mmio);
     line("unclaimed ports", format!("{} reads, {} writes", ports.reads, ports.writes));
     line("unclaimed MMIO", format!("{} reads, {} writes", mmio.reads, mmio.writes));
@@ -100,17 +105,40 @@ pub(super) fn report(run: &Run<'_>) -> String {
     text
 }
 
+/// The lines about PVM. A hypercall that the guest never made has none.
+fn pvm_lines(vcpus: &[pvm::Stats], line: &mut impl FnMut(&str, String)) {
+    let mut total = pvm::Stats::default();
+    for vcpu in vcpus {
+        total.add(vcpu);
+    }
+    for (name, count) in [
+        ("PVM events", total.events()),
+        ("PVM events: user", total.user_events),
+        ("PVM events: exceptions", total.supervisor_exceptions),
+        ("PVM events: interrupts", total.supervisor_interrupts),
+        ("PVM system calls", total.syscalls),
+        ("PVM returns: user", total.user_returns),
+        ("PVM returns: supervisor", total.supervisor_returns),
+        ("PVM direct switches", total.switches()),
+        ("PVM interrupt windows", total.interrupt_windows),
+        ("PVM hypercalls", total.pvm_hypercalls()),
+    ] {
+        line(name, count.to_string());
+    }
+    let own = hypercall::NAMES.iter().zip(total.hypercalls);
+    for (name, count) in own.map(|(name, count)| (*name, count)).chain([("KVM's", total.kvm_hypercalls)]) {
+        if count > 0 {
+            line(&format!("PVM call: {name}"), count.to_string());
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn sums_all_vcpus_and_names_what_is_missing() {
-        let mut vcpu = VcpuStats { instructions: 10, ..VcpuStats::default() };
-        vcpu.exits.mmio_read = 2;
-        vcpu.unimplemented.insert("Vmlaunch".into(), 1);
-        let counted = MachineStats { vcpus: vec![vcpu.clone(), vcpu], ..MachineStats::default() };
-        let text = report(&Run {
+    fn text(counted: &MachineStats) -> String {
+        report(&Run {
             engine: "interpret",
             isolation: &Measures::off(),
             peak: None,
@@ -118,12 +146,40 @@ mod tests {
             total: Duration::from_millis(1010),
             memory: 64 << 20,
             touched: Some(1 << 20),
-            counted: &counted,
-        });
+            counted,
+        })
+    }
+
+    #[test]
+    fn sums_all_vcpus_and_names_what_is_missing() {
+        let mut vcpu = VcpuStats { instructions: 10, ..VcpuStats::default() };
+        vcpu.exits.mmio_read = 2;
+        vcpu.unimplemented.insert("Vmlaunch".into(), 1);
+        let text = text(&MachineStats { vcpus: vec![vcpu.clone(), vcpu], ..MachineStats::default() });
         for want in
             ["guest instructions           20", "exits: MMIO read             4", "Vmlaunch: 2", "1.0 MiB"]
         {
             assert!(text.contains(want), "{want:?} in\n{text}");
         }
+        assert!(text.contains("guest ABI                    x86\n") && !text.contains("PVM"), "{text}");
+    }
+
+    #[test]
+    fn pvm_counts_are_sums_and_only_the_calls_made() {
+        let mut vcpu = pvm::Stats { user_events: 1, syscalls: 3, user_returns: 5, ..pvm::Stats::default() };
+        vcpu.hypercalls[4] = 7;
+        let counted =
+            MachineStats { guest_abi: GuestAbi::Pvm, pvm: vec![vcpu, vcpu], ..MachineStats::default() };
+        let text = text(&counted);
+        for want in [
+            "guest ABI                    pvm, generation 1",
+            "PVM events                   2\n",
+            "PVM direct switches          18\n",
+            "PVM hypercalls               14\n",
+            "PVM call: TLB_FLUSH_CURRENT  14\n",
+        ] {
+            assert!(text.contains(want), "{want:?} in\n{text}");
+        }
+        assert!(!text.contains("IRQ_WIN") && !text.contains("KVM's"), "{text}");
     }
 }

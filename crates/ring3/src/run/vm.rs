@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use machine::loader::{BootProtocol, ImageError, KernelImage};
 use machine::power::PowerEvent;
-use machine::{Ended, Machine, MachineConfig, MachineError, MachineHandle};
+use machine::{Ended, GuestAbi, Machine, MachineConfig, MachineError, MachineHandle};
 use rustix::event::{PollFd, PollFlags, poll};
 use virtio::block::{Block, BlockError};
 use virtio::console::{Console, ConsoleError, ConsoleHandle, PortConfig, PortEnd};
@@ -21,7 +21,7 @@ use virtio::rng::Rng;
 use super::isolation::{Confined, Measures};
 use super::spec::{OpenDisk, Outcome, Ports, VmSpec};
 use super::stats;
-use crate::cli::Boot;
+use crate::cli::{self, Boot};
 
 /// Why a machine could not be built or run.
 #[derive(Debug, thiserror::Error)]
@@ -33,6 +33,15 @@ pub enum VmError {
         path: PathBuf,
         /// Why not.
         source: ImageError,
+    },
+    /// A kernel that would not boot by the ABI that the user wants.
+    #[error(
+        "{} is no PVM guest: it lacks the synthetic CPUID instruction, by which a kernel finds PVM; \
+         --guest-abi off boots it as the ordinary kernel that it is", path.display()
+    )]
+    NoPvmGuest {
+        /// The file.
+        path: PathBuf,
     },
     /// A disk cannot be used.
     #[error("cannot use {} as a disk", path.display())]
@@ -69,10 +78,16 @@ pub fn launch(spec: VmSpec) -> Result<Outcome, VmError> {
     let begin = Instant::now();
     let image = KernelImage::from_bytes(spec.kernel)
         .map_err(|source| VmError::Kernel { path: spec.kernel_path.clone(), source })?;
+    let guest_abi = guest_abi(spec.guest_abi, &image)
+        .ok_or_else(|| VmError::NoPvmGuest { path: spec.kernel_path.clone() })?;
+    if spec.verbose || (spec.guest_abi == cli::GuestAbi::Auto && guest_abi == GuestAbi::Pvm) {
+        spec.notes.say(format_args!("guest ABI: {guest_abi}"));
+    }
     let mut machine = Machine::new(MachineConfig {
         memory: spec.memory,
         cpus: spec.cpus,
         serial: Box::new(File::from(spec.serial.output)),
+        guest_abi,
     })?;
     let mut console = None;
     if let Some(ports) = spec.ports {
@@ -90,11 +105,7 @@ pub fn launch(spec: VmSpec) -> Result<Outcome, VmError> {
         machine.add_virtio(Box::new(block(disk)?))?;
     }
     machine.add_virtio(Box::new(Rng::new()))?;
-    let protocol = match spec.boot {
-        Boot::Linux => BootProtocol::Linux64,
-        Boot::Pvh => BootProtocol::Pvh,
-    };
-    machine.load(&image, protocol, Some(&spec.initramfs), &spec.command_line)?;
+    machine.load(&image, spec.boot.into(), spec.initramfs.as_deref(), &spec.command_line)?;
     drop(image);
     drop(spec.initramfs);
 
@@ -117,7 +128,7 @@ pub fn launch(spec: VmSpec) -> Result<Outcome, VmError> {
 
     let isolation = spec.isolation.map_or_else(Measures::off, Confined::seal);
     if spec.verbose {
-        eprintln!("ring3: isolation: {isolation}");
+        spec.notes.say(format_args!("isolation: {isolation}"));
     }
 
     let memory = std::sync::Arc::clone(machine.memory());
@@ -143,6 +154,25 @@ pub fn launch(spec: VmSpec) -> Result<Outcome, VmError> {
         Ended::Guest(PowerEvent::Panic) => Outcome::Panic { console: Vec::new() },
         Ended::Guest(PowerEvent::TripleFault) => Outcome::TripleFault,
     })
+}
+
+impl From<Boot> for BootProtocol {
+    fn from(boot: Boot) -> Self {
+        match boot {
+            Boot::Linux => Self::Linux64,
+            Boot::Pvh => Self::Pvh,
+        }
+    }
+}
+
+/// What the kernel is offered; `None` when it is to be offered what it would not understand.
+fn guest_abi(asked: cli::GuestAbi, image: &KernelImage) -> Option<GuestAbi> {
+    match asked {
+        cli::GuestAbi::Off => Some(GuestAbi::X86),
+        cli::GuestAbi::Auto if !image.is_pvm_guest() => Some(GuestAbi::X86),
+        cli::GuestAbi::Auto => Some(GuestAbi::Pvm),
+        cli::GuestAbi::Pvm => image.is_pvm_guest().then_some(GuestAbi::Pvm),
+    }
 }
 
 /// The console's ports in the order of their numbers.

@@ -230,11 +230,18 @@ fn repeat<T: Data, S: StringOp>(vcpu: &mut Vcpu, i: &Insn) -> Exec {
     let mut count = vcpu.reg(reg::RCX) & address_mask(i);
     let in_runs = !i.has(insn_flags::SEGMENTED) && !vcpu.state.flags.df();
     let wanted_zf = !i.has(insn_flags::REPNE);
+    // A fault shows the flags as they were, not those of the last comparison (Intel SDM vol. 2, REP).
+    let before = vcpu.state.flags;
     let mut budget = BUDGET;
     while count != 0 {
         let mut done = if in_runs { S::run::<T>(vcpu, i, count.min(budget)) } else { 0 };
         if done == 0 {
-            S::step::<T>(vcpu, i)?;
+            if let Err(stop) = S::step::<T>(vcpu, i) {
+                if S::COMPARES {
+                    vcpu.state.flags = before;
+                }
+                return Err(stop);
+            }
             done = 1;
         }
         count -= done;

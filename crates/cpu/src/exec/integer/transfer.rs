@@ -25,7 +25,8 @@ pub(super) fn select(i: &Instruction, insn: &mut Insn) -> Option<Handler> {
             Form::MemImm => sized!(n => mem_imm::<_>),
             _ => None,
         },
-        M::Movnti => large!(n => mem_reg::<_>),
+        // Neither needs more than a store: there is no write combining here.
+        M::Movnti | M::Movdiri => large!(n => mem_reg::<_>),
         M::Movzx => match (form(i), size(i, 1)) {
             (Form::RegReg, 1) => wide!(n => zero_extend_reg::<_, u8>),
             (Form::RegReg, 2) => wide!(n => zero_extend_reg::<_, u16>),

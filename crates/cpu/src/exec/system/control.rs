@@ -2,8 +2,8 @@
 //!
 //! # Theory of operation
 //! The software TLB holds decisions, not entries: whatever takes part in one (CR0.WP, CR4.SMEP, CR4.SMAP, CR4.PKE,
-//! EFER.NXE, PKRU) flushes when it changes, which is more than the architecture asks for (Intel SDM vol. 3,
-//! 4.10.4.1). CR3 flushes exactly what it must: with PCIDs the new one's translations, unless bit 63 says not to.
+//! EFER.NXE) flushes when it changes, which is more than the architecture asks for (Intel SDM vol. 3,
+//! 4.10.4.1). PKRU and IA32_PKRS drop only what lost a right ([`crate::tlb`]). CR3 flushes exactly what it must: with PCIDs the new one's translations, unless bit 63 says not to.
 
 use crate::exit::{Answer, Exit};
 use crate::fault::{Exec, Fault, fault};
@@ -191,21 +191,25 @@ impl Vcpu {
         Ok(())
     }
 
-    /// Sets PKRU.
+    /// Sets PKRU, as WRPKRU and XRSTOR do. The running block may go on: keys do not judge fetches.
     pub(crate) fn load_pkru(&mut self, value: u32) {
         if self.state.deprivileged {
+            // Translations have tags for root and keys: another tag, and nothing to drop.
             self.state.pkru = value;
             self.refresh_pvm_keys();
             self.end_block();
             return;
         }
-        if std::mem::replace(&mut self.state.pkru, value) != value {
-            self.refresh_paging();
-            if self.state.cr4 & cr4::PKE != 0 && self.state.cr0 & cr0::PG != 0 {
-                self.tlb.flush_all();
-            }
-            self.end_block();
-        }
+        let old = std::mem::replace(&mut self.state.pkru, value);
+        self.walk.set_keys(value, self.state.msrs.pkrs);
+        self.tlb.deny_keys(true, value & !old);
+    }
+
+    /// Sets IA32_PKRS, as WRMSR does. (In PVM mode the ABI answers for that register.)
+    pub(crate) fn load_pkrs(&mut self, value: u32) {
+        let old = std::mem::replace(&mut self.state.msrs.pkrs, value);
+        self.walk.set_keys(self.state.pkru, value);
+        self.tlb.deny_keys(false, value & !old);
     }
 }
 

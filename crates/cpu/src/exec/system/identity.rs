@@ -103,7 +103,9 @@ pub(super) fn hypercall(vcpu: &mut Vcpu, _i: &Insn) -> Exec {
     let args = [register(reg::RBX), register(reg::RCX), register(reg::RDX), register(reg::RSI)];
     let cpl = vcpu.state.cpl;
     let mut result = 0;
-    if vcpu.exit(Exit::Hypercall { number, args, cpl, result: &mut result }) == Answer::Refused {
+    if vcpu.exit(Exit::Hypercall { number, args, long_mode: wide, cpl, result: &mut result })
+        == Answer::Refused
+    {
         return fault(Fault::ud());
     }
     if wide {

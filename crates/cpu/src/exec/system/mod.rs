@@ -54,7 +54,7 @@ fn lock_prefix(_vcpu: &mut Vcpu, _i: &Insn) -> Exec {
 }
 
 /// An instruction of an extension that CPUID does not offer: known, so not counted as unimplemented.
-fn not_offered(_vcpu: &mut Vcpu, _i: &Insn) -> Exec {
+pub(super) fn not_offered(_vcpu: &mut Vcpu, _i: &Insn) -> Exec {
     fault(Fault::ud())
 }
 

@@ -68,12 +68,12 @@ fn periodic_timer_goes_on() {
     let local = rig.bus.local(0).unwrap();
     local.mmio_write(DIVIDE, 0b0011);
     local.mmio_write(LVT_TIMER, 1 << 17 | 0x41);
-    local.mmio_write(INITIAL, 1000);
+    local.mmio_write(INITIAL, 100_000);
     for tick in 1..=5u64 {
-        rig.clock.advance_ns(16_000);
+        rig.clock.advance_ns(1_600_000);
         assert!(local.fire_timer_if_due(), "tick {tick}");
         assert_eq!(rig.drain(), [(0, 0x41)]);
-        assert_eq!(local.timer_tsc(), (tick + 1) * 32_000);
+        assert_eq!(local.timer_tsc(), (tick + 1) * 3_200_000);
     }
     local.mmio_write(INITIAL, 0);
     assert_eq!(local.next_deadline(), None);
@@ -128,6 +128,14 @@ fn registers_move_with_apic_base_and_vanish_in_x2apic() {
     assert_eq!(local.msr_write(MSR_APIC_BASE, 0xfee0_0900), Err(GeneralProtection));
     assert_eq!(local.msr_read(0x7ff), Err(GeneralProtection));
     assert_eq!(local.msr_write(0x900, 0), Err(GeneralProtection));
+}
+
+#[test]
+fn where_the_registers_are_takes_no_lock() {
+    let rig = Rig::new(&[0], false);
+    let local = rig.bus.local(0).unwrap();
+    let _held = local.registers.lock().unwrap();
+    assert_eq!(local.mmio_base(), Some(Gpa(0xfee0_0000)));
 }
 
 #[test]

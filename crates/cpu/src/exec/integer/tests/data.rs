@@ -560,3 +560,27 @@ fn decimal_adjustments() {
     let mut vcpu = vcpu(Bits32);
     assert_eq!(run_bytes(&mut vcpu, &[0xd4, 0]).unwrap_err().vector, vector::DE);
 }
+
+#[test]
+fn movdiri_stores() {
+    let mut vcpu = vcpu(Bits64);
+    vcpu.set_reg(RCX, DATA + 3);
+    vcpu.set_reg(RAX, 0x1122_3344_5566_7788);
+    // movdiri [rcx], rax; movdiri [rcx+8], eax
+    run_bytes(&mut vcpu, &[0x48, 0x0f, 0x38, 0xf9, 0x01, 0x0f, 0x38, 0xf9, 0x41, 0x08]).unwrap();
+    assert_eq!(peek(&vcpu, DATA + 3), 0x1122_3344_5566_7788);
+    assert_eq!(peek(&vcpu, DATA + 11), 0x5566_7788);
+}
+
+#[test]
+fn without_lzcnt_its_bytes_are_bsr() {
+    let mut vcpu = vcpu(Bits64);
+    vcpu.cpuid.disable("LZCNT");
+    vcpu.set_reg(RCX, 0x10);
+    run_bytes(&mut vcpu, &[0xf3, 0x0f, 0xbd, 0xc1]).unwrap();
+    assert_eq!(vcpu.reg(RAX), 4);
+    vcpu.cpuid.disable("POPCNT");
+    let popcnt = run_bytes(&mut vcpu, &[0xf3, 0x0f, 0xb8, 0xc1]);
+    assert_eq!(popcnt.map_err(|f| f.vector), Err(vector::UD));
+    assert!(vcpu.stats.unimplemented.is_empty(), "known, but not offered");
+}

@@ -3,7 +3,7 @@
 use super::{CODE, DATA, DATA_END, execute, peek, peek_bytes, put, put_bytes, run_bytes, vcpu};
 use crate::attention::INTERRUPT;
 use crate::fault::{Stop, vector};
-use crate::flags::{CF, DF};
+use crate::flags::{CF, DF, OF, ZF};
 use crate::state::CodeMode::{Bits16, Bits64};
 use crate::state::{reg::*, seg, slow};
 
@@ -130,6 +130,21 @@ fn address_sizes_and_segments() {
     run_bytes(&mut vcpu, &[0xf3, 0xaa]).unwrap();
     assert_eq!((vcpu.reg(RDI), vcpu.reg(RCX)), (0x9_0001, 0x5_0000));
     assert_eq!((peek_bytes(&vcpu, 0x3_ffff, 1), peek_bytes(&vcpu, 0x3_0000, 1)), (vec![0x42], vec![0x42]));
+}
+
+#[test]
+fn a_fault_in_a_repeated_comparison_restores_the_flags() {
+    let mut vcpu = vcpu(Bits64);
+    vcpu.state.flags.set_bits(CF | ZF | OF);
+    let before = vcpu.state.flags.bits();
+    for (n, value) in [(RDI, DATA_END - 2), (RCX, 8), (RAX, 5)] {
+        vcpu.set_reg(n, value);
+    }
+    // repne scasb: two elements compare below AL, the third faults.
+    let stop = *execute(&mut vcpu, &[0xf2, 0xae]).unwrap_err();
+    assert!(matches!(stop, Stop::Fault(f) if f.address.0 == DATA_END));
+    assert_eq!((vcpu.reg(RDI), vcpu.reg(RCX)), (DATA_END, 6));
+    assert_eq!(vcpu.state.flags.bits(), before);
 }
 
 #[test]
