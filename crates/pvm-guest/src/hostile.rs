@@ -105,16 +105,21 @@ fn entry_non_canonical(m: &Machine) {
     say!("then #UD: {:?}", fault.map(|f| f.vector));
 }
 
-/// The handler's first fetch is a fault, whose handler's is, and so on down the stack.
+/// The handler's first fetch is a fault, whose handler's is, and so on down a stack of one page.
 fn entry_unmapped(m: &Machine) {
-    wrmsr(msr(PvmMsr::EventEntry), m.space.nowhere());
-    let _ = m.cpu.enter(&User::at(u::u_int3));
+    enter_at(m, m.space.nowhere());
 }
 
-/// Supervisor mode may run what user mode can write.
+/// The same with an entry that user mode can write and nobody can execute.
 fn entry_in_user_memory(m: &Machine) {
-    wrmsr(msr(PvmMsr::EventEntry), user_space::DATA);
-    let _ = m.cpu.run(s::s_int3, &mut Registers::default());
+    enter_at(m, user_space::DATA);
+}
+
+fn enter_at(m: &Machine, entry: u64) {
+    let stack = m.space.test();
+    m.space.map_kernel(stack, PageFrame::new(), rights::DATA);
+    wrmsr(msr(PvmMsr::EventEntry), entry);
+    let _ = m.cpu.run(s::s_int3, &mut Registers { rsp: stack + PAGE, ..Registers::default() });
 }
 
 fn syscall_entry_unmapped(m: &Machine) {
