@@ -62,7 +62,8 @@ fn an_ordinary_kernel_is_offered_plain_x86() {
         let end = boot(run(kernels.newer(), options, &["sh", "-c", "exit 7"]));
         end.expect(7);
         assert_eq!(figure(&end, "guest ABI"), "x86");
-        assert!(!end.stderr.to_lowercase().contains("pvm"), "{}", end.stderr);
+        let told = |line: &str| line.starts_with("PVM ") || line.contains("guest ABI: pvm");
+        assert!(!end.stderr.lines().any(told), "{}", end.stderr);
     }
 }
 
@@ -198,4 +199,71 @@ fn the_guest_runs_alone_and_is_counted() {
     let mut command = ring3();
     command.args(["pvm", "guest", "--output", "/no/such/dir/guest.elf"]);
     finish(command, SOON).expect_error("cannot write /no/such/dir/guest.elf");
+}
+
+/// How a hostile deed of the guest ends.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Deed {
+    /// Refused: the guest goes on, and says so.
+    Refused,
+    /// The guest's own kernel gets an exception that it did not expect.
+    Caught,
+    /// The processor shuts down.
+    ShutDown,
+}
+
+#[test]
+fn hostile_guests_hurt_nobody_but_themselves() {
+    use Deed::{Caught, Refused, ShutDown};
+    const DEEDS: [(&str, Deed); 28] = [
+        ("pvcs-outside-memory", Refused),
+        ("pvcs-on-mmio", Refused),
+        ("pvcs-on-page-table", Refused),
+        ("pvcs-on-code", Refused),
+        ("entry-non-canonical", Refused),
+        ("entry-unmapped", ShutDown),
+        ("entry-in-user-memory", ShutDown),
+        ("syscall-entry-unmapped", Caught),
+        ("red-zone-wraps", ShutDown),
+        ("stack-unmapped", ShutDown),
+        ("stack-read-only", ShutDown),
+        ("supervisor-rsp-wild", Refused),
+        ("retu-in-user-memory", Refused),
+        ("rets-on-bad-stack", ShutDown),
+        ("roots-refused", Refused),
+        ("root-outside-memory", ShutDown),
+        ("root-on-mmio", ShutDown),
+        ("root-of-garbage", ShutDown),
+        ("user-root-outside-memory", Refused),
+        ("user-root-on-mmio", Refused),
+        ("selectors", Refused),
+        ("tls", Refused),
+        ("hypercall-numbers", Refused),
+        ("msrs-by-hypercall", Refused),
+        ("msrs-from-user-mode", Refused),
+        ("control-registers", Refused),
+        ("step-everything", Refused),
+        ("storm", Refused),
+    ];
+    let dir = temp_dir();
+    let path = write(dir.path(), "guest", PVM_GUEST);
+    let list = boot_alone(&path, &["--append", "hostile=list"]);
+    let known: Vec<String> = DEEDS.iter().map(|(name, _)| (*name).to_owned()).collect();
+    let listed: Vec<String> =
+        list.text().lines().map(|l| l.trim_end().to_owned()).filter(|l| known.contains(l)).collect();
+    assert_eq!(listed, known, "the guest lists:\n{}", list.text());
+    for (name, deed) in DEEDS {
+        let end = boot_alone(&path, &["--append", &format!("hostile={name}")]);
+        match deed {
+            Refused | Caught => end.expect(0),
+            ShutDown => end.expect_error("triple fault"),
+        };
+        let verdict = end.text().trim_end().lines().last().map(str::to_owned);
+        let wanted = match deed {
+            Refused => Some("pvm-guest: PASS"),
+            Caught => Some("pvm-guest: FAIL"),
+            ShutDown => None,
+        };
+        assert!(wanted.is_none_or(|wanted| verdict.as_deref() == Some(wanted)), "{name}: {}", end.text());
+    }
 }
