@@ -190,10 +190,11 @@ impl Session {
     }
 
     /// The status may still be in the control socket when the machine is gone already: its thread reads up to the
-    /// end of file that the machine's end leaves.
+    /// end of file that the machine's end leaves. That is there at once; only the thread may be late.
     fn take_last_words(&mut self) {
+        const PATIENCE: Duration = Duration::from_secs(10);
         while self.end.report.is_none() {
-            match self.events.recv_timeout(Duration::from_millis(200)) {
+            match self.events.recv_timeout(PATIENCE) {
                 Ok(event @ Event::Guest(_)) => self.act(event),
                 Ok(Event::BadLine(line)) if line.is_empty() => return,
                 Ok(_) => {}

@@ -19,6 +19,8 @@ use crate::worker::Stop;
 
 /// Chains moved per port and direction before the other ports get their turn.
 const TURN: usize = 64;
+/// Turns that a port gets before a reset: as many as the largest queue fills.
+const MOST_ROUNDS: usize = 32768 / TURN;
 /// Messages that may wait for the driver's buffers. While so many do, the driver is not listened to.
 const OUTBOX_LIMIT: usize = 128;
 
@@ -216,6 +218,8 @@ impl<M: GuestMem> Service<M> {
         let mut end = self.serve(stop);
         if end.is_ok() && farewell.last.load(Ordering::SeqCst) {
             end = self.drain(stop, &farewell.abandon);
+        } else if end.is_ok() {
+            self.finish();
         }
         if let Err(error) = end {
             tracing::error!(%error, "the console's thread ends");
@@ -240,6 +244,20 @@ impl<M: GuestMem> Service<M> {
             self.wait(&mut events, more)?;
         }
         Ok(())
+    }
+
+    /// Before a reset: writes out what the transmit queues hold, as far as the host's ends take it at once. Kernels
+    /// reset their devices when they power off, right behind the last words of their programs.
+    fn finish(&mut self) {
+        let mem = self.mem.memory();
+        for port in &mut self.ports {
+            // A driver adds nothing while it waits for the reset, but another of its processors might.
+            for _ in 0..MOST_ROUNDS {
+                if !port.take_output(&mem, &mut self.outbox) {
+                    break;
+                }
+            }
+        }
     }
 
     /// Writes out what the transmit queues hold, however slowly the host's ends take it.
