@@ -71,6 +71,9 @@ impl Vcpu {
         let cs = self.state.segments[usize::from(seg::CS)].selector;
         self.state.cr0 = self.state.cr0 & !control::CR0_ZERO | control::CR0_ONE;
         self.state.cr4 = self.pvm_cr4(self.state.cr4);
+        if !control::keys_are_possible(self.state.cr4) {
+            self.state.cr4 &= !control::CR4_PKS;
+        }
         self.state.efer |= control::EFER_ONE;
         self.tlb.flush_all();
         self.refresh_pvm_paging();

@@ -549,6 +549,37 @@ fn with_keys(pks: bool) -> Option<Guest> {
     Some(g)
 }
 
+#[test]
+fn supervisor_keys_need_user_keys() {
+    let Some(mut g) = with_keys(true) else { return };
+    let both = g.vcpu.state.cr4;
+    // Neither can the other bit be cleared alone.
+    for (from, to, refused) in [
+        (both, both & !cr4::PKE, true),
+        (both & !(cr4::PKE | cr4::PKS), both & !cr4::PKE, true),
+        (both & !(cr4::PKE | cr4::PKS), both, false),
+        (both, both & !cr4::PKS, false),
+        (both, both & !(cr4::PKE | cr4::PKS), false),
+    ] {
+        g.vcpu.state.cr4 = from;
+        g.vcpu.refresh();
+        g.pvm_program(Mode::Supervisor, |a| {
+            a.mov(rax, to)?;
+            a.mov(cr4, rax)
+        });
+        let event = g.run_pvm().map(|e| (e.vector, e.error_code));
+        assert_eq!(event, refused.then_some((13, Some(0))), "{from:x} to {to:x}");
+        assert_eq!(g.vcpu.state.cr4, if refused { from } else { to });
+    }
+    // Who comes into PVM mode so loses it.
+    let mut g = Guest::long_before_pvm();
+    g.vcpu.state.cr4 |= cr4::PKS;
+    g.vcpu.refresh();
+    g.code(|a| a.nop());
+    g.engine.step(&mut g.vcpu);
+    assert_eq!((g.vcpu.pvm_mode(), g.vcpu.state.cr4 & cr4::PKS), (Mode::Supervisor, 0));
+}
+
 /// PKRU that denies access by, or only writes to, what has key `key`.
 const fn no_access(key: u32) -> u32 {
     1 << (key * 2)
