@@ -444,6 +444,28 @@ fn load_pgtbl_changes_the_number_of_levels() {
 }
 
 #[test]
+fn without_five_levels_load_pgtbl_loads_tables_of_four() {
+    let mut g = Guest::pvm_without("LA57");
+    five_levels(&mut g);
+    g.poke(DATA, 77u32);
+    g.pvm_program(Mode::Supervisor, |a| {
+        hypercall(a, call::LOAD_PGTBL, [3, TABLES, PML5])?;
+        a.mov(rsi, cr4)?;
+        a.mov(ebp, dword_ptr(DATA))?;
+        a.mov(rdi, in_slot(403))?;
+        a.add(ebp, dword_ptr(rdi))
+    });
+    g.finish_pvm();
+    assert_eq!((g.reg(reg::RAX), g.reg(reg::RSI) & cr4::LA57, g.reg(reg::RBP)), (0, 0, 2 * 77));
+    assert_eq!(g.vcpu.read_msr(MSR_SWITCH_CR3).unwrap(), PML5);
+    g.pvm_program(Mode::Supervisor, |a| {
+        a.mov(rdi, 1 << 48 | DATA)?;
+        a.mov(ebp, dword_ptr(rdi))
+    });
+    assert_eq!(g.pvm_fault(13).error_code, Some(0), "not canonical");
+}
+
+#[test]
 fn ranges_of_five_levels() {
     if !cpu::Cpuid::default().has("LA57") {
         eprintln!("skipped: no 5-level paging");
