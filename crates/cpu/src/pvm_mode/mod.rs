@@ -124,6 +124,7 @@ impl Vcpu {
                 }
             }
         };
+        self.drop_debug_trap();
         let delivered = self.with_pvm(|pvm, vcpu| pvm.deliver(vcpu, event));
         self.end_block();
         match delivered {
@@ -142,10 +143,19 @@ impl Vcpu {
         self.deliver_pvm(Event::Software(vector))
     }
 
+    /// Drops a debug trap that still waits, because the instruction before this one loaded SS: this one enters the
+    /// hypervisor, where the trap would come, and which does not pass it on.
+    #[inline]
+    fn drop_debug_trap(&mut self) {
+        self.state.slow &= !slow::DEBUG_TRAP;
+        self.state.pending_dr6 = 0;
+    }
+
     /// SYSCALL: a system call, a return or a hypercall.
     #[inline]
     pub(crate) fn syscall_pvm(&mut self) -> Exec {
         let stepped = self.state.flags.system() & flags::TF;
+        self.drop_debug_trap();
         let next = self.with_pvm(|pvm, vcpu| pvm.syscall(vcpu));
         self.end_block();
         if stepped & !self.state.flags.system() != 0 {
