@@ -229,7 +229,7 @@ impl Vcpu {
     }
 
     /// Where a far transfer to `selector` goes. In supervisor mode a code segment of its own, the load of which would
-    /// trap and be emulated, becomes what the guest knows as its CS; to the processor below nothing changes.
+    /// trap and be emulated, is to the processor below what is loaded anyway; see [`Self::accept_pvm_code`].
     pub(crate) fn pvm_code_selector(&mut self, selector: u16) -> u16 {
         if !self.state.deprivileged {
             return selector;
@@ -241,12 +241,19 @@ impl Vcpu {
         }
         match self.supervisor_descriptor(selector) {
             Some(d) if d.is_code() && d.has(Segment::LONG) && !d.has(Segment::DEFAULT_BIG) => {
-                if let Some(pvm) = &mut self.pvm {
-                    pvm.set_supervisor_cs(selector);
-                }
                 pvm::abi::selector::USER_CS
             }
             _ => selector,
+        }
+    }
+
+    /// The far transfer to `selector` has been made, for which [`Self::pvm_code_selector`] said `loaded`: a supervisor's
+    /// own code segment becomes what the guest knows as its CS.
+    pub(crate) fn accept_pvm_code(&mut self, selector: u16, loaded: u16) {
+        if selector != loaded
+            && let Some(pvm) = &mut self.pvm
+        {
+            pvm.set_supervisor_cs(selector);
         }
     }
 
