@@ -152,7 +152,7 @@ pub fn launch(spec: VmSpec) -> Result<Outcome, VmError> {
         Ended::Guest(PowerEvent::PowerOff) => Outcome::PowerOff,
         Ended::Guest(PowerEvent::Reset(_)) => Outcome::Reset,
         Ended::Guest(PowerEvent::Panic) => Outcome::Panic { console: Vec::new() },
-        Ended::Guest(PowerEvent::TripleFault) => Outcome::TripleFault,
+        Ended::Guest(PowerEvent::TripleFault) => Outcome::TripleFault(counted.shutdowns.first().copied()),
     })
 }
 
