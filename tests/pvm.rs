@@ -93,7 +93,8 @@ fn the_kernel_decides_unless_the_user_does() {
     let dir = temp_dir();
     let guest = write(dir.path(), "guest", &kernel("x\n", Ending::PowerOff, true));
     let plain = write(dir.path(), "plain", &kernel("x\n", Ending::PowerOff, false));
-    const NOTE: &str = "ring3: guest ABI: pvm, generation 1";
+    const NOTE: &str = "ring3: guest ABI: pvm, generation 1 (RFC v1, 2024-02): the kernel contains its synthetic CPUID; \
+                        --guest-abi off offers plain x86\n";
     for (kernel, asked, said, counted) in [
         (&guest, "auto", true, "pvm, generation 1"),
         (&guest, "pvm", false, "pvm, generation 1"),
