@@ -143,6 +143,8 @@ fn the_selftest_believes_a_whole_report_and_nothing_less() {
 
     let (status, text) = selftest_with(&kernel(good, Ending::Reset, true), &["--boot=pvh", "--cpus=1"]);
     assert!(status == 1 && text.contains("ended by reset (ACPI reset register)"), "{text}");
+    let (status, text) = selftest_with(&kernel(good, Ending::Fault, true), &["--boot=linux", "--cpus=1"]);
+    assert!(status == 1 && text.contains("triple fault (at RIP 0x"), "{text}");
     let options = ["--boot=pvh", "--cpus=1", "--timeout=0.3"];
     let (status, text) = selftest_with(&kernel("1..2\nok 1 a\n", Ending::Hang, true), &options);
     assert!(status == 1 && text.contains("within 0.3 s"), "{text}");
@@ -157,6 +159,15 @@ fn the_selftest_lists_and_shows() {
     let (status, text) = selftest_with(&guest, &["-v", "--boot=pvh", "--cpus=1"]);
     assert_eq!(status, 0, "{text}");
     assert!(text.starts_with("# pvh, 1 vCPU\nhello\n1..1\nok 1 a/b\npvm-guest: PASS"), "{text}");
+}
+
+#[test]
+fn a_prefix_that_names_no_check_is_an_error() {
+    for options in [&[][..], &["--list"]] {
+        let mut command = ring3();
+        command.args(["pvm", "selftest", "--only", "nonsense"]).args(options);
+        finish(command, SOON).expect_error("no check's name begins with nonsense");
+    }
 }
 
 #[test]
