@@ -5,7 +5,7 @@
 mod support;
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Parser;
@@ -182,13 +182,19 @@ fn the_selftest_passes() {
     assert_eq!(end.stderr, "");
 }
 
-#[test]
-fn the_guest_runs_alone_and_is_counted() {
-    let dir = temp_dir();
-    let path = dir.path().join("guest.elf");
+/// Writes the guest to a file, with the program's own means.
+fn guest_file(dir: &Path) -> PathBuf {
+    let path = dir.join("guest.elf");
     let mut command = ring3();
     command.args(["pvm", "guest", "--output"]).arg(&path);
     finish(command, SOON).expect(0);
+    path
+}
+
+#[test]
+fn the_guest_runs_alone_and_is_counted() {
+    let dir = temp_dir();
+    let path = guest_file(dir.path());
     assert!(fs::read(&path).unwrap() == PVM_GUEST, "the file is not the guest");
 
     let end = boot_alone(&path, &["--boot", "pvh", "--cpus", "2", "--stats"]);
@@ -210,4 +216,26 @@ fn the_guest_runs_alone_and_is_counted() {
     let mut command = ring3();
     command.args(["pvm", "guest", "--output", "/no/such/dir/guest.elf"]);
     finish(command, SOON).expect_error("cannot write /no/such/dir/guest.elf");
+}
+
+#[test]
+fn a_hostile_guest_is_the_end_of_nobody_else() {
+    let dir = temp_dir();
+    let path = guest_file(dir.path());
+    let said = |deed: &str| boot_alone(&path, &["--cpus", "2", "--append", &format!("hostile={deed}")]);
+    let list = said("list");
+    list.expect(0);
+    let text = list.text();
+    // Between the line that says how it was entered and the verdict.
+    let deeds: Vec<_> = text.lines().filter(|line| !line.starts_with("pvm-guest: ")).collect();
+    assert!(deeds.len() > 20, "{text}");
+    for deed in deeds {
+        let end = said(deed);
+        let begun = format!("pvm-guest: hostile {deed}");
+        assert!(end.text().lines().any(|line| line == begun), "{deed}: {}", end.text());
+        assert!(!end.stderr.contains("panicked at"), "{deed}: ring3 panicked:\n{}", end.stderr);
+        if end.code != Some(0) {
+            end.expect_error("shut down (triple fault) at RIP 0x");
+        }
+    }
 }
