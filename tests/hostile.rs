@@ -84,7 +84,12 @@ fn a_triple_fault_is_named() {
         a.lidt(ptr(rsp))?;
         a.ud2()
     });
-    play(&program(&code, &[]), &[]).expect_error("triple fault");
+    let end = play(&program(&code, &[]), &["--stats"]);
+    end.expect_error("shut down (triple fault) at RIP 0x");
+    end.expect_error(", CS 0x10, on vCPU 0, delivering vector 6");
+    for words in ["triple fault                 at RIP 0x", ", CR3 0x", ", EFER 0x"] {
+        assert!(end.stderr.contains(words), "{words:?} is not in:\n{}", end.stderr);
+    }
 }
 
 #[test]

@@ -5,7 +5,7 @@
 mod support;
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Parser;
@@ -94,7 +94,8 @@ fn the_kernel_decides_unless_the_user_does() {
     let dir = temp_dir();
     let guest = write(dir.path(), "guest", &kernel("x\n", Ending::PowerOff, true));
     let plain = write(dir.path(), "plain", &kernel("x\n", Ending::PowerOff, false));
-    const NOTE: &str = "ring3: guest ABI: pvm, generation 1";
+    const NOTE: &str = "ring3: guest ABI: pvm, generation 1 (RFC v1, 2024-02): the kernel contains its synthetic CPUID; \
+                        --guest-abi off offers plain x86\n";
     for (kernel, asked, said, counted) in [
         (&guest, "auto", true, "pvm, generation 1"),
         (&guest, "pvm", false, "pvm, generation 1"),
@@ -143,6 +144,8 @@ fn the_selftest_believes_a_whole_report_and_nothing_less() {
 
     let (status, text) = selftest_with(&kernel(good, Ending::Reset, true), &["--boot=pvh", "--cpus=1"]);
     assert!(status == 1 && text.contains("ended by reset (ACPI reset register)"), "{text}");
+    let (status, text) = selftest_with(&kernel(good, Ending::Fault, true), &["--boot=linux", "--cpus=1"]);
+    assert!(status == 1 && text.contains("triple fault (at RIP 0x"), "{text}");
     let options = ["--boot=pvh", "--cpus=1", "--timeout=0.3"];
     let (status, text) = selftest_with(&kernel("1..2\nok 1 a\n", Ending::Hang, true), &options);
     assert!(status == 1 && text.contains("within 0.3 s"), "{text}");
@@ -160,6 +163,15 @@ fn the_selftest_lists_and_shows() {
 }
 
 #[test]
+fn a_prefix_that_names_no_check_is_an_error() {
+    for options in [&[][..], &["--list"]] {
+        let mut command = ring3();
+        command.args(["pvm", "selftest", "--only", "nonsense"]).args(options);
+        finish(command, SOON).expect_error("no check's name begins with nonsense");
+    }
+}
+
+#[test]
 fn the_selftest_passes() {
     let mut command = ring3();
     command.args(["pvm", "selftest"]);
@@ -171,13 +183,19 @@ fn the_selftest_passes() {
     assert_eq!(end.stderr, "");
 }
 
-#[test]
-fn the_guest_runs_alone_and_is_counted() {
-    let dir = temp_dir();
-    let path = dir.path().join("guest.elf");
+/// Writes the guest to a file, with the program's own means.
+fn guest_file(dir: &Path) -> PathBuf {
+    let path = dir.join("guest.elf");
     let mut command = ring3();
     command.args(["pvm", "guest", "--output"]).arg(&path);
     finish(command, SOON).expect(0);
+    path
+}
+
+#[test]
+fn the_guest_runs_alone_and_is_counted() {
+    let dir = temp_dir();
+    let path = guest_file(dir.path());
     assert!(fs::read(&path).unwrap() == PVM_GUEST, "the file is not the guest");
 
     let end = boot_alone(&path, &["--boot", "pvh", "--cpus", "2", "--stats"]);
@@ -256,7 +274,7 @@ fn hostile_guests_hurt_nobody_but_themselves() {
         let end = boot_alone(&path, &["--append", &format!("hostile={name}")]);
         match deed {
             Refused | Caught => end.expect(0),
-            ShutDown => end.expect_error("triple fault"),
+            ShutDown => end.expect_error("shut down (triple fault) at RIP 0x"),
         };
         let verdict = end.text().trim_end().lines().last().map(str::to_owned);
         let wanted = match deed {

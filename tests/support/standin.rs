@@ -9,6 +9,8 @@ pub enum Ending {
     Reset,
     /// Never.
     Hang,
+    /// By a triple fault.
+    Fault,
 }
 
 /// Where it is loaded, and entered by both boot protocols.
@@ -26,12 +28,15 @@ fn code(ending: Ending) -> Vec<u8> {
     let (port, value) = match ending {
         Ending::PowerOff => (0x600_u16, 0x34),
         Ending::Reset => (0x602, 1),
-        Ending::Hang => (0x80, 0),
+        Ending::Hang | Ending::Fault => (0x80, 0),
     };
     code.extend([0x66, 0xba]); // end: mov dx, port
     code.extend(port.to_le_bytes());
     code.extend([0xb0, value, 0xee]); // mov al, value; out dx, al
-    code.extend([0xeb, 0xfe]); // jmp $
+    code.extend(match ending {
+        Ending::Fault => [0x0f, 0x0b], // ud2: there is no handler
+        _ => [0xeb, 0xfe],             // jmp $
+    });
     code
 }
 

@@ -40,6 +40,17 @@ pub enum Event {
     Software(u8),
 }
 
+impl Event {
+    /// The vector.
+    pub const fn vector(&self) -> u8 {
+        match self {
+            Self::Fault(f) => f.vector,
+            Self::Interrupt(vector) | Self::Software(vector) => *vector,
+            Self::Nmi => vector::NMI,
+        }
+    }
+}
+
 /// An event on its way through the IDT.
 #[derive(Clone, Copy, Debug)]
 struct Delivery {

@@ -384,7 +384,10 @@ fn stopped(vcpu: &mut Vcpu, stop: Stop) -> Option<Outcome> {
 fn deliver(vcpu: &mut Vcpu, event: Event) -> Option<Outcome> {
     match vcpu.deliver(event) {
         Ok(()) => None,
-        Err(_) => Some(Outcome::TripleFault),
+        Err(_) => {
+            vcpu.stats.undelivered = Some(event.vector());
+            Some(Outcome::TripleFault)
+        }
     }
 }
 

@@ -24,6 +24,8 @@ pub struct VcpuStats {
     pub exits: Exits,
     /// HLT executed.
     pub halts: u64,
+    /// The vector of the event whose delivery ended in a triple fault.
+    pub undelivered: Option<u8>,
     /// Instructions that raised #UD because they are not implemented, by name.
     pub unimplemented: BTreeMap<String, u64>,
 }

@@ -10,6 +10,7 @@ use std::io::{self, Write};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 
+use cpu::state::seg;
 use cpu::{CpuState, Cpuid, GuestRam, Ram, Vcpu, VcpuConfig, VcpuStats, attention};
 use mmu::Gpa;
 use virtio::device::VirtioDevice;
@@ -26,7 +27,7 @@ use crate::layout;
 use crate::loader::{self, BootProtocol, BootRequest, BootState, KernelImage, LoadError};
 use crate::memory::{self, MemoryError};
 use crate::pci::{PciError, PciRoot};
-use crate::power::{self, PowerEvent, PowerSignal};
+use crate::power::{self, PowerEvent, PowerSignal, Shutdown};
 use crate::rtc::Rtc;
 use crate::serial::{InterruptLine, Serial};
 use crate::signals::Signals;
@@ -106,6 +107,8 @@ pub struct MachineStats {
     pub vcpus: Vec<VcpuStats>,
     /// The state that each vCPU ended in, to see where a guest hangs.
     pub states: Vec<CpuState>,
+    /// The vCPUs that a triple fault shut down.
+    pub shutdowns: Vec<Shutdown>,
     /// What the kernel was offered.
     pub guest_abi: GuestAbi,
     /// What PVM counted, by vCPU; empty unless it was offered.
@@ -371,8 +374,13 @@ impl Machine {
             let timers = join(timers?);
             let vcpus: Vec<_> = running?.into_iter().map(join).collect();
             timers?;
-            for vcpu in vcpus {
-                let end = vcpu?;
+            for (vcpu, end) in vcpus.into_iter().enumerate() {
+                let end = end?;
+                if end.shut_down {
+                    let cs = end.state.segments[usize::from(seg::CS)].selector;
+                    let (vector, rip) = (end.counted.undelivered, end.state.rip());
+                    stats.shutdowns.push(Shutdown { vcpu, vector, cs, rip });
+                }
                 stats.vcpus.push(end.counted);
                 stats.states.push(end.state);
                 stats.pvm.extend(end.pvm);

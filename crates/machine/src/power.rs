@@ -60,6 +60,26 @@ impl fmt::Display for PowerEvent {
     }
 }
 
+/// Where a vCPU shut down: what there is to know of a [`PowerEvent::TripleFault`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shutdown {
+    /// The vCPU's number.
+    pub vcpu: usize,
+    /// The vector of the event that could not be delivered; `None` if an instruction shut the vCPU down by itself.
+    pub vector: Option<u8>,
+    /// CS at that moment.
+    pub cs: u16,
+    /// RIP: of the instruction that faulted, or the next one.
+    pub rip: u64,
+}
+
+impl fmt::Display for Shutdown {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "at RIP {:#x}, CS {:#x}, on vCPU {}", self.rip, self.cs, self.vcpu)?;
+        self.vector.map_or(Ok(()), |vector| write!(f, ", delivering vector {vector}"))
+    }
+}
+
 /// Keeps the first [`PowerEvent`] and tells somebody when it comes.
 pub struct PowerSignal {
     event: Mutex<Option<PowerEvent>>,

@@ -132,6 +132,8 @@ pub(crate) struct VcpuThread {
 pub(crate) struct VcpuEnd {
     pub(crate) counted: VcpuStats,
     pub(crate) state: CpuState,
+    /// Whether a triple fault shut it down.
+    pub(crate) shut_down: bool,
     /// What PVM counted, if it was offered.
     pub(crate) pvm: Option<pvm::Stats>,
 }
@@ -141,18 +143,19 @@ impl VcpuThread {
     pub(crate) fn run(mut self) -> VcpuEnd {
         let mut engine = Interpreter::new();
         let attention = Arc::clone(self.vcpu.attention());
-        loop {
+        let shut_down = loop {
             match engine.run(&mut self.vcpu) {
-                Outcome::Kicked => break,
+                Outcome::Kicked => break false,
                 Outcome::Halted => self.halt(&attention),
                 Outcome::TripleFault => {
                     self.power.raise(PowerEvent::TripleFault);
                     attention.sleep(attention::KICK, None);
-                    break;
+                    break true;
                 }
             }
-        }
-        VcpuEnd { pvm: self.vcpu.pvm_stats(), counted: self.vcpu.stats, state: self.vcpu.state }
+        };
+        let pvm = self.vcpu.pvm_stats();
+        VcpuEnd { counted: self.vcpu.stats, state: self.vcpu.state, shut_down, pvm }
     }
 
     /// Sleeps as HLT does.

@@ -280,6 +280,12 @@ pub mod control {
     pub const CR4_PKS: u64 = 1 << 24;
     /// EFER bits that are always one: SCE, LME, LMA.
     pub const EFER_ONE: u64 = 1 << 0 | 1 << 8 | 1 << 10;
+
+    /// Whether `cr4` may be written as far as keys go. The supervisor's are those of the underlying PKRU: CR4.PKS cannot
+    /// be set without CR4.PKE.
+    pub const fn keys_are_possible(cr4: u64) -> bool {
+        cr4 & CR4_PKS == 0 || cr4 & CR4_PKE != 0
+    }
 }
 
 #[cfg(test)]

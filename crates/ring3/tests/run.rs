@@ -73,7 +73,7 @@ fn a_guest_that_dies_is_an_error_with_its_last_words() {
         (Outcome::Reset, "one\ntwo\n", "reset itself"),
         (Outcome::Reset, "Kernel panic - not syncing: two\n", "kernel panicked"),
         (Outcome::Panic { console: vec![] }, "one\ntwo\n", "kernel panicked"),
-        (Outcome::TripleFault, "one\ntwo\n", "triple fault"),
+        (Outcome::TripleFault(None), "one\ntwo\n", "triple fault"),
     ] {
         let error = play(&[], vec![FromGuest::Ready], console, outcome).unwrap_err().to_string();
         assert!(error.contains(words) && error.contains("two"), "{error}");

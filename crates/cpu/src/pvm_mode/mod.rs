@@ -71,6 +71,9 @@ impl Vcpu {
         let cs = self.state.segments[usize::from(seg::CS)].selector;
         self.state.cr0 = self.state.cr0 & !control::CR0_ZERO | control::CR0_ONE;
         self.state.cr4 = self.pvm_cr4(self.state.cr4);
+        if !control::keys_are_possible(self.state.cr4) {
+            self.state.cr4 &= !control::CR4_PKS;
+        }
         self.state.efer |= control::EFER_ONE;
         self.tlb.flush_all();
         self.refresh_pvm_paging();
@@ -121,6 +124,7 @@ impl Vcpu {
                 }
             }
         };
+        self.drop_debug_trap();
         let delivered = self.with_pvm(|pvm, vcpu| pvm.deliver(vcpu, event));
         self.end_block();
         match delivered {
@@ -139,10 +143,19 @@ impl Vcpu {
         self.deliver_pvm(Event::Software(vector))
     }
 
+    /// Drops a debug trap that still waits, because the instruction before this one loaded SS: this one enters the
+    /// hypervisor, where the trap would come, and which does not pass it on.
+    #[inline]
+    fn drop_debug_trap(&mut self) {
+        self.state.slow &= !slow::DEBUG_TRAP;
+        self.state.pending_dr6 = 0;
+    }
+
     /// SYSCALL: a system call, a return or a hypercall.
     #[inline]
     pub(crate) fn syscall_pvm(&mut self) -> Exec {
         let stepped = self.state.flags.system() & flags::TF;
+        self.drop_debug_trap();
         let next = self.with_pvm(|pvm, vcpu| pvm.syscall(vcpu));
         self.end_block();
         if stepped & !self.state.flags.system() != 0 {
@@ -216,7 +229,7 @@ impl Vcpu {
     }
 
     /// Where a far transfer to `selector` goes. In supervisor mode a code segment of its own, the load of which would
-    /// trap and be emulated, becomes what the guest knows as its CS; to the processor below nothing changes.
+    /// trap and be emulated, is to the processor below what is loaded anyway; see [`Self::accept_pvm_code`].
     pub(crate) fn pvm_code_selector(&mut self, selector: u16) -> u16 {
         if !self.state.deprivileged {
             return selector;
@@ -228,12 +241,19 @@ impl Vcpu {
         }
         match self.supervisor_descriptor(selector) {
             Some(d) if d.is_code() && d.has(Segment::LONG) && !d.has(Segment::DEFAULT_BIG) => {
-                if let Some(pvm) = &mut self.pvm {
-                    pvm.set_supervisor_cs(selector);
-                }
                 pvm::abi::selector::USER_CS
             }
             _ => selector,
+        }
+    }
+
+    /// The far transfer to `selector` has been made, for which [`Self::pvm_code_selector`] said `loaded`: a supervisor's
+    /// own code segment becomes what the guest knows as its CS.
+    pub(crate) fn accept_pvm_code(&mut self, selector: u16, loaded: u16) {
+        if selector != loaded
+            && let Some(pvm) = &mut self.pvm
+        {
+            pvm.set_supervisor_cs(selector);
         }
     }
 

@@ -230,25 +230,35 @@ fn new_ram() -> Arc<Ram> {
     Arc::new(Ram::new(GuestRam::from_ranges(&[(GuestAddress(0), RAM)]).unwrap()))
 }
 
+/// What a guest's processor has.
+#[derive(Clone, Copy, Default)]
+struct Offer {
+    /// The PVM ABI.
+    pvm: Option<pvm::Config>,
+    /// A feature that it lacks.
+    hidden: Option<&'static str>,
+}
+
 /// The PVM ABI as the guests here have it.
-fn abi() -> pvm::Config {
+fn abi() -> Offer {
     let ranges = pvm::AddressRanges::new(402..434, Some(402..434)).unwrap();
-    pvm::Config { generation: &pvm::abi::GENERATION_1, ranges, cpu: 3 }
+    let config = pvm::Config { generation: &pvm::abi::GENERATION_1, ranges, cpu: 3 };
+    Offer { pvm: Some(config), hidden: None }
 }
 
 impl Guest {
     /// After reset, with CS:IP at `CODE` in the first 64 KiB.
     pub fn real() -> Self {
-        Self::real_with_abi(None)
+        Self::real_with(Offer::default())
     }
 
     /// As [`Self::real`], for a guest that may use the PVM ABI.
     pub fn real_before_pvm() -> Self {
-        Self::real_with_abi(Some(abi()))
+        Self::real_with(abi())
     }
 
-    fn real_with_abi(pvm: Option<pvm::Config>) -> Self {
-        let mut guest = Self::with(new_ram(), pvm, TestPlatform::boxed);
+    fn real_with(offer: Offer) -> Self {
+        let mut guest = Self::with(new_ram(), offer, TestPlatform::boxed);
         let state = &mut guest.vcpu.state;
         state.set_real_mode_cs(0);
         state.set_rip(CODE);
@@ -311,7 +321,7 @@ impl Guest {
     }
 
     fn pvm_on_before(ram: Arc<Ram>) -> Self {
-        Self::long_with_abi(ram, Some(abi()), TestPlatform::boxed)
+        Self::long_with_offer(ram, abi(), TestPlatform::boxed)
     }
 
     /// PVM supervisor mode, set up: the shared structure at [`PVCS`], events entering at [`ENTRY`] (each of
@@ -323,8 +333,19 @@ impl Guest {
 
     /// As [`Self::pvm`], on RAM that another vCPU has already.
     pub fn pvm_on(ram: Arc<Ram>) -> Self {
+        Self::pvm_on_before(ram).set_up()
+    }
+
+    /// As [`Self::pvm`], on a processor that lacks the feature `name`.
+    pub fn pvm_without(name: &'static str) -> Self {
+        let offer = Offer { hidden: Some(name), ..abi() };
+        Self::long_with_offer(new_ram(), offer, TestPlatform::boxed).set_up()
+    }
+
+    /// Brings a guest of [`Self::long_before_pvm`] to where [`Self::pvm`] is.
+    fn set_up(mut self) -> Self {
         use pvm::abi::{GENERATION_1, PvmMsr, x86_msr};
-        let mut guest = Self::pvm_on_before(ram);
+        let guest = &mut self;
         // The first instruction, a NOP, enters PVM mode.
         guest.code(|a| a.nop());
         guest.engine.step(&mut guest.vcpu);
@@ -346,7 +367,7 @@ impl Guest {
             guest.vcpu.write_msr(index, value).unwrap();
         }
         guest.vcpu.state.set_rip(CODE);
-        guest
+        self
     }
 
     /// A field of the shared structure.
@@ -381,15 +402,15 @@ impl Guest {
         ram: Arc<Ram>,
         platform: impl FnOnce(SharedScript, Arc<Attention>) -> Box<dyn Platform>,
     ) -> Self {
-        Self::long_with_abi(ram, None, platform)
+        Self::long_with_offer(ram, Offer::default(), platform)
     }
 
-    fn long_with_abi(
+    fn long_with_offer(
         ram: Arc<Ram>,
-        pvm: Option<pvm::Config>,
+        offer: Offer,
         platform: impl FnOnce(SharedScript, Arc<Attention>) -> Box<dyn Platform>,
     ) -> Self {
-        let mut guest = Self::with(ram, pvm, platform);
+        let mut guest = Self::with(ram, offer, platform);
         for vector in 0..256 {
             guest.set_gate(vector, sel::CODE64, HANDLERS + vector * 16, 0x8e);
         }
@@ -417,22 +438,25 @@ impl Guest {
     }
 
     fn on(ram: Arc<Ram>) -> Self {
-        Self::with(ram, None, TestPlatform::boxed)
+        Self::with(ram, Offer::default(), TestPlatform::boxed)
     }
 
     fn with(
         ram: Arc<Ram>,
-        pvm: Option<pvm::Config>,
+        offer: Offer,
         platform: impl FnOnce(SharedScript, Arc<Attention>) -> Box<dyn Platform>,
     ) -> Self {
         let script = SharedScript::default();
         let attention = Arc::new(Attention::new());
         let mut cpuid = Cpuid::default();
-        if pvm.is_some() {
+        if let Some(name) = offer.hidden {
+            assert!(cpuid.disable(name), "{name}");
+        }
+        if offer.pvm.is_some() {
             cpuid.offer_pvm();
             cpuid.set_leaf(0x4000_0000, 0, [0x4000_0002, 0, 0, 0]);
         }
-        let config = VcpuConfig { cpuid, tsc_offset: 0, pvm };
+        let config = VcpuConfig { cpuid, tsc_offset: 0, pvm: offer.pvm };
         let platform = platform(Arc::clone(&script), Arc::clone(&attention));
         let vcpu = Vcpu::new(config, Arc::clone(&ram), platform, Arc::clone(&attention)).unwrap();
         let guest = Self { vcpu, engine: Interpreter::new(), script, attention, ram };

@@ -230,21 +230,61 @@ fn frames_and_the_shared_structure_meet_no_breakpoints() {
     assert_eq!(g.vcpu.state.dr6, FIXED);
 }
 
+/// A guest in `mode` in front of a load of SS from a watched address, at which `program` follows.
+fn watched_mov_ss(
+    mode: Mode,
+    program: impl FnOnce(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>,
+) -> Guest {
+    let mut g = Guest::pvm_in(mode, |a| {
+        a.mov(ss, word_ptr(DATA))?;
+        program(a)
+    });
+    g.poke(DATA, 0x2bu16);
+    g.vcpu.state.dr[0] = DATA;
+    g.vcpu.state.dr7 = 0x400 | 1 | 3 << 16;
+    g.vcpu.refresh();
+    g
+}
+
 #[test]
-fn a_watched_mov_ss_traps_behind_itself() {
-    // There is no shadow: the trap does not wait for a system call that would have to drop it.
+fn a_watched_mov_ss_traps_one_instruction_later() {
     for mode in MODES {
-        let mut g = Guest::pvm_in(mode, |a| {
-            a.mov(ss, word_ptr(DATA))?;
-            a.syscall()
+        let mut g = watched_mov_ss(mode, |a| {
+            a.inc(ebp)?;
+            a.inc(r12d)
         });
-        g.poke(DATA, 0x2bu16);
-        g.vcpu.state.dr[0] = DATA;
-        g.vcpu.state.dr7 = 0x400 | 1 | 3 << 16;
-        g.vcpu.refresh();
         let event = g.pvm_fault(1);
-        assert_eq!((event.from, g.peek::<u16>(event.rip)), (mode, 0x050f));
+        assert_eq!((event.from, g.reg(reg::RBP), g.reg(12)), (mode, 1, 0));
+        assert_eq!(g.vcpu.state.dr6, FIXED | 1);
     }
+}
+
+#[test]
+fn a_debug_trap_that_would_come_in_the_hypervisor_is_dropped() {
+    let gone = |g: &Guest| assert_eq!((g.vcpu.state.dr6, g.vcpu.state.pending_dr6), (FIXED, 0));
+    // A user's program ends in a system call.
+    let mut g = watched_mov_ss(Mode::User, |_| Ok(()));
+    g.finish_pvm();
+    gone(&g);
+    for from in MODES {
+        for vector in [3, 6, 0x80] {
+            let mut g = watched_mov_ss(from, |a| match vector {
+                3 => a.int3(),
+                6 => a.ud2(),
+                _ => a.int(0x80),
+            });
+            assert_eq!(g.pvm_fault(vector).from, from);
+            gone(&g);
+        }
+    }
+    let mut g = watched_mov_ss(Mode::Supervisor, |a| {
+        a.syscall()?;
+        a.nop()
+    });
+    g.vcpu.set_reg(reg::RAX, call::TLB_FLUSH);
+    g.finish_pvm();
+    assert_eq!(g.reg(reg::RAX), 0);
+    gone(&g);
 }
 
 #[test]

@@ -444,6 +444,28 @@ fn load_pgtbl_changes_the_number_of_levels() {
 }
 
 #[test]
+fn without_five_levels_load_pgtbl_loads_tables_of_four() {
+    let mut g = Guest::pvm_without("LA57");
+    five_levels(&mut g);
+    g.poke(DATA, 77u32);
+    g.pvm_program(Mode::Supervisor, |a| {
+        hypercall(a, call::LOAD_PGTBL, [3, TABLES, PML5])?;
+        a.mov(rsi, cr4)?;
+        a.mov(ebp, dword_ptr(DATA))?;
+        a.mov(rdi, in_slot(403))?;
+        a.add(ebp, dword_ptr(rdi))
+    });
+    g.finish_pvm();
+    assert_eq!((g.reg(reg::RAX), g.reg(reg::RSI) & cr4::LA57, g.reg(reg::RBP)), (0, 0, 2 * 77));
+    assert_eq!(g.vcpu.read_msr(MSR_SWITCH_CR3).unwrap(), PML5);
+    g.pvm_program(Mode::Supervisor, |a| {
+        a.mov(rdi, 1 << 48 | DATA)?;
+        a.mov(ebp, dword_ptr(rdi))
+    });
+    assert_eq!(g.pvm_fault(13).error_code, Some(0), "not canonical");
+}
+
+#[test]
 fn ranges_of_five_levels() {
     if !cpu::Cpuid::default().has("LA57") {
         eprintln!("skipped: no 5-level paging");
@@ -547,6 +569,37 @@ fn with_keys(pks: bool) -> Option<Guest> {
     g.poke(entry(TABLES, DATA), DATA | 7 | 1 << 59);
     g.poke(entry(TABLES, DATA + 0x1000), (DATA + 0x1000) | 3 | 2 << 59);
     Some(g)
+}
+
+#[test]
+fn supervisor_keys_need_user_keys() {
+    let Some(mut g) = with_keys(true) else { return };
+    let both = g.vcpu.state.cr4;
+    // Neither can the other bit be cleared alone.
+    for (from, to, refused) in [
+        (both, both & !cr4::PKE, true),
+        (both & !(cr4::PKE | cr4::PKS), both & !cr4::PKE, true),
+        (both & !(cr4::PKE | cr4::PKS), both, false),
+        (both, both & !cr4::PKS, false),
+        (both, both & !(cr4::PKE | cr4::PKS), false),
+    ] {
+        g.vcpu.state.cr4 = from;
+        g.vcpu.refresh();
+        g.pvm_program(Mode::Supervisor, |a| {
+            a.mov(rax, to)?;
+            a.mov(cr4, rax)
+        });
+        let event = g.run_pvm().map(|e| (e.vector, e.error_code));
+        assert_eq!(event, refused.then_some((13, Some(0))), "{from:x} to {to:x}");
+        assert_eq!(g.vcpu.state.cr4, if refused { from } else { to });
+    }
+    // Who comes into PVM mode so loses it.
+    let mut g = Guest::long_before_pvm();
+    g.vcpu.state.cr4 |= cr4::PKS;
+    g.vcpu.refresh();
+    g.code(|a| a.nop());
+    g.engine.step(&mut g.vcpu);
+    assert_eq!((g.vcpu.pvm_mode(), g.vcpu.state.cr4 & cr4::PKS), (Mode::Supervisor, 0));
 }
 
 /// PKRU that denies access by, or only writes to, what has key `key`.

@@ -295,6 +295,23 @@ fn supervisors_go_to_64_bit_code_or_their_own() {
 }
 
 #[test]
+fn a_far_transfer_that_fails_leaves_the_supervisors_cs() {
+    const OTHER: u16 = 0x80;
+    for n in 0..4 {
+        let mut g = guest(Mode::Supervisor, |a| a.nop());
+        let before = g.vcpu.state.segments[usize::from(seg::CS)].selector;
+        for (target, vector, known) in [(1 << 63, 13, sel::CODE64), (TARGET, 6, OTHER)] {
+            let (name, bytes) = &far_transfers(OTHER, 0x2b, target)[n];
+            g.again(Mode::Supervisor, bytes);
+            g.code_at(TARGET, 64, |a| a.ud2());
+            g.pvm_fault(vector);
+            assert_eq!(g.pvm_frame().cs, u64::from(known), "{name} to {target:#x}");
+            assert_eq!(g.vcpu.state.segments[usize::from(seg::CS)].selector, before);
+        }
+    }
+}
+
+#[test]
 fn iretq_takes_the_supervisors_stack_segments() {
     let mut g = guest(Mode::Supervisor, |a| a.nop());
     for stack in 0..0x100u16 {

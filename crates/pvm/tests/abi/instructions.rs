@@ -135,4 +135,6 @@ fn control_registers_have_fixed_bits() {
     assert_eq!((control::CR4_ONE, control::CR4_ZERO), (0x0001_0020, 0x0030_0003));
     assert_eq!(control::EFER_ONE, 0x501);
     assert_eq!((control::CR4_PKE, control::CR4_PKS), (1 << 22, 1 << 24));
+    let possible = [0, 1 << 22, 1 << 24, 1 << 22 | 1 << 24].map(control::keys_are_possible);
+    assert_eq!(possible, [true, true, false, true]);
 }

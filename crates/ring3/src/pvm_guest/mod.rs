@@ -8,16 +8,16 @@ pub mod selftest;
 
 use std::fs;
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// The guest: an ELF kernel with a PVH entry and a 64-bit Linux entry, built by this crate's build script.
 pub static PVM_GUEST: &[u8] = include_bytes!(env!("RING3_PVM_GUEST"));
 
 /// The guest could not be written.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot write {}", path.display())]
+#[error("cannot write {to}")]
 pub struct WriteError {
-    path: PathBuf,
+    to: String,
     source: io::Error,
 }
 
@@ -26,11 +26,11 @@ pub struct WriteError {
 /// # Errors
 /// [`WriteError`], naming the file.
 pub fn write(path: &Path) -> Result<(), WriteError> {
-    let written = if path.as_os_str() == "-" {
+    let (to, written) = if path.as_os_str() == "-" {
         let mut out = io::stdout().lock();
-        out.write_all(PVM_GUEST).and_then(|()| out.flush())
+        ("to standard output".to_owned(), out.write_all(PVM_GUEST).and_then(|()| out.flush()))
     } else {
-        fs::write(path, PVM_GUEST)
+        (path.display().to_string(), fs::write(path, PVM_GUEST))
     };
-    written.map_err(|source| WriteError { path: path.to_owned(), source })
+    written.map_err(|source| WriteError { to, source })
 }

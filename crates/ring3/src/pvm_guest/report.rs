@@ -118,6 +118,12 @@ impl Report {
         &self.checks
     }
 
+    /// Whether the guest announced that it checks nothing.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.plan == Some(0)
+    }
+
     /// Whether every check of the plan has been reported, in order.
     #[must_use]
     pub fn is_complete(&self) -> bool {

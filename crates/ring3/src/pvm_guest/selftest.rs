@@ -12,7 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use machine::loader::{BootProtocol, ImageError, KernelImage};
-use machine::power::PowerEvent;
+use machine::power::{PowerEvent, Shutdown};
 use machine::{Ended, GuestAbi, Machine, MachineConfig, MachineError, MachineHandle};
 
 use super::report::Report;
@@ -33,6 +33,9 @@ pub enum SelftestError {
     /// No thread.
     #[error("cannot start a thread")]
     Thread(#[source] io::Error),
+    /// Nothing is left to check.
+    #[error("no check's name begins with {0}; `ring3 pvm selftest --list` prints the names")]
+    NoCheck(String),
     /// Nobody takes the results.
     #[error("cannot write the results")]
     Output(#[from] io::Error),
@@ -82,6 +85,11 @@ pub fn run(args: &SelftestArgs, guest: &[u8], out: &mut dyn Write) -> Result<u8,
         }
         let began = Instant::now();
         let (report, end) = boot(args, variant, &image, out)?;
+        if let Some(only) = &args.only
+            && report.is_empty()
+        {
+            return Err(SelftestError::NoCheck(only.clone()));
+        }
         if args.list {
             for check in report.checks() {
                 writeln!(out, "{}", check.name)?;
@@ -113,8 +121,8 @@ pub fn run(args: &SelftestArgs, guest: &[u8], out: &mut dyn Write) -> Result<u8,
 /// How a machine ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum End {
-    /// By the guest's doing.
-    Guest(PowerEvent),
+    /// By the guest's doing; and where, if it was a triple fault.
+    Guest(PowerEvent, Option<Shutdown>),
     /// Its time was over.
     TimedOut,
 }
@@ -123,8 +131,11 @@ impl End {
     /// Words for every end but the right one.
     fn problem(self, timeout: Duration) -> Option<String> {
         match self {
-            Self::Guest(PowerEvent::PowerOff) => None,
-            Self::Guest(event) => Some(format!("the guest ended by {event} in place of a power-off")),
+            Self::Guest(PowerEvent::PowerOff, _) => None,
+            Self::Guest(event, at) => {
+                let at = at.map_or_else(String::new, |at| format!(" ({at})"));
+                Some(format!("the guest ended by {event}{at} in place of a power-off"))
+            }
             Self::TimedOut => Some(format!(
                 "the guest did not end within {} s (--timeout), and was stopped",
                 timeout.as_secs_f64()
@@ -138,7 +149,7 @@ enum Event {
     /// The guest's next words.
     Output(Vec<u8>),
     /// The machine is gone.
-    Ended(Result<Ended, MachineError>),
+    Ended(Result<(Ended, Option<Shutdown>), MachineError>),
 }
 
 /// The serial port's far end.
@@ -173,7 +184,7 @@ fn boot(
     machine.load(image, BootProtocol::from(variant.boot), None, &only)?;
     let handle = machine.handle();
     let run = move || {
-        let result = machine.run().map(|(ended, _)| ended);
+        let result = machine.run().map(|(ended, stats)| (ended, stats.shutdowns.first().copied()));
         // Somebody listens until this comes.
         let _ = sender.send(Event::Ended(result));
     };
@@ -214,8 +225,9 @@ fn watch(
                 }
             }
             Ok(Event::Ended(result)) => {
-                let end = match result? {
-                    Ended::Guest(event) if !timed_out => End::Guest(event),
+                let (ended, shutdown) = result?;
+                let end = match ended {
+                    Ended::Guest(event) if !timed_out => End::Guest(event, shutdown),
                     _ => End::TimedOut,
                 };
                 return Ok(shown.map(|()| (report, end))?);

@@ -118,12 +118,12 @@ pub enum RunError {
     },
     /// The machine of a guest that runs alone did not end as it should.
     #[error("{0}")]
-    Ended(&'static str),
+    Ended(String),
     /// The machine ended before the command did.
     #[error("{what}{}", excerpt(console))]
     Died {
         /// How.
-        what: &'static str,
+        what: String,
         /// The last lines of the console.
         console: Vec<String>,
     },

@@ -380,6 +380,7 @@ impl End {
             None => None,
         };
         let mut console = console.lines(ended);
+        let triple_fault;
         let what = match outcome {
             Some(Outcome::Panic { console: lines }) => {
                 if !lines.is_empty() {
@@ -392,10 +393,17 @@ impl End {
             }
             Some(Outcome::PowerOff) => "the guest powered off before the command's end",
             Some(Outcome::Reset) => "the guest reset itself before the command's end",
-            Some(Outcome::TripleFault) => "the guest's processor shut down (triple fault)",
+            Some(Outcome::TripleFault(at)) => {
+                triple_fault = match at {
+                    Some(at) => format!("the guest's processor shut down (triple fault) {at}"),
+                    None => "the guest's processor shut down (triple fault)".to_owned(),
+                };
+                &triple_fault
+            }
             Some(Outcome::Interrupted | Outcome::TimedOut) => "the machine was interrupted",
             None => "the machine did not stop when told to",
-        };
+        }
+        .to_owned();
         // A guest alone has shown its console already.
         Err(if own_initramfs { RunError::Died { what, console } } else { RunError::Ended(what) })
     }

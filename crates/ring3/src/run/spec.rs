@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
+use machine::power::Shutdown;
+
 use super::isolation::Confined;
 use super::spinner::Notes;
 use crate::cli::{Boot, Engine, GuestAbi};
@@ -124,8 +126,8 @@ pub enum Outcome {
         /// The last lines of its console; may be left empty by the machine, `run` fills them in.
         console: Vec<String>,
     },
-    /// A processor shut down after a triple fault.
-    TripleFault,
+    /// A processor shut down after a triple fault; and where.
+    TripleFault(Option<Shutdown>),
     /// The run's time was over. Made by `run` from [`Outcome::Interrupted`].
     TimedOut,
     /// [`VmSpec::stop`] was raised.

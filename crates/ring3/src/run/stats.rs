@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::fs::File;
 use std::time::Duration;
 
+use cpu::state::reg;
 use cpu::{Exits, GuestRam, VcpuStats};
 use machine::{GuestAbi, MachineStats};
 use pvm::abi::hypercall;
@@ -85,6 +86,23 @@ pub(super) fn report(run: &Run<'_>) -> String {
         ("exits: hypercall", hypercall),
     ] {
         line(name, count.to_string());
+    }
+    for shutdown in &run.counted.shutdowns {
+        line("triple fault", shutdown.to_string());
+        if let Some(state) = run.counted.states.get(shutdown.vcpu) {
+            let registers = [
+                ("RSP", state.regs[usize::from(reg::RSP)]),
+                ("RFLAGS", state.flags.bits()),
+                ("CR0", state.cr0),
+                ("CR2", state.cr2),
+                ("CR3", state.cr3),
+                ("CR4", state.cr4),
+                ("EFER", state.efer),
+            ];
+            let registers: Vec<_> =
+                registers.iter().map(|(name, value)| format!("{name} {value:#x}")).collect();
+            line("", registers.join(", "));
+        }
     }
     if run.counted.guest_abi == GuestAbi::Pvm {
         pvm_lines(&run.counted.pvm, &mut line);

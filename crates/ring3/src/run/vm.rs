@@ -80,7 +80,10 @@ pub fn launch(spec: VmSpec) -> Result<Outcome, VmError> {
         .map_err(|source| VmError::Kernel { path: spec.kernel_path.clone(), source })?;
     let guest_abi = guest_abi(spec.guest_abi, &image)
         .ok_or_else(|| VmError::NoPvmGuest { path: spec.kernel_path.clone() })?;
-    if spec.verbose || (spec.guest_abi == cli::GuestAbi::Auto && guest_abi == GuestAbi::Pvm) {
+    if spec.guest_abi == cli::GuestAbi::Auto && guest_abi == GuestAbi::Pvm {
+        let why = "the kernel contains its synthetic CPUID; --guest-abi off offers plain x86";
+        spec.notes.say(format_args!("guest ABI: {guest_abi}: {why}"));
+    } else if spec.verbose {
         spec.notes.say(format_args!("guest ABI: {guest_abi}"));
     }
     let mut machine = Machine::new(MachineConfig {
@@ -152,7 +155,7 @@ pub fn launch(spec: VmSpec) -> Result<Outcome, VmError> {
         Ended::Guest(PowerEvent::PowerOff) => Outcome::PowerOff,
         Ended::Guest(PowerEvent::Reset(_)) => Outcome::Reset,
         Ended::Guest(PowerEvent::Panic) => Outcome::Panic { console: Vec::new() },
-        Ended::Guest(PowerEvent::TripleFault) => Outcome::TripleFault,
+        Ended::Guest(PowerEvent::TripleFault) => Outcome::TripleFault(counted.shutdowns.first().copied()),
     })
 }
 

@@ -150,6 +150,9 @@ impl Vcpu {
         if value & !self.cpuid.cr4_bits() != 0 {
             return fault(Fault::gp(0));
         }
+        if state.deprivileged && !pvm::abi::control::keys_are_possible(value) {
+            return fault(Fault::gp(0));
+        }
         if state.long_mode() && (value & cr4::PAE == 0 || changed & cr4::LA57 != 0) {
             return fault(Fault::gp(0));
         }

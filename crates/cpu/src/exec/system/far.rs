@@ -62,13 +62,16 @@ fn transfer(vcpu: &mut Vcpu, kind: Kind, size: u64, selector: u16, offset: u64) 
     if !vcpu.state.protected() || vcpu.state.virtual_8086() {
         return transfer_real(vcpu, kind, size, selector, offset);
     }
-    let selector = vcpu.pvm_code_selector(selector);
+    let named = selector;
+    let selector = vcpu.pvm_code_selector(named);
     if is_null(selector) {
         return fault(Fault::gp(0));
     }
     let d = vcpu.read_descriptor(selector, vector::GP, 0)?;
     if !d.is_system() {
-        return transfer_to_code(vcpu, kind, size, selector, offset, d);
+        transfer_to_code(vcpu, kind, size, selector, offset, d)?;
+        vcpu.accept_pvm_code(named, selector);
+        return Ok(());
     }
     let code = selector_code(selector);
     let long = vcpu.state.long_mode();
@@ -334,7 +337,8 @@ pub(super) fn ret(vcpu: &mut Vcpu, i: &Insn) -> Exec {
         vcpu.refresh_mode();
         return Ok(());
     }
-    let selector = vcpu.pvm_code_selector(selector);
+    let named = selector;
+    let selector = vcpu.pvm_code_selector(named);
     let target = vcpu.check_return_code(selector, rip)?;
     if target.cpl == vcpu.segment_cpl() {
         vcpu.accept_return_code(&target)?;
@@ -350,6 +354,7 @@ pub(super) fn ret(vcpu: &mut Vcpu, i: &Insn) -> Exec {
         vcpu.set_returned_pointer(pointer.wrapping_add(parameters), long_target);
         vcpu.null_privileged_segments();
     }
+    vcpu.accept_pvm_code(named, selector);
     vcpu.state.set_rip(rip);
     vcpu.refresh_mode();
     Ok(())

@@ -110,7 +110,8 @@ fn iret_to_virtual_8086(vcpu: &mut Vcpu, rip: u64, selector: u16, image: u64) ->
 }
 
 fn iret_protected(vcpu: &mut Vcpu, size: u64, rip: u64, selector: u16, image: u64) -> Exec {
-    let selector = vcpu.pvm_code_selector(selector);
+    let named = selector;
+    let selector = vcpu.pvm_code_selector(named);
     let target = vcpu.check_return_code(selector, rip)?;
     let (old_cpl, iopl) = (vcpu.segment_cpl(), vcpu.iopl());
     let from_64_bit = vcpu.state.code_mode == CodeMode::Bits64;
@@ -130,6 +131,7 @@ fn iret_protected(vcpu: &mut Vcpu, size: u64, rip: u64, selector: u16, image: u6
         vcpu.release(3 * size);
         vcpu.put_code_segment(target.segment, target.base, target.cpl);
     }
+    vcpu.accept_pvm_code(named, selector);
     vcpu.state.set_rip(rip);
     let mut mask = IRET;
     if old_cpl <= iopl {

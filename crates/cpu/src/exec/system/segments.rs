@@ -8,9 +8,10 @@ use crate::vcpu::Vcpu;
 use super::operand;
 
 impl Vcpu {
-    /// Interrupts and debug traps wait for one instruction after a load of SS.
+    /// Interrupts and debug traps wait for one instruction after a load of SS. (In PVM mode too: the processor below does
+    /// so, whatever the ABI thinks of shadows.)
     fn shadow_stack_load(&mut self, register: u8) {
-        if register == seg::SS && !self.state.deprivileged {
+        if register == seg::SS {
             self.state.slow |= slow::SS_SHADOW;
             self.end_block();
         }
