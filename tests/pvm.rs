@@ -285,3 +285,41 @@ fn hostile_guests_hurt_nobody_but_themselves() {
         assert!(wanted.is_none_or(|wanted| verdict.as_deref() == Some(wanted)), "{name}: {}", end.text());
     }
 }
+
+/// The guest with each `from` in its file made `to`.
+fn changed(from: [u8; 4], to: [u8; 4]) -> Vec<u8> {
+    let mut guest = PVM_GUEST.to_vec();
+    let places: Vec<_> = (0..guest.len()).filter(|at| guest[*at..].starts_with(&from)).collect();
+    assert!(!places.is_empty(), "{from:x?} is not in the guest");
+    for at in places {
+        guest[at..at + 4].copy_from_slice(&to);
+    }
+    guest
+}
+
+#[test]
+fn the_guest_says_what_is_not_its_hypervisor() {
+    // One that expects another MSR, or another name, sees in ring3 what it would see in another generation.
+    let other_msr = changed(0x4b56_4df7_u32.to_le_bytes(), 0x4b56_4dfe_u32.to_le_bytes());
+    let no_range = changed(0x4b56_4df0_u32.to_le_bytes(), 0x4b56_4dfe_u32.to_le_bytes());
+    let other_name = changed(*b"PVM\0", *b"PVX\0");
+    let dir = temp_dir();
+    for (guest, abi, why) in [
+        (PVM_GUEST, "off", "CPL 0 and IF 0 in supervisor mode; CPUID "),
+        (&other_msr, "pvm", "PVM of another generation: MSR 0x4b564dfe is not SwitchCr3"),
+        (&no_range, "pvm", "PVM of another generation: MSR 0x4b564dfe is not LinearAddressRange"),
+        (&other_name, "pvm", "entered like PVM's guests, but without PVM's name in leaf 0x40000002:"),
+    ] {
+        let path = write(dir.path(), "guest", guest);
+        for boot in ["linux", "pvh"] {
+            let end = boot_alone(&path, &["--guest-abi", abi, "--boot", boot]);
+            end.expect(0);
+            let text = end.text();
+            let said = format!("not a PVM hypervisor of generation 1: {why}");
+            assert!(
+                text.contains(&said) && text.trim_end().ends_with("pvm-guest: FAIL"),
+                "{said:?} is not in:\n{text}"
+            );
+        }
+    }
+}

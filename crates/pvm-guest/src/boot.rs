@@ -2,17 +2,16 @@
 //!
 //! # Theory of operation
 //! `boot.s` brings both boot protocols to `boot_main` in 64-bit supervisor mode, where the image is loaded, with
-//! relocations applied for that place. Here the kernel finds out what it runs on, in the order that the specification
-//! gives ("PVM booting sequence"): is IF set, is CPL 3, does the synthetic CPUID instruction say "KVM" and
-//! then "PVM"? Only the last of these is executed with the others true: on an ordinary processor nothing is left
-//! changed. If it is PVM, the kernel builds page tables that map it behind the first address of the allowed
-//! range, applies its relocations again for that place, goes there, and never comes back.
+//! relocations applied for that place. Here the kernel finds out what it runs on ([`identify`]), and turns the machine
+//! off unless that is a PVM hypervisor of the right generation. If it is, the kernel builds page tables that map it
+//! behind the first address of the allowed range, applies its relocations again for that place, goes there, and never
+//! comes back.
 
 use core::arch::global_asm;
 use core::cell::UnsafeCell;
 use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use crate::abi::{PvmMsr, cpuid, hypercall, msr, rflags};
+use crate::identify::{self, Host};
 use crate::memory::{self, Physical, place};
 use crate::paging::{self, Tree};
 use crate::{insn, say};
@@ -90,48 +89,18 @@ fn keep(protocol: u64, info: u64) {
     CMDLINE_LENGTH.store(length, Ordering::Relaxed);
 }
 
-/// What the machine is, in the order of finding out.
-#[derive(Clone, Copy, Debug)]
-struct Machine {
-    cpl: u16,
-    interrupt_flag: bool,
-    /// The hypervisor's name and PVM's signature by synthetic CPUID, if that may be used.
-    pvm: Option<bool>,
-}
-
-/// "KVMKVMKVM", as EBX, ECX and EDX have it.
-pub(crate) const KVM: [u32; 3] = [u32::from_le_bytes(*b"KVMK"), u32::from_le_bytes(*b"VMKV"), b'M' as u32];
-
-fn detect() -> Machine {
-    let cpl = insn::cs() & 3;
-    let interrupt_flag = insn::flags() & rflags::IF != 0;
-    let pvm = (cpl == 3 && interrupt_flag).then(|| {
-        let name = insn::synthetic_cpuid(cpuid::SIGNATURE, 0);
-        [name.ebx, name.ecx, name.edx] == KVM
-            && name.eax >= cpuid::VENDOR_FEATURES
-            && insn::synthetic_cpuid(cpuid::VENDOR_FEATURES, 0).ebx == cpuid::PVM
-    });
-    Machine { cpl, interrupt_flag, pvm }
-}
-
 /// The first Rust code.
 extern "C" fn boot_main(protocol: u64, info: u64) -> ! {
     crate::serial::Serial::set_up();
     keep(protocol, info);
-    let machine = detect();
-    if machine.pvm != Some(true) {
-        let answer = match machine.pvm {
-            None => "not asked",
-            Some(_) => "no",
-        };
-        say!(
-            "pvm-guest: this machine is not a PVM hypervisor (CPL {}, IF {}, synthetic CPUID: {answer})",
-            machine.cpl,
-            u8::from(machine.interrupt_flag)
-        );
-        crate::acpi::power_off(loader().rsdp);
-    }
-    let range = insn::hypercall(hypercall::RDMSR, [msr(PvmMsr::LinearAddressRange).into(), 0, 0, 0]);
+    let range = match identify::host() {
+        Host::Generation1 { range } => range,
+        Host::Other(why) => {
+            say!("pvm-guest: this machine is not a PVM hypervisor of generation 1: {why}");
+            say!("pvm-guest: FAIL");
+            crate::acpi::power_off(loader().rsdp);
+        }
+    };
     move_to(first_address(range))
 }
 

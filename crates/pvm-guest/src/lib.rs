@@ -5,8 +5,9 @@
 //! PVM vendor module. Where the specification leaves something open, a check accepts all that it allows.
 //!
 //! # Theory of operation
-//! [`boot`] is entered by PVH or by the 64-bit Linux boot protocol, finds out whether this is a PVM hypervisor, and if not
-//! says so and turns the machine off. If it is, the kernel moves itself into the range that the hypervisor allows.
+//! [`boot`] is entered by PVH or by the 64-bit Linux boot protocol, finds out whether this is a PVM hypervisor of
+//! generation 1 ([`identify`]), and if not says so and turns the machine off. If it is, the kernel moves itself into the
+//! range that the hypervisor allows.
 //! [`kernel_main`] then sets up page tables ([`paging`], [`space`]), the PVCS and the entry points ([`cpu`], [`entry`]), starts
 //! the second processor, if there is one ([`smp`]), and runs the [`checks`]: straight code in supervisor mode, which runs
 //! pieces of assembly (`supervisor.s`, `user.s`) in either mode and looks at what came of them. [`report`] writes to the
@@ -100,7 +101,7 @@
 //! | paging | `paging/*`, `user/roots-switch`, `user/page-fault-kernel-address` |
 //! | control registers | `detect/control-registers`, `insn/cr0`, `insn/cr4` |
 //! | bootstrap in non-PVM mode | that the kernel comes up by PVH; `smp/second-processor-starts` |
-//! | detection | `detect/cpl-3-and-if` and the kernel's own start |
+//! | detection | `detect/cpl-3-and-if` and the kernel's own start, in `identify` |
 //! | several processors | `smp/*` |
 
 #![no_std]
@@ -113,6 +114,7 @@ pub mod checks;
 pub mod cpu;
 pub mod entry;
 pub mod hostile;
+pub mod identify;
 pub mod insn;
 pub mod lapic;
 pub mod memory;

@@ -2,7 +2,7 @@
 
 use super::prelude::*;
 use crate::abi::cpuid;
-use crate::boot::KVM;
+use crate::identify::KVM;
 use crate::insn::synthetic_cpuid;
 
 pub(super) static GROUP: Group = group(
