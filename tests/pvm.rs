@@ -51,6 +51,15 @@ fn help_and_manual_tell_of_it() {
         }
     }
     let mut command = ring3();
+    command.arg("pvm");
+    let end = finish(command, SOON);
+    end.expect(125);
+    assert!(
+        end.stderr.starts_with("The PVM guest ABI: ") && end.stderr.contains("Usage: "),
+        "{}",
+        end.stderr
+    );
+    let mut command = ring3();
     command.args(["man", "pvm", "nonsense"]);
     finish(command, SOON).expect_error("no subcommand pvm nonsense");
 }
