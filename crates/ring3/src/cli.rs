@@ -49,10 +49,10 @@ Examples:
   ring3 pvm selftest --cpus 2 --boot pvh -v
   ring3 pvm selftest --only hypercall   one group of checks
   ring3 pvm guest --output pvm-guest.elf
-  qemu-system-x86_64 -accel kvm -M q35 -kernel pvm-guest.elf -display none \\
-      -serial stdio -no-reboot          the same guest on a host with KVM's PVM
+                                        the same guest, for a host with KVM's PVM
 
-A kernel of your own with PVM guest support is booted by `ring3 run --kernel FILE`.";
+On such a host the guest needs a virtual machine monitor that passes KVM's own
+CPUID leaves on to it; QEMU replaces them. A kernel of your own with PVM guest support is booted by `ring3 run --kernel FILE`.";
 
 const SELFTEST_STATUS: &str = "\
 Exit status:
