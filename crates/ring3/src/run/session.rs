@@ -87,6 +87,8 @@ pub(super) struct Session {
     /// When the patience of the present phase is over.
     grace: Option<Instant>,
     end: End,
+    /// The control socket's end of file was seen: the guest says nothing more.
+    silent: bool,
     sender: Sender<Event>,
     events: Receiver<Event>,
     signals: Handle,
@@ -132,6 +134,7 @@ impl Session {
             deadline,
             grace: None,
             end,
+            silent: false,
             sender,
             events,
             signals: handle,
@@ -190,10 +193,10 @@ impl Session {
     }
 
     /// The status may still be in the control socket when the machine is gone already: its thread reads up to the
-    /// end of file that the machine's end leaves. That is there at once; only the thread may be late.
+    /// end of file that the machine's end leaves. Only that thread may be late.
     fn take_last_words(&mut self) {
         const PATIENCE: Duration = Duration::from_secs(10);
-        while self.end.report.is_none() {
+        while self.end.report.is_none() && !self.silent {
             match self.events.recv_timeout(PATIENCE) {
                 Ok(event @ Event::Guest(_)) => self.act(event),
                 Ok(Event::BadLine(line)) if line.is_empty() => return,
@@ -235,6 +238,7 @@ impl Session {
                 }
             }
             Event::BadLine(line) => {
+                self.silent |= line.is_empty();
                 if !line.is_empty() && self.end.report.is_none() {
                     self.end.bad_line = Some(line);
                     self.stop();

@@ -19,8 +19,8 @@ use crate::worker::Stop;
 
 /// Chains moved per port and direction before the other ports get their turn.
 const TURN: usize = 64;
-/// Turns that a port gets before a reset: as many as the largest queue fills.
-const MOST_ROUNDS: usize = 32768 / TURN;
+/// Turns that a port gets before a reset: more than a queue of the usual size fills.
+const MOST_ROUNDS: usize = 8;
 /// Messages that may wait for the driver's buffers. While so many do, the driver is not listened to.
 const OUTBOX_LIMIT: usize = 128;
 
