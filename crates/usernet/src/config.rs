@@ -1,0 +1,93 @@
+//! What the network of one guest looks like.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+/// An Ethernet address.
+pub type MacAddress = [u8; 6];
+
+/// One IP family's addresses.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Family<A> {
+    /// The guest's address.
+    pub guest: A,
+    /// Length of its network's prefix in bits.
+    pub prefix: u8,
+    /// The gateway: what the guest sends everything to that is not on its network.
+    pub gateway: A,
+    /// A guest-side address that stands for the host's loopback; by default the gateway.
+    pub host_loopback: Option<A>,
+}
+
+/// A transport that is forwarded.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Transport {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+/// A port of the host that leads into the guest.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Forward {
+    /// TCP or UDP.
+    pub transport: Transport,
+    /// Where the host listens.
+    pub listen: SocketAddr,
+    /// The guest's port.
+    pub guest_port: u16,
+}
+
+/// What the guest is served: everything, if not said otherwise.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Services {
+    /// TCP, both ways.
+    pub tcp: bool,
+    /// UDP, both ways.
+    pub udp: bool,
+    /// ICMP and ICMPv6 echo.
+    pub icmp: bool,
+    /// An IPv4 address by DHCP.
+    pub dhcp: bool,
+    /// An IPv6 address by DHCPv6.
+    pub dhcpv6: bool,
+    /// Neighbours by NDP.
+    pub ndp: bool,
+    /// Router advertisements.
+    pub ra: bool,
+}
+
+impl Default for Services {
+    fn default() -> Self {
+        Self { tcp: true, udp: true, icmp: true, dhcp: true, dhcpv6: true, ndp: true, ra: true }
+    }
+}
+
+/// The network of one guest.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Config {
+    /// The guest's Ethernet address, if known before its first frame.
+    pub guest_mac: Option<MacAddress>,
+    /// The gateway's.
+    pub gateway_mac: MacAddress,
+    /// IPv4, if the guest has it.
+    pub ipv4: Option<Family<Ipv4Addr>>,
+    /// IPv6, if the guest has it.
+    pub ipv6: Option<Family<Ipv6Addr>>,
+    /// The MTU that the guest is told; 0 if it is told none.
+    pub mtu: u16,
+    /// The resolvers that the guest is told.
+    pub dns: Vec<IpAddr>,
+    /// A guest-side address whose port 53 leads to a resolver of the host's, and that resolver.
+    pub dns_forward: Vec<(IpAddr, IpAddr)>,
+    /// Search domains that the guest is told.
+    pub search: Vec<String>,
+    /// The guest's host name (DHCP option 12).
+    pub hostname: Option<String>,
+    /// The guest's fully qualified name (DHCP option 81, DHCPv6 option 39).
+    pub fqdn: Option<String>,
+    /// What the guest is served.
+    pub services: Services,
+    /// Ports of the host that lead into the guest.
+    pub forwards: Vec<Forward>,
+}

@@ -1,0 +1,467 @@
+//! The engine: one thread, one epoll loop, everything in turn.
+//!
+//! A turn of the loop waits for an event, or until something's time has come, and then does a bounded amount of everything
+//! that there is to do:
+//!
+//! 1. What the poller reports is handed to its owner. TCP works on its sockets at once; UDP and ping sockets are queued.
+//! 2. At most [`FRAMES`] frames are taken from the tap. Each is taken apart ([`packet::parse`]), and what is
+//!    left of it goes to the protocol that it is for.
+//! 3. Queued sockets are read, a few datagrams each, while the guest takes what they give.
+//! 4. Timers.
+//!
+//! If frames or queued sockets are left, the next turn does not wait. So a guest that sends without end cannot keep
+//! the host's sockets from being served, nor the other way round.
+//!
+//! When the tap is full nothing more is read for the guest: data stays in the host's sockets, whose peers are slowed
+//! down or, with UDP, whose buffers overflow. The tap becomes ready again by itself.
+//!
+//! Others talk to the engine by a [`Handle`]: a queue of commands, and an eventfd that wakes the loop.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{Duration, Instant};
+
+use rustix::event::epoll::EventFlags;
+use rustix::event::{EventfdFlags, eventfd};
+
+use crate::config::{Config, Forward, MacAddress, Transport};
+use crate::context::{Context, Link};
+use crate::frame::IcmpError;
+use crate::icmp::Ping;
+use crate::ndp::{self, Ndp};
+use crate::packet::{self, Addresses, Frame, IcmpView, Packet, UdpView};
+use crate::poller::{Events, Poller, Ready, Token};
+use crate::stats::Stats;
+use crate::tap::{LONGEST_FRAME, Tap};
+use crate::tcp::Tcp;
+use crate::udp::Udp;
+use crate::{arp, dhcp, dhcpv6};
+
+/// Frames taken from the guest before others have their turn.
+const FRAMES: usize = 128;
+
+/// ICMP: destination unreachable, and its code of a port.
+const PORT_UNREACHABLE: [(u8, u8); 2] = [(3, 3), (1, 4)];
+
+/// What an engine is asked.
+enum Command {
+    Add(Forward, Sender<io::Result<Forward>>),
+    Remove(Forward, Sender<bool>),
+    List(Sender<Vec<Forward>>),
+    Stats(Sender<Stats>),
+    Stop,
+}
+
+/// A way to talk to an engine that runs on another thread.
+#[derive(Clone, Debug)]
+pub struct Handle {
+    commands: Sender<Command>,
+    wake: Arc<OwnedFd>,
+}
+
+impl Handle {
+    /// Has [`Engine::run`] return. Does nothing if it has already.
+    pub fn stop(&self) {
+        let _ = self.commands.send(Command::Stop);
+        self.wake();
+    }
+
+    /// Forwards one more port. Returns the forward as it is named from now on: with the port that the host chose,
+    /// if it was asked for port 0.
+    ///
+    /// # Errors
+    /// As [`Engine::new`] has them for the port, `AlreadyExists` if it is forwarded already, or `BrokenPipe` if the
+    /// engine has ended.
+    pub fn add_forward(&self, forward: Forward) -> io::Result<Forward> {
+        self.ask(|reply| Command::Add(forward, reply))?
+    }
+
+    /// Ends the forwarding of a port, and with it the flows that came by it. Returns whether it was forwarded.
+    ///
+    /// # Errors
+    /// `BrokenPipe` if the engine has ended.
+    pub fn remove_forward(&self, forward: Forward) -> io::Result<bool> {
+        self.ask(|reply| Command::Remove(forward, reply))
+    }
+
+    /// The ports that are forwarded, in the order in which they were added.
+    ///
+    /// # Errors
+    /// `BrokenPipe` if the engine has ended.
+    pub fn forwards(&self) -> io::Result<Vec<Forward>> {
+        self.ask(Command::List)
+    }
+
+    /// What the engine has counted.
+    ///
+    /// # Errors
+    /// `BrokenPipe` if the engine has ended.
+    pub fn stats(&self) -> io::Result<Stats> {
+        self.ask(Command::Stats)
+    }
+
+    fn ask<T>(&self, command: impl FnOnce(Sender<T>) -> Command) -> io::Result<T> {
+        let (reply, answer) = channel();
+        self.commands.send(command(reply)).map_err(|_| io::ErrorKind::BrokenPipe)?;
+        self.wake();
+        answer.recv().map_err(|_| io::ErrorKind::BrokenPipe.into())
+    }
+
+    fn wake(&self) {
+        // It can only fail when the counter is full, and then it is readable already.
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+}
+
+/// A guest's network: see above.
+pub struct Engine {
+    config: Config,
+    link: Link,
+    poller: Poller,
+    /// Where frames are taken to.
+    frame: Vec<u8>,
+    /// Whether the tap may have more frames.
+    more_frames: bool,
+    tcp: Tcp,
+    udp: Udp,
+    ping: Ping,
+    ndp: Ndp,
+    deadline: Option<Instant>,
+    handle: Handle,
+    commands: Receiver<Command>,
+    stopped: bool,
+    /// How much later the engine believes it is: for tests.
+    ahead: Duration,
+}
+
+impl Engine {
+    /// An engine for the guest behind `tap`, with its forwarded ports open.
+    ///
+    /// # Errors
+    /// The host is out of descriptors, or a port cannot be listened to: the error then names it.
+    pub fn new(config: Config, tap: Box<dyn Tap>) -> io::Result<Self> {
+        let poller = Poller::new()?;
+        poller.add(tap.readiness(), Token::Tap, EventFlags::IN)?;
+        let wake = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?);
+        poller.add(&wake, Token::Wake, EventFlags::IN)?;
+        let (sender, commands) = channel();
+        let mut engine = Self {
+            link: Link::new(tap, &config),
+            poller,
+            frame: vec![0; LONGEST_FRAME],
+            // The guest may have been faster.
+            more_frames: true,
+            tcp: Tcp::new(),
+            udp: Udp::new(),
+            ping: Ping::new(),
+            ndp: Ndp::default(),
+            deadline: None,
+            handle: Handle { commands: sender, wake },
+            commands,
+            stopped: false,
+            ahead: Duration::ZERO,
+            config: Config { forwards: Vec::new(), ..config.clone() },
+        };
+        for forward in config.forwards {
+            engine.add_forward(forward).map_err(|error| {
+                io::Error::new(error.kind(), format!("cannot listen on {}: {error}", forward.listen))
+            })?;
+        }
+        Ok(engine)
+    }
+
+    /// A way to talk to the engine from elsewhere.
+    #[must_use]
+    pub fn handle(&self) -> Handle {
+        self.handle.clone()
+    }
+
+    /// Serves the guest until [`Handle::stop`].
+    ///
+    /// # Errors
+    /// When the link to the guest is gone, or the host's epoll fails.
+    pub fn run(mut self) -> io::Result<()> {
+        let mut events = Events::new();
+        while !self.stopped {
+            self.turn(&mut events, None)?;
+        }
+        Ok(())
+    }
+
+    /// One turn of the loop, which waits for `longest` at most. Returns whether there was anything to do.
+    pub(crate) fn turn(&mut self, events: &mut Events, longest: Option<Duration>) -> io::Result<bool> {
+        let timeout = self.timeout(longest);
+        self.poller.wait(events, timeout)?;
+        let now = self.now();
+        let mut busy = self.timeout(None) == Some(Duration::ZERO);
+        for ready in events.iter() {
+            busy = true;
+            self.dispatch(ready, now);
+        }
+        self.take_frames(now)?;
+        self.serve_sockets(now);
+        self.serve_timers(now);
+        match self.link.lost.take() {
+            Some(error) => Err(error),
+            None => Ok(busy),
+        }
+    }
+
+    /// Has everything that leaves the host go to this port of its loopback.
+    #[cfg(any(test, feature = "testing"))]
+    pub(crate) fn contain(&mut self, port: u16) {
+        self.link.contained = Some(port);
+    }
+
+    /// Where the host's socket goes for what the guest calls `destination`.
+    #[cfg(test)]
+    pub(crate) fn outside(&mut self, destination: std::net::SocketAddr) -> std::net::SocketAddr {
+        let now = self.now();
+        Context { config: &self.config, link: &mut self.link, poller: &self.poller, now }.outside(destination)
+    }
+
+    /// Lets the engine believe that it is later.
+    #[cfg(any(test, feature = "testing"))]
+    pub(crate) fn advance(&mut self, by: Duration) {
+        self.ahead += by;
+    }
+
+    fn now(&self) -> Instant {
+        Instant::now() + self.ahead
+    }
+
+    /// How long to wait for events.
+    fn timeout(&self, longest: Option<Duration>) -> Option<Duration> {
+        let queued = (self.udp.has_work() || self.ping.has_work()) && !self.link.full;
+        if self.more_frames || queued {
+            return Some(Duration::ZERO);
+        }
+        let until = self.deadline.map(|deadline| deadline.saturating_duration_since(self.now()));
+        [longest, until].into_iter().flatten().min()
+    }
+
+    fn dispatch(&mut self, ready: Ready, now: Instant) {
+        let mut cx = Context { config: &self.config, link: &mut self.link, poller: &self.poller, now };
+        match ready.token {
+            Token::Tap => {
+                cx.link.tap.acknowledge();
+                self.more_frames = true;
+                if cx.link.full {
+                    cx.link.flush();
+                    self.tcp.resume(&mut cx);
+                }
+            }
+            Token::Wake => {
+                // It can only fail when it is clear.
+                let _ = rustix::io::read(&self.handle.wake, &mut [0; 8]);
+                self.obey();
+            }
+            Token::Tcp(number) => self.tcp.ready(&mut cx, number, ready.flags),
+            Token::TcpListener(number) => self.tcp.accept(&mut cx, number),
+            Token::Udp(number) => self.udp.ready(number, ready.flags),
+            Token::UdpListener(number) => self.udp.listener_ready(number, ready.flags),
+            Token::Ping(number) => self.ping.ready(number),
+        }
+    }
+
+    fn obey(&mut self) {
+        while let Ok(command) = self.commands.try_recv() {
+            // Whoever asked may have gone: then nobody wants the answer.
+            match command {
+                Command::Add(forward, reply) => {
+                    let _ = reply.send(self.add_forward(forward));
+                }
+                Command::Remove(forward, reply) => {
+                    let _ = reply.send(self.remove_forward(&forward));
+                }
+                Command::List(reply) => {
+                    let _ = reply.send(self.config.forwards.clone());
+                }
+                Command::Stats(reply) => {
+                    let _ = reply.send(self.stats());
+                }
+                Command::Stop => self.stopped = true,
+            }
+        }
+    }
+
+    pub(crate) fn add_forward(&mut self, forward: Forward) -> io::Result<Forward> {
+        if self.config.forwards.contains(&forward) {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        let now = self.now();
+        let cx = Context { config: &self.config, link: &mut self.link, poller: &self.poller, now };
+        let listen = match forward.transport {
+            Transport::Tcp => self.tcp.listen(cx.poller, &forward)?,
+            Transport::Udp => self.udp.listen(&cx, forward)?,
+        };
+        let forward = Forward { listen, ..forward };
+        self.config.forwards.push(forward);
+        Ok(forward)
+    }
+
+    fn remove_forward(&mut self, forward: &Forward) -> bool {
+        let removed = match forward.transport {
+            Transport::Tcp => self.tcp.unlisten(forward),
+            Transport::Udp => self.udp.unlisten(forward),
+        };
+        self.config.forwards.retain(|other| other != forward);
+        removed
+    }
+
+    pub(crate) fn stats(&self) -> Stats {
+        Stats {
+            tcp_flows: self.tcp.flows(),
+            udp_flows: self.udp.len(),
+            ping_flows: self.ping.len(),
+            ..self.link.stats
+        }
+    }
+
+    fn take_frames(&mut self, now: Instant) -> io::Result<()> {
+        if !self.more_frames {
+            return Ok(());
+        }
+        let mut buffer = std::mem::take(&mut self.frame);
+        let result = self.take_some(&mut buffer, now);
+        self.frame = buffer;
+        self.more_frames = result?;
+        Ok(())
+    }
+
+    /// Takes frames from the tap; whether there may be more.
+    fn take_some(&mut self, buffer: &mut [u8], now: Instant) -> io::Result<bool> {
+        for _ in 0..FRAMES {
+            let Some((length, offload)) = self.link.tap.receive(buffer)? else { return Ok(false) };
+            self.link.stats.frames_in += 1;
+            self.link.stats.bytes_in += length as u64;
+            match packet::parse(buffer.get(..length).unwrap_or_default(), offload) {
+                Ok(frame) => self.handle_frame(&frame, now),
+                Err(why) => self.link.stats.refused(why),
+            }
+        }
+        Ok(true)
+    }
+
+    fn handle_frame(&mut self, frame: &Frame<'_>, now: Instant) {
+        let mut cx = Context { config: &self.config, link: &mut self.link, poller: &self.poller, now };
+        if !is_for_us(frame.destination, self.config.gateway_mac) {
+            cx.link.stats.dropped.other_mac += 1;
+            return;
+        }
+        learn(&mut cx, frame);
+        self.ndp.guest_is_there(&cx);
+        let services = self.config.services;
+        match &frame.packet {
+            Packet::Arp(packet) => arp::packet(&mut cx, packet),
+            Packet::Tcp(_) if !services.tcp => cx.link.stats.dropped.disabled += 1,
+            Packet::Tcp(segment) => self.tcp.segment(&mut cx, segment),
+            Packet::Udp(datagram) if is_dhcp(&cx, datagram) => dhcp::packet(&mut cx, datagram),
+            Packet::Udp(datagram) if is_dhcpv6(&cx, datagram) => dhcpv6::packet(&mut cx, datagram),
+            Packet::Udp(_) if !services.udp => cx.link.stats.dropped.disabled += 1,
+            Packet::Udp(datagram) => self.udp.datagram(&mut cx, datagram),
+            Packet::Icmp(message) if is_solicitation(message) => ndp::packet(&mut cx, message),
+            Packet::Icmp(message) if is_refusal(message) => self.udp.refused_by_guest(message.payload),
+            Packet::Icmp(message) => self.ping.packet(&mut cx, message),
+            Packet::Other(ip) => {
+                cx.link.stats.dropped.unsupported += 1;
+                // Nothing is answered to what was not for one host alone (RFC 1122 3.2.2).
+                if !is_group(&ip.addresses) {
+                    let error = IcmpError::protocol_unreachable(ip.addresses.is_v6());
+                    cx.send_icmp_error(error, ip.addresses.destination(), ip.addresses, ip.bytes);
+                }
+            }
+        }
+    }
+
+    fn serve_sockets(&mut self, now: Instant) {
+        let mut cx = Context { config: &self.config, link: &mut self.link, poller: &self.poller, now };
+        self.udp.turn(&mut cx);
+        self.ping.turn(&mut cx);
+    }
+
+    fn serve_timers(&mut self, now: Instant) {
+        let mut cx = Context { config: &self.config, link: &mut self.link, poller: &self.poller, now };
+        let ndp = self.ndp.timers(&mut cx);
+        let tcp = self.tcp.timers(&mut cx);
+        self.deadline = [ndp, tcp, self.udp.timers(now), self.ping.timers(now)].into_iter().flatten().min();
+    }
+}
+
+/// Whether a frame with this destination is for the gateway, or for everybody.
+fn is_for_us(destination: MacAddress, gateway: MacAddress) -> bool {
+    let group = destination[0] & 1 != 0;
+    group || destination == gateway
+}
+
+/// Whether a packet is from nobody or to a group.
+fn is_group(addresses: &Addresses) -> bool {
+    let to_group = match addresses {
+        Addresses::V4 { destination, .. } => destination.is_multicast() || destination.is_broadcast(),
+        Addresses::V6 { destination, .. } => destination.is_multicast(),
+    };
+    to_group || addresses.source().is_unspecified()
+}
+
+/// Notes which addresses the guest uses.
+fn learn(cx: &mut Context<'_>, frame: &Frame<'_>) {
+    let group = frame.source[0] & 1 != 0;
+    if !group && frame.source != [0; 6] && frame.source != cx.config.gateway_mac {
+        cx.link.guest_mac = frame.source;
+    }
+    let addresses = match &frame.packet {
+        Packet::Tcp(segment) => match Addresses::new(segment.source, segment.destination) {
+            Some(addresses) => addresses,
+            None => return,
+        },
+        Packet::Udp(datagram) => datagram.ip.addresses,
+        Packet::Icmp(message) => message.ip.addresses,
+        Packet::Arp(_) | Packet::Other(_) => return,
+    };
+    match addresses {
+        Addresses::V4 { source, .. } => {
+            if let Some(family) = cx.config.ipv4
+                && !source.is_unspecified()
+                && source != family.gateway
+            {
+                cx.link.guest_v4 = Some(source);
+            }
+        }
+        Addresses::V6 { source, .. } => {
+            if let Some(family) = cx.config.ipv6
+                && !source.is_unspecified()
+                && !source.is_unicast_link_local()
+                && source != family.gateway
+            {
+                cx.link.guest_v6 = Some(source);
+            }
+        }
+    }
+}
+
+fn is_dhcp(cx: &Context<'_>, datagram: &UdpView<'_>) -> bool {
+    let (Some(family), Addresses::V4 { destination, .. }) = (cx.config.ipv4, datagram.ip.addresses) else {
+        return false;
+    };
+    let to_server = destination.is_broadcast() || destination == family.gateway;
+    cx.config.services.dhcp && datagram.destination_port == dhcp::SERVER && to_server
+}
+
+fn is_dhcpv6(cx: &Context<'_>, datagram: &UdpView<'_>) -> bool {
+    let (Some(_), Addresses::V6 { source, destination }) = (cx.config.ipv6, datagram.ip.addresses) else {
+        return false;
+    };
+    let to_server = destination == dhcpv6::SERVERS && !source.is_unspecified();
+    cx.config.services.dhcpv6 && datagram.destination_port == dhcpv6::SERVER && to_server
+}
+
+fn is_solicitation(message: &IcmpView<'_>) -> bool {
+    message.ip.addresses.is_v6()
+        && matches!(message.kind, ndp::ROUTER_SOLICITATION | ndp::NEIGHBOUR_SOLICITATION)
+}
+
+fn is_refusal(message: &IcmpView<'_>) -> bool {
+    (message.kind, message.code) == PORT_UNREACHABLE[usize::from(message.ip.addresses.is_v6())]
+}

@@ -1,0 +1,206 @@
+//! Neighbour discovery (RFC 4861): the guest's router, its prefix, and its neighbours, which are all the router.
+//!
+//! Solicitations for anything but the guest's own addresses are answered with the gateway's Ethernet address, as
+//! ARP is in IPv4. Duplicate address detection (RFC 4862 5.4: the source is unspecified) is not, except for the gateway's
+//! own addresses.
+//!
+//! Router advertisements carry the MTU, the prefix, from which the guest may make itself an address, resolvers
+//! (RDNSS) and search domains (DNSSL, both RFC 8106). They are sent when the guest asks, once it is first heard of, and
+//! then every few minutes.
+
+use std::net::{IpAddr, Ipv6Addr};
+use std::time::{Duration, Instant};
+
+use crate::config::{Family, Services};
+use crate::context::Context;
+use crate::frame::ON_LINK;
+use crate::packet::{Addresses, IcmpView};
+
+pub(crate) const ROUTER_SOLICITATION: u8 = 133;
+const ROUTER_ADVERTISEMENT: u8 = 134;
+pub(crate) const NEIGHBOUR_SOLICITATION: u8 = 135;
+const NEIGHBOUR_ADVERTISEMENT: u8 = 136;
+
+/// All nodes of the link.
+const ALL_NODES: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
+
+/// Between two advertisements: within the limits of RFC 4861 6.2.1, where 600 s are the default maximum.
+const ADVERTISEMENT_INTERVAL: Duration = Duration::from_secs(300);
+
+/// A router for good: the longest lifetime (RFC 8319 4).
+const ROUTER_LIFETIME: u16 = 65535;
+
+/// Resolvers and search domains are valid for three intervals (RFC 8106 5.1).
+const DNS_LIFETIME: u32 = 900;
+
+/// An address from the prefix is the guest's for good.
+const FOREVER: u32 = u32::MAX;
+
+/// The prefix of autoconfiguration, which has no other length on Ethernet (RFC 2464 4).
+const PREFIX_LENGTH: u8 = 64;
+
+/// When the guest is told next without having asked.
+#[derive(Debug, Default)]
+pub(crate) struct Ndp {
+    next: Option<Instant>,
+}
+
+impl Ndp {
+    /// The guest was heard of.
+    pub(crate) fn guest_is_there(&mut self, cx: &Context<'_>) {
+        let Services { ndp, ra, .. } = cx.config.services;
+        if self.next.is_none() && ndp && ra && cx.config.ipv6.is_some() {
+            self.next = Some(cx.now);
+        }
+    }
+
+    /// Advertises when it is time, and says when it is again.
+    pub(crate) fn timers(&mut self, cx: &mut Context<'_>) -> Option<Instant> {
+        if self.next? <= cx.now {
+            advertise(cx, ALL_NODES);
+            self.next = Some(cx.now + ADVERTISEMENT_INTERVAL);
+        }
+        self.next
+    }
+}
+
+/// Handles a solicitation.
+pub(crate) fn packet(cx: &mut Context<'_>, message: &IcmpView<'_>) {
+    let Addresses::V6 { source, .. } = message.ip.addresses else { return };
+    // RFC 4861 6.1.1 and 7.1.1.
+    if message.ip.hop_limit != ON_LINK || message.code != 0 || !cx.config.services.ndp {
+        return;
+    }
+    match message.kind {
+        ROUTER_SOLICITATION if cx.config.services.ra => {
+            advertise(cx, if source.is_unspecified() { ALL_NODES } else { source });
+        }
+        NEIGHBOUR_SOLICITATION => {
+            if let Some(target) = message.payload.first_chunk::<16>() {
+                solicitation(cx, source, Ipv6Addr::from(*target));
+            }
+        }
+        _ => {}
+    }
+}
+
+fn solicitation(cx: &mut Context<'_>, source: Ipv6Addr, target: Ipv6Addr) {
+    let Some(family) = cx.config.ipv6 else { return };
+    let guests_own = target == source || target == family.guest || Some(target) == cx.link.guest_v6;
+    let ours =
+        target == family.gateway || Some(target) == family.host_loopback || target == link_local(&family);
+    let may_be_guests = guests_own || source.is_unspecified();
+    if target.is_multicast() || target.is_unspecified() || (may_be_guests && !ours) {
+        return;
+    }
+    const ROUTER: u8 = 0x80;
+    const SOLICITED: u8 = 0x40;
+    const OVERRIDE: u8 = 0x20;
+    let (to, flags) = if source.is_unspecified() {
+        (ALL_NODES, ROUTER | OVERRIDE)
+    } else {
+        (source, ROUTER | SOLICITED | OVERRIDE)
+    };
+    let mut answer = target.octets().to_vec();
+    // The target's link-layer address.
+    answer.extend([2, 1]);
+    answer.extend(cx.config.gateway_mac);
+    let addresses = Addresses::V6 { source: target, destination: to };
+    cx.send_icmp(addresses, ON_LINK, (NEIGHBOUR_ADVERTISEMENT, 0), [flags, 0, 0, 0], &answer);
+}
+
+/// The router's own address on the link: advertisements must come from a link-local one.
+pub(crate) fn link_local(family: &Family<Ipv6Addr>) -> Ipv6Addr {
+    if family.gateway.is_unicast_link_local() {
+        family.gateway
+    } else {
+        Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1)
+    }
+}
+
+fn advertise(cx: &mut Context<'_>, to: Ipv6Addr) {
+    let Some(family) = cx.config.ipv6 else { return };
+    const MANAGED: u8 = 0x80;
+    const OTHER: u8 = 0x40;
+    const HOPS: u8 = 64;
+    let flags = if cx.config.services.dhcpv6 { MANAGED | OTHER } else { 0 };
+    let [a, b] = ROUTER_LIFETIME.to_be_bytes();
+    // Reachable time and retransmission timer: not ours to say.
+    let mut body = vec![0; 8];
+    // Our link-layer address.
+    body.extend([1, 1]);
+    body.extend(cx.config.gateway_mac);
+    if cx.config.mtu != 0 {
+        body.extend([5, 1, 0, 0]);
+        body.extend(u32::from(cx.config.mtu).to_be_bytes());
+    }
+    prefix_option(&mut body, family.guest);
+    resolver_option(&mut body, &cx.config.dns);
+    search_option(&mut body, &cx.config.search);
+    let addresses = Addresses::V6 { source: link_local(&family), destination: to };
+    cx.send_icmp(addresses, ON_LINK, (ROUTER_ADVERTISEMENT, 0), [HOPS, flags, a, b], &body);
+}
+
+fn prefix_option(body: &mut Vec<u8>, guest: Ipv6Addr) {
+    const ON_LINK_AND_AUTONOMOUS: u8 = 0xc0;
+    let prefix = guest.to_bits() & (u128::MAX << (128 - u32::from(PREFIX_LENGTH)));
+    body.extend([3, 4, PREFIX_LENGTH, ON_LINK_AND_AUTONOMOUS]);
+    body.extend(FOREVER.to_be_bytes());
+    body.extend(FOREVER.to_be_bytes());
+    body.extend([0; 4]);
+    body.extend(prefix.to_be_bytes());
+}
+
+/// RFC 8106 5.1.
+fn resolver_option(body: &mut Vec<u8>, resolvers: &[IpAddr]) {
+    // The option's length is one byte, in units of 8 bytes.
+    const MOST: usize = 127;
+    let resolvers: Vec<Ipv6Addr> = resolvers
+        .iter()
+        .filter_map(|r| if let IpAddr::V6(r) = r { Some(*r) } else { None })
+        .take(MOST)
+        .collect();
+    if resolvers.is_empty() {
+        return;
+    }
+    body.extend([25, 1 + 2 * resolvers.len() as u8, 0, 0]);
+    body.extend(DNS_LIFETIME.to_be_bytes());
+    for resolver in resolvers {
+        body.extend(resolver.octets());
+    }
+}
+
+/// RFC 8106 5.2.
+fn search_option(body: &mut Vec<u8>, domains: &[String]) {
+    // With the longest names, an advertisement stays below the least MTU.
+    const MOST: usize = 768;
+    let mut names = Vec::new();
+    for domain in domains {
+        if let Some(name) = encoded_name(domain)
+            && names.len() + name.len() <= MOST
+        {
+            names.extend(name);
+        }
+    }
+    if names.is_empty() {
+        return;
+    }
+    names.resize(names.len().next_multiple_of(8), 0);
+    body.extend([31, 1 + (names.len() / 8) as u8, 0, 0]);
+    body.extend(DNS_LIFETIME.to_be_bytes());
+    body.extend(names);
+}
+
+/// A domain name as on the wire (RFC 1035 3.1); `None` if it is none.
+pub(crate) fn encoded_name(domain: &str) -> Option<Vec<u8>> {
+    let mut name = Vec::with_capacity(domain.len() + 2);
+    for label in domain.trim_end_matches('.').split('.') {
+        if label.is_empty() || label.len() > 63 {
+            return None;
+        }
+        name.push(label.len() as u8);
+        name.extend(label.as_bytes());
+    }
+    name.push(0);
+    (name.len() <= 255).then_some(name)
+}

@@ -1,0 +1,237 @@
+//! The host's datagram sockets.
+//!
+//! Opening, and what needs control messages: which address a datagram came to ([`receive`]) and goes from
+//! ([`send`]), and why one did not get through ([`next_error`]; ip(7) IP_RECVERR). rustix has no types for those
+//! messages; nix does.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use nix::libc;
+use nix::sys::socket::sockopt::{Ipv4PacketInfo, Ipv4RecvErr, Ipv6RecvErr, Ipv6RecvPacketInfo};
+use nix::sys::socket::{
+    ControlMessage, ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, sendmsg, setsockopt,
+};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, Protocol, RecvFlags, SocketFlags, SocketType, bind, connect, getsockname, ipproto, recv,
+    socket_with, sockopt,
+};
+
+use crate::frame::IcmpError;
+
+/// Room for the control messages asked for here.
+const CONTROL: usize = 256;
+
+/// Datagrams thrown away at most that arrived before a socket was connected.
+const MOST_STRAY: usize = 64;
+
+fn open(of: &SocketAddr, protocol: Option<Protocol>) -> io::Result<OwnedFd> {
+    let family = if of.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    Ok(socket_with(family, SocketType::DGRAM, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, protocol)?)
+}
+
+/// Any address of `like`'s family.
+fn unspecified(like: &SocketAddr) -> IpAddr {
+    if like.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() }
+}
+
+/// Has the errors of datagrams kept, with their reasons.
+fn keep_errors(fd: &OwnedFd, v6: bool) -> io::Result<()> {
+    if v6 {
+        setsockopt(fd.as_raw_fd(), Ipv6RecvErr, &true)?;
+    }
+    // A socket of IPv6 may be sending over IPv4. One that is for IPv6 alone does not mind.
+    setsockopt(fd.as_raw_fd(), Ipv4RecvErr, &true)?;
+    Ok(())
+}
+
+/// A UDP socket connected to `peer`, from the guest's own `port` if the host has it free.
+///
+/// The port may be shared with other flows of the same guest port (SO_REUSEADDR): connected sockets are told apart by
+/// their peers. What arrived before it was connected may be somebody else's, and is thrown away.
+///
+/// # Errors
+/// No descriptors, or no way to `peer`.
+pub(crate) fn connected_udp(peer: SocketAddr, port: u16) -> io::Result<OwnedFd> {
+    let fd = open(&peer, None)?;
+    keep_errors(&fd, peer.is_ipv6())?;
+    // To the host itself, the guest's port may be the very one that it wants to talk to.
+    if !peer.ip().is_loopback() && port != peer.port() {
+        sockopt::set_socket_reuseaddr(&fd, true)?;
+        // Taken or forbidden: then the kernel chooses.
+        let _ = bind(&fd, &SocketAddr::new(unspecified(&peer), port));
+    }
+    connect(&fd, &peer)?;
+    for _ in 0..MOST_STRAY {
+        if recv(&fd, &mut [0u8; 0][..], RecvFlags::TRUNC).is_err() {
+            break;
+        }
+    }
+    Ok(fd)
+}
+
+/// A UDP socket that takes datagrams from anybody to `address`. One for any address of IPv6 serves IPv4 too.
+///
+/// # Errors
+/// The address is taken or not the host's, the port forbidden, or no descriptors.
+pub(crate) fn listening_udp(address: SocketAddr) -> io::Result<OwnedFd> {
+    let fd = open(&address, None)?;
+    keep_errors(&fd, address.is_ipv6())?;
+    if address.is_ipv6() {
+        sockopt::set_ipv6_v6only(&fd, !address.ip().is_unspecified())?;
+        setsockopt(fd.as_raw_fd(), Ipv6RecvPacketInfo, &true)?;
+    } else {
+        setsockopt(fd.as_raw_fd(), Ipv4PacketInfo, &true)?;
+    }
+    bind(&fd, &address)?;
+    Ok(fd)
+}
+
+/// A ping socket (icmp(7)) connected to `target`, and the identifier that its messages have: `identifier` if nobody
+/// else on the host uses it.
+///
+/// # Errors
+/// `PermissionDenied` if `net.ipv4.ping_group_range` does not hold a group of this process.
+pub(crate) fn ping(target: IpAddr, identifier: u16) -> io::Result<(OwnedFd, u16)> {
+    let target = SocketAddr::new(target, 0);
+    let fd = open(&target, Some(if target.is_ipv6() { ipproto::ICMPV6 } else { ipproto::ICMP }))?;
+    keep_errors(&fd, target.is_ipv6())?;
+    let _ = bind(&fd, &SocketAddr::new(unspecified(&target), identifier));
+    connect(&fd, &target)?;
+    let own = SocketAddr::try_from(getsockname(&fd)?)?;
+    Ok((fd, own.port()))
+}
+
+/// Sets how many hops the socket's packets live.
+pub(crate) fn set_hop_limit(fd: &OwnedFd, v6: bool, hops: u8) {
+    // Refused by nobody for 1 to 255; without it packets live longer than the guest wanted.
+    let _ = if v6 {
+        sockopt::set_ipv6_unicast_hops(fd, Some(hops))
+    } else {
+        sockopt::set_ip_ttl(fd, hops.into())
+    };
+}
+
+/// A datagram that a listening socket took.
+pub(crate) struct Received {
+    pub(crate) length: usize,
+    pub(crate) peer: SocketAddr,
+    /// The host's address that it was sent to.
+    pub(crate) local: Option<IpAddr>,
+}
+
+/// Takes the next datagram of a listening socket.
+///
+/// # Errors
+/// `WouldBlock` if there is none; others are errors of datagrams that were sent by this socket before.
+pub(crate) fn receive(fd: &OwnedFd, buffer: &mut [u8]) -> io::Result<Received> {
+    let mut control = Vec::with_capacity(CONTROL);
+    let mut parts = [IoSliceMut::new(buffer)];
+    let message =
+        recvmsg::<SockaddrStorage>(fd.as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::MSG_DONTWAIT)?;
+    let local = message.cmsgs().find_map(|message| match message {
+        ControlMessageOwned::Ipv4PacketInfo(info) => {
+            Some(Ipv4Addr::from_bits(u32::from_be(info.ipi_addr.s_addr)).into())
+        }
+        ControlMessageOwned::Ipv6PacketInfo(info) => Some(Ipv6Addr::from(info.ipi6_addr.s6_addr).into()),
+        _ => None,
+    });
+    let peer = message.address.as_ref().and_then(to_std).ok_or(io::ErrorKind::InvalidData)?;
+    Ok(Received { length: message.bytes, peer, local })
+}
+
+/// Sends a datagram from a listening socket to `peer`, as the host's address `local`.
+///
+/// # Errors
+/// As send(2).
+pub(crate) fn send(
+    fd: &OwnedFd,
+    payload: &[u8],
+    local: Option<IpAddr>,
+    peer: SocketAddr,
+) -> io::Result<usize> {
+    let parts = [IoSlice::new(payload)];
+    let (v4, v6);
+    let from = match local {
+        Some(IpAddr::V4(local)) => {
+            let local = libc::in_addr { s_addr: u32::from(local).to_be() };
+            v4 = libc::in_pktinfo {
+                ipi_ifindex: 0,
+                ipi_spec_dst: local,
+                ipi_addr: libc::in_addr { s_addr: 0 },
+            };
+            Some(ControlMessage::Ipv4PacketInfo(&v4))
+        }
+        Some(IpAddr::V6(local)) => {
+            v6 = libc::in6_pktinfo { ipi6_addr: libc::in6_addr { s6_addr: local.octets() }, ipi6_ifindex: 0 };
+            Some(ControlMessage::Ipv6PacketInfo(&v6))
+        }
+        None => None,
+    };
+    let peer = SockaddrStorage::from(peer);
+    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+    Ok(sendmsg(fd.as_raw_fd(), &parts, from.as_slice(), flags, Some(&peer))?)
+}
+
+fn to_std(address: &SockaddrStorage) -> Option<SocketAddr> {
+    if let Some(v4) = address.as_sockaddr_in() {
+        return Some(SocketAddr::new(Ipv4Addr::from_bits(v4.ip()).into(), v4.port()));
+    }
+    let v6 = address.as_sockaddr_in6()?;
+    Some(std::net::SocketAddrV6::new(v6.ip(), v6.port(), v6.flowinfo(), v6.scope_id()).into())
+}
+
+/// Why a datagram did not get through.
+pub(crate) struct NetworkError {
+    pub(crate) error: IcmpError,
+    /// Who says so, if not the host itself.
+    pub(crate) offender: Option<IpAddr>,
+    /// Where the datagram was to go.
+    pub(crate) destination: Option<SocketAddr>,
+    /// How much of its payload the buffer holds.
+    pub(crate) length: usize,
+}
+
+/// Takes the socket's next error, and what is known of the payload of its datagram into `buffer`.
+pub(crate) fn next_error(fd: &OwnedFd, buffer: &mut [u8]) -> Option<NetworkError> {
+    // linux/errqueue.h: who found the error.
+    const LOCAL: u8 = 1;
+    const ICMP: u8 = 2;
+    const ICMPV6: u8 = 3;
+    let mut control = Vec::with_capacity(CONTROL);
+    let mut parts = [IoSliceMut::new(buffer)];
+    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_ERRQUEUE;
+    let message = recvmsg::<SockaddrStorage>(fd.as_raw_fd(), &mut parts, Some(&mut control), flags).ok()?;
+    let destination = message.address.as_ref().and_then(to_std);
+    let (extended, offender) = message.cmsgs().find_map(|message| match message {
+        ControlMessageOwned::Ipv4RecvErr(error, offender) => {
+            let offender = offender.filter(|o| i32::from(o.sin_family) == libc::AF_INET);
+            Some((error, offender.map(|o| Ipv4Addr::from_bits(u32::from_be(o.sin_addr.s_addr)).into())))
+        }
+        ControlMessageOwned::Ipv6RecvErr(error, offender) => {
+            let offender = offender.filter(|o| i32::from(o.sin6_family) == libc::AF_INET6);
+            Some((error, offender.map(|o| IpAddr::from(Ipv6Addr::from(o.sin6_addr.s6_addr)))))
+        }
+        _ => None,
+    })?;
+    let v6 = destination.is_some_and(|d| !d.ip().to_canonical().is_ipv4());
+    let error = match extended.ee_origin {
+        ICMP | ICMPV6 => IcmpError { kind: extended.ee_type, code: extended.ee_code, word: extended.ee_info },
+        LOCAL => local_error(v6, Errno::from_raw_os_error(extended.ee_errno.cast_signed()), extended.ee_info),
+        _ => return None,
+    };
+    Some(NetworkError { error, offender, destination, length: message.bytes })
+}
+
+/// What the guest is told about a datagram that the host did not take: `mtu` is how long it might have been, if known.
+pub(crate) fn local_error(v6: bool, error: Errno, mtu: u32) -> IcmpError {
+    match error {
+        Errno::MSGSIZE => IcmpError::too_big(v6, mtu),
+        Errno::CONNREFUSED => IcmpError::port_unreachable(v6),
+        Errno::NETUNREACH | Errno::ADDRNOTAVAIL | Errno::AFNOSUPPORT => IcmpError::net_unreachable(v6),
+        Errno::PERM | Errno::ACCESS => IcmpError::prohibited(v6),
+        _ => IcmpError::host_unreachable(v6),
+    }
+}

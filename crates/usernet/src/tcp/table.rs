@@ -1,0 +1,108 @@
+//! The flows: by number, by their ends, and the half-open ones by age.
+//!
+//! The map's hash is keyed with a secret of this process, so that no guest can choose ends that collide.
+
+use std::collections::{HashMap, VecDeque};
+
+use super::emit::Ends;
+use super::flow::Flow;
+
+/// All flows.
+pub(super) struct Table {
+    slots: Vec<Option<Box<Flow>>>,
+    vacant: Vec<u32>,
+    by_ends: HashMap<Ends, u32>,
+    /// Those that were not open when they were added, oldest first: with ends, because numbers are used again.
+    half_open: VecDeque<(u32, Ends)>,
+    half_open_count: usize,
+    limit: usize,
+}
+
+impl Table {
+    pub(super) fn new(limit: usize) -> Self {
+        Self {
+            slots: Vec::new(),
+            vacant: Vec::new(),
+            by_ends: HashMap::new(),
+            half_open: VecDeque::new(),
+            half_open_count: 0,
+            limit,
+        }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.by_ends.len()
+    }
+
+    pub(super) fn is_full(&self) -> bool {
+        self.len() >= self.limit
+    }
+
+    /// How many flows are half-open.
+    pub(super) fn half_open(&self) -> usize {
+        self.half_open_count
+    }
+
+    pub(super) fn find(&self, ends: &Ends) -> Option<u32> {
+        self.by_ends.get(ends).copied()
+    }
+
+    pub(super) fn get(&mut self, number: u32) -> Option<&mut Flow> {
+        self.slots.get_mut(number as usize)?.as_deref_mut()
+    }
+
+    /// The number that the next flow gets.
+    pub(super) fn next_number(&self) -> u32 {
+        self.vacant.last().copied().unwrap_or(self.slots.len() as u32)
+    }
+
+    /// Adds a flow that is half-open under [`Self::next_number`].
+    pub(super) fn add(&mut self, flow: Flow) -> u32 {
+        let number = self.next_number();
+        let ends = flow.ends;
+        let flow = Some(Box::new(flow));
+        match self.vacant.pop() {
+            Some(number) => self.slots[number as usize] = flow,
+            None => self.slots.push(flow),
+        }
+        self.by_ends.insert(ends, number);
+        self.half_open_count += 1;
+        if self.half_open.len() >= 2 * self.half_open_count + 64 {
+            let still = |&(number, ends): &(u32, Ends)| Self::is_half_open(&self.slots, number, &ends);
+            self.half_open.retain(still);
+        }
+        self.half_open.push_back((number, ends));
+        number
+    }
+
+    /// A flow has opened.
+    pub(super) fn opened(&mut self) {
+        self.half_open_count = self.half_open_count.saturating_sub(1);
+    }
+
+    /// Takes a flow out.
+    pub(super) fn remove(&mut self, number: u32) -> Option<Box<Flow>> {
+        let flow = self.slots.get_mut(number as usize)?.take()?;
+        self.vacant.push(number);
+        self.by_ends.remove(&flow.ends);
+        if flow.is_half_open() {
+            self.opened();
+        }
+        Some(flow)
+    }
+
+    fn is_half_open(slots: &[Option<Box<Flow>>], number: u32, ends: &Ends) -> bool {
+        matches!(slots.get(number as usize), Some(Some(flow)) if flow.ends == *ends && flow.is_half_open())
+    }
+
+    /// The flow that has been half-open for longest.
+    pub(super) fn oldest_half_open(&mut self) -> Option<u32> {
+        while let Some((number, ends)) = self.half_open.front() {
+            if Self::is_half_open(&self.slots, *number, ends) {
+                return Some(*number);
+            }
+            self.half_open.pop_front();
+        }
+        None
+    }
+}

@@ -1,0 +1,538 @@
+//! UDP: each flow of the guest's is a socket of the host's.
+//!
+//! A flow is the guest's end and the other end as the guest names it.
+//!
+//! **From the guest.** The first datagram opens a socket that is connected to the other end (an address that
+//! stands for the host's loopback or for a resolver is replaced: [`Context::outside`]), with the guest's own port if
+//! the host has it free. Multicast and broadcast do not leave the link.
+//!
+//! **Into the guest.** A forwarded port is one socket for all of its peers. A datagram on it makes a flow
+//! without a socket of its own: the guest's answers go out by the same one, from the address that the peer had sent to.
+//!
+//! **Errors.** Sockets keep the ICMP errors that they are sent (IP_RECVERR), and the guest is told with the same type
+//! and code, about the same datagram. The other way, a guest that says "port unreachable" about what it was sent
+//! loses the flow: with its socket gone, the host's kernel says the same for it. For a forwarded port it does not,
+//! since others may use that.
+//!
+//! **Time and space.** Flows end when they were idle for [`PATIENCE`], and when [`MOST_FLOWS`] are not enough
+//! those idle longest go first. Sockets are watched edge-triggered. One that is ready is queued, and [`Udp::turn`]
+//! takes a few datagrams of each in turn, so that no flow starves others; while the guest takes nothing, they
+//! stay in the host's receive buffers.
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+use etherparse::{IpNumber, Ipv4HeaderSlice, Ipv6HeaderSlice};
+use rustix::event::epoll::EventFlags;
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags};
+
+use crate::config::Forward;
+use crate::context::Context;
+use crate::flow::{Class, FlowTable, Patience};
+use crate::frame::{HOP_LIMIT, IcmpError, quoted_udp};
+use crate::packet::{Addresses, UdpView};
+use crate::poller::Token;
+use crate::socket;
+
+/// How long flows may be idle: without an answer as long as a resolver's patience, with one as long as
+/// RFC 4787 4.3 asks of translators at least, and some.
+const PATIENCE: Patience = [Duration::from_secs(30), Duration::from_secs(180)];
+
+/// Flows at most. Each may take a descriptor; a busy BitTorrent client has about two thousand.
+const MOST_FLOWS: usize = 4096;
+
+/// Datagrams taken from one socket before others have their turn.
+const QUANTUM: usize = 32;
+
+/// Sockets that have their turn before the engine looks for other events.
+const SOURCES: usize = 64;
+
+/// The longest datagram that a socket can hold.
+const LONGEST: usize = 65535;
+
+/// The two ends of a flow, as the guest knows them.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+struct Key {
+    guest: SocketAddr,
+    remote: SocketAddr,
+}
+
+impl Key {
+    /// The addresses of what the guest sends, and the ports.
+    fn outbound(&self) -> Option<(Addresses, (u16, u16))> {
+        let addresses = Addresses::new(self.guest.ip(), self.remote.ip())?;
+        Some((addresses, (self.guest.port(), self.remote.port())))
+    }
+}
+
+/// How a flow's datagrams leave the host.
+#[derive(Debug)]
+enum Way {
+    /// By a connected socket of its own.
+    Own(OwnedFd),
+    /// By a forwarded port's, as `local` to `peer`.
+    Forwarded { listener: u32, peer: SocketAddr, local: Option<IpAddr> },
+}
+
+#[derive(Debug)]
+struct Flow {
+    way: Way,
+    /// What the socket's packets have; the guest's, if it has a say.
+    hop_limit: u8,
+    /// Whether it is in the queue.
+    queued: bool,
+    /// Whether there may be errors to read.
+    failed: bool,
+}
+
+#[derive(Debug)]
+struct Listener {
+    forward: Forward,
+    fd: OwnedFd,
+    queued: bool,
+    failed: bool,
+}
+
+/// A socket with something to read.
+#[derive(Clone, Copy, Debug)]
+enum Source {
+    Flow(u32),
+    Listener(u32),
+}
+
+/// Whether a socket has been read dry.
+#[derive(PartialEq, Eq)]
+enum Drained {
+    Yes,
+    No,
+}
+
+/// All UDP flows and forwarded ports.
+pub(crate) struct Udp {
+    flows: FlowTable<Key, Flow>,
+    listeners: HashMap<u32, Listener>,
+    next_listener: u32,
+    queue: VecDeque<Source>,
+    buffer: Vec<u8>,
+}
+
+impl Udp {
+    pub(crate) fn new() -> Self {
+        Self {
+            flows: FlowTable::new(MOST_FLOWS, PATIENCE),
+            listeners: HashMap::new(),
+            next_listener: 0,
+            queue: VecDeque::new(),
+            buffer: vec![0; LONGEST],
+        }
+    }
+
+    /// How many flows there are.
+    pub(crate) fn len(&self) -> usize {
+        self.flows.len()
+    }
+
+    /// Forwards a port of the host's to the guest. Returns where it listens: the port may be the kernel's choice.
+    ///
+    /// # Errors
+    /// The port is taken or forbidden, or there are no descriptors.
+    pub(crate) fn listen(&mut self, cx: &Context<'_>, forward: Forward) -> io::Result<SocketAddr> {
+        let fd = socket::listening_udp(forward.listen)?;
+        let listen = SocketAddr::try_from(rustix::net::getsockname(&fd)?)?;
+        let forward = Forward { listen, ..forward };
+        let number = self.next_listener;
+        self.next_listener = number.wrapping_add(1);
+        cx.poller.add(&fd, Token::UdpListener(number), EventFlags::IN | EventFlags::ET)?;
+        self.listeners.insert(number, Listener { forward, fd, queued: false, failed: false });
+        Ok(listen)
+    }
+
+    /// Ends a forward, and the flows that came by it. Whether there was one.
+    pub(crate) fn unlisten(&mut self, forward: &Forward) -> bool {
+        let Some(number) =
+            self.listeners.iter().find(|(_, l)| l.forward == *forward).map(|(number, _)| *number)
+        else {
+            return false;
+        };
+        self.listeners.remove(&number);
+        self.flows
+            .remove_if(|flow| matches!(flow.way, Way::Forwarded { listener, .. } if listener == number));
+        true
+    }
+
+    /// A datagram from the guest.
+    pub(crate) fn datagram(&mut self, cx: &mut Context<'_>, datagram: &UdpView<'_>) {
+        let key = Key { guest: datagram.source(), remote: datagram.destination() };
+        let broadcast =
+            matches!(key.remote.ip(), IpAddr::V4(a) if a.is_broadcast() || is_subnet_broadcast(cx, a));
+        if key.remote.ip().is_multicast() || broadcast {
+            cx.link.stats.dropped.multicast += 1;
+            return;
+        }
+        if key.guest.ip().is_unspecified() || key.guest.port() == 0 || key.remote.port() == 0 {
+            cx.link.stats.dropped.address += 1;
+            return;
+        }
+        let number = match self.flows.find(&key) {
+            Some(number) => number,
+            None => match self.open(cx, key) {
+                Ok(number) => number,
+                Err(error) => {
+                    cx.link.stats.dropped.host += 1;
+                    let why = socket::local_error(datagram.ip.addresses.is_v6(), errno(&error), 0);
+                    refuse(cx, why, datagram);
+                    return;
+                }
+            },
+        };
+        self.send(cx, number, datagram);
+    }
+
+    /// Makes a flow of the guest's own.
+    fn open(&mut self, cx: &mut Context<'_>, key: Key) -> io::Result<u32> {
+        let peer = cx.outside(key.remote);
+        let fd = match socket::connected_udp(peer, key.guest.port()) {
+            Err(error) if is_exhausted(&error) && self.flows.remove_oldest().is_some() => {
+                cx.link.stats.evicted += 1;
+                cx.link
+                    .warnings
+                    .warn(cx.now, &format_args!("the oldest UDP flow makes room for a new one: {error}"));
+                socket::connected_udp(peer, key.guest.port())?
+            }
+            result => result?,
+        };
+        let flow = Flow { way: Way::Own(fd), hop_limit: HOP_LIMIT, queued: false, failed: false };
+        let number = self.insert(cx, key, flow);
+        if let Some((_, Flow { way: Way::Own(fd), .. })) = self.flows.get_mut(number) {
+            // Something may have come before it was watched: epoll tells.
+            if let Err(error) = cx.poller.add(&*fd, Token::Udp(number), EventFlags::IN | EventFlags::ET) {
+                self.flows.remove(number);
+                return Err(error);
+            }
+        }
+        Ok(number)
+    }
+
+    fn insert(&mut self, cx: &mut Context<'_>, key: Key, flow: Flow) -> u32 {
+        let (number, evicted) = self.flows.insert(key, flow, cx.now);
+        cx.link.stats.evicted += u64::from(evicted.is_some());
+        number
+    }
+
+    /// Sends a datagram of the guest's by its flow.
+    fn send(&mut self, cx: &mut Context<'_>, number: u32, datagram: &UdpView<'_>) {
+        let Some(class) = self.flows.class(number) else { return };
+        let Some((_, flow)) = self.flows.get_mut(number) else { return };
+        let hops = datagram.ip.hop_limit;
+        let (result, class) = match &flow.way {
+            Way::Own(fd) => {
+                if flow.hop_limit != hops {
+                    flow.hop_limit = hops;
+                    socket::set_hop_limit(fd, datagram.ip.addresses.is_v6(), hops);
+                }
+                let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+                let mut result = rustix::net::send(fd, datagram.payload, flags);
+                if matches!(result, Err(error) if is_pending(error)) {
+                    // The error of an earlier datagram, which took this one's place.
+                    flow.failed = true;
+                    result = rustix::net::send(fd, datagram.payload, flags);
+                }
+                (result.map_err(io::Error::from), class)
+            }
+            Way::Forwarded { listener, peer, local } => {
+                let Some(listener) = self.listeners.get_mut(listener) else { return };
+                let mut result = socket::send(&listener.fd, datagram.payload, *local, *peer);
+                if matches!(&result, Err(error) if is_pending(errno(error))) {
+                    listener.failed = true;
+                    result = socket::send(&listener.fd, datagram.payload, *local, *peer);
+                }
+                (result, Class::BothWays)
+            }
+        };
+        self.flows.touch(number, class, cx.now);
+        match result {
+            Ok(_) => {}
+            // The host's queue is full: a datagram is lost, as on any link.
+            Err(error) if matches!(errno(&error), Errno::AGAIN | Errno::NOBUFS) => {
+                cx.link.stats.dropped.host += 1
+            }
+            Err(error) => {
+                cx.link.stats.dropped.host += 1;
+                // Longer than the path takes: the error's queue knows by how much.
+                if errno(&error) != Errno::MSGSIZE {
+                    refuse(
+                        cx,
+                        socket::local_error(datagram.ip.addresses.is_v6(), errno(&error), 0),
+                        datagram,
+                    );
+                }
+                if let Some((_, flow)) = self.flows.get_mut(number) {
+                    flow.failed = true;
+                }
+            }
+        }
+        if self.flows.get_mut(number).is_some_and(|(_, flow)| flow.failed) {
+            self.enqueue(number);
+        }
+    }
+
+    fn enqueue(&mut self, number: u32) {
+        if let Some((_, flow)) = self.flows.get_mut(number)
+            && !std::mem::replace(&mut flow.queued, true)
+        {
+            self.queue.push_back(Source::Flow(number));
+        }
+    }
+
+    /// The socket of flow `number` has something.
+    pub(crate) fn ready(&mut self, number: u32, flags: EventFlags) {
+        if let Some((_, flow)) = self.flows.get_mut(number) {
+            flow.failed |= flags.contains(EventFlags::ERR);
+        }
+        self.enqueue(number);
+    }
+
+    /// The socket of forward `number` has something.
+    pub(crate) fn listener_ready(&mut self, number: u32, flags: EventFlags) {
+        let Some(listener) = self.listeners.get_mut(&number) else { return };
+        listener.failed |= flags.contains(EventFlags::ERR);
+        if !std::mem::replace(&mut listener.queued, true) {
+            self.queue.push_back(Source::Listener(number));
+        }
+    }
+
+    /// Whether there are sockets to be read.
+    pub(crate) fn has_work(&self) -> bool {
+        !self.queue.is_empty()
+    }
+
+    /// Reads some of the sockets that are ready, as long as the guest takes what they give.
+    pub(crate) fn turn(&mut self, cx: &mut Context<'_>) {
+        for _ in 0..self.queue.len().min(SOURCES) {
+            if cx.link.full {
+                return;
+            }
+            let Some(source) = self.queue.pop_front() else { return };
+            let drained = match source {
+                Source::Flow(number) => self.drain_flow(cx, number),
+                Source::Listener(number) => self.drain_listener(cx, number),
+            };
+            if drained == Drained::No {
+                self.queue.push_back(source);
+                continue;
+            }
+            match source {
+                Source::Flow(number) => {
+                    if let Some((_, flow)) = self.flows.get_mut(number) {
+                        flow.queued = false;
+                    }
+                }
+                Source::Listener(number) => {
+                    if let Some(listener) = self.listeners.get_mut(&number) {
+                        listener.queued = false;
+                    }
+                }
+            }
+        }
+    }
+
+    fn drain_flow(&mut self, cx: &mut Context<'_>, number: u32) -> Drained {
+        for _ in 0..QUANTUM {
+            if cx.link.full {
+                return Drained::No;
+            }
+            let Some((key, flow)) = self.flows.get_mut(number) else { return Drained::Yes };
+            let Way::Own(fd) = &flow.way else {
+                flow.failed = false;
+                return Drained::Yes;
+            };
+            if flow.failed {
+                match socket::next_error(fd, &mut self.buffer) {
+                    Some(error) => {
+                        let payload = self.buffer.get(..error.length).unwrap_or_default();
+                        tell(cx, key, error.error, error.offender, payload);
+                    }
+                    None => flow.failed = false,
+                }
+                continue;
+            }
+            match rustix::net::recv(fd, &mut self.buffer[..], RecvFlags::DONTWAIT) {
+                Ok((length, _)) => {
+                    self.flows.touch(number, Class::BothWays, cx.now);
+                    deliver(cx, key, self.buffer.get(..length).unwrap_or_default());
+                }
+                Err(Errno::AGAIN) => return Drained::Yes,
+                Err(_) => flow.failed = true,
+            }
+        }
+        Drained::No
+    }
+
+    fn drain_listener(&mut self, cx: &mut Context<'_>, number: u32) -> Drained {
+        for _ in 0..QUANTUM {
+            if cx.link.full {
+                return Drained::No;
+            }
+            let Some(listener) = self.listeners.get_mut(&number) else { return Drained::Yes };
+            let guest_port = listener.forward.guest_port;
+            if listener.failed {
+                match socket::next_error(&listener.fd, &mut self.buffer) {
+                    Some(error) => {
+                        if let Some(peer) = error.destination
+                            && let Some(key) = key_of(cx, peer, guest_port)
+                        {
+                            let payload = self.buffer.get(..error.length).unwrap_or_default();
+                            tell(cx, key, error.error, error.offender, payload);
+                        }
+                    }
+                    None => listener.failed = false,
+                }
+                continue;
+            }
+            match socket::receive(&listener.fd, &mut self.buffer) {
+                Ok(received) => {
+                    // A guest without that family has nobody there.
+                    let Some(key) = key_of(cx, received.peer, guest_port) else { continue };
+                    self.note_peer(cx, key, number, received.peer, received.local);
+                    deliver(cx, key, self.buffer.get(..received.length).unwrap_or_default());
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Drained::Yes,
+                Err(_) => listener.failed = true,
+            }
+        }
+        Drained::No
+    }
+
+    /// A datagram came by a forwarded port: makes its flow or keeps it alive.
+    fn note_peer(
+        &mut self,
+        cx: &mut Context<'_>,
+        key: Key,
+        listener: u32,
+        peer: SocketAddr,
+        local: Option<IpAddr>,
+    ) {
+        let way = Way::Forwarded { listener, peer, local };
+        let Some(number) = self.flows.find(&key) else {
+            self.insert(cx, key, Flow { way, hop_limit: HOP_LIMIT, queued: false, failed: false });
+            return;
+        };
+        let class = self.flows.class(number).unwrap_or(Class::OneWay);
+        self.flows.touch(number, class, cx.now);
+        if let Some((_, flow)) = self.flows.get_mut(number)
+            && matches!(flow.way, Way::Forwarded { .. })
+        {
+            // Several of the host's own addresses are one to the guest: it answers the last that spoke.
+            flow.way = way;
+        }
+    }
+
+    /// The guest says that a datagram it was sent, of which it quotes the packet, found nobody.
+    pub(crate) fn refused_by_guest(&mut self, quoted: &[u8]) {
+        if let Some(key) = quoted_key(quoted)
+            && let Some(number) = self.flows.find(&key)
+        {
+            self.flows.remove(number);
+        }
+    }
+
+    /// Ends flows whose time is over, and says when the next one's is.
+    pub(crate) fn timers(&mut self, now: Instant) -> Option<Instant> {
+        while self.flows.remove_expired(now).is_some() {}
+        self.flows.deadline()
+    }
+}
+
+/// The flow of `peer`, as the host knows it, with the guest's `port`.
+fn key_of(cx: &Context<'_>, peer: SocketAddr, port: u16) -> Option<Key> {
+    let remote = cx.inside(peer);
+    Some(Key { guest: SocketAddr::new(cx.guest_address(remote.ip())?, port), remote })
+}
+
+/// The flow of a datagram that the guest was sent, from the beginning of its packet.
+fn quoted_key(packet: &[u8]) -> Option<Key> {
+    let (source, destination, rest): (IpAddr, IpAddr, _) = match packet.first()? >> 4 {
+        4 => {
+            let header = Ipv4HeaderSlice::from_slice(packet).ok()?;
+            let rest = packet.get(header.slice().len()..)?;
+            (header.protocol() == IpNumber::UDP).then_some((
+                header.source_addr().into(),
+                header.destination_addr().into(),
+                rest,
+            ))?
+        }
+        6 => {
+            let header = Ipv6HeaderSlice::from_slice(packet).ok()?;
+            let rest = packet.get(header.slice().len()..)?;
+            (header.next_header() == IpNumber::UDP).then_some((
+                header.source_addr().into(),
+                header.destination_addr().into(),
+                rest,
+            ))?
+        }
+        _ => return None,
+    };
+    let [a, b, c, d, ..] = *rest else { return None };
+    Some(Key {
+        guest: SocketAddr::new(destination, u16::from_be_bytes([c, d])),
+        remote: SocketAddr::new(source, u16::from_be_bytes([a, b])),
+    })
+}
+
+/// Whether `address` is the broadcast address of the guest's network.
+fn is_subnet_broadcast(cx: &Context<'_>, address: std::net::Ipv4Addr) -> bool {
+    cx.config.ipv4.is_some_and(|family| {
+        // Networks of one or two addresses have none (RFC 3021).
+        family.prefix < 31 && {
+            let host = u32::MAX.checked_shr(family.prefix.into()).unwrap_or(0);
+            address.to_bits() == family.guest.to_bits() | host
+        }
+    })
+}
+
+/// Gives the guest a datagram from the other end.
+fn deliver(cx: &mut Context<'_>, key: Key, payload: &[u8]) {
+    if let Some((addresses, (guest, remote))) = key.outbound() {
+        cx.send_udp(addresses.reversed(), (remote, guest), payload);
+    }
+}
+
+/// Tells the guest that its datagram with this payload did not get through.
+fn tell(cx: &mut Context<'_>, key: Key, error: IcmpError, offender: Option<IpAddr>, payload: &[u8]) {
+    let Some((addresses, ports)) = key.outbound() else { return };
+    // A resolver or the host's loopback goes by the name that the guest knows.
+    let from = match offender {
+        Some(offender) if offender.to_canonical() != cx.outside(key.remote).ip() => {
+            cx.inside(SocketAddr::new(offender, 0)).ip()
+        }
+        _ => key.remote.ip(),
+    };
+    cx.send_icmp_error(error, from, addresses, &quoted_udp(addresses, ports, payload));
+}
+
+/// Tells the guest that this datagram does not get through.
+fn refuse(cx: &mut Context<'_>, error: IcmpError, datagram: &UdpView<'_>) {
+    let addresses = datagram.ip.addresses;
+    cx.send_icmp_error(error, addresses.destination(), addresses, datagram.ip.bytes);
+}
+
+fn errno(error: &io::Error) -> Errno {
+    Errno::from_io_error(error).unwrap_or(Errno::IO)
+}
+
+/// Whether an error may be that of a datagram sent earlier (ip(7), IP_RECVERR).
+fn is_pending(error: Errno) -> bool {
+    matches!(
+        error,
+        Errno::CONNREFUSED | Errno::HOSTUNREACH | Errno::NETUNREACH | Errno::PROTO | Errno::ACCESS
+    )
+}
+
+/// Whether there are no descriptors, or no memory for them.
+pub(crate) fn is_exhausted(error: &io::Error) -> bool {
+    matches!(errno(error), Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::NOBUFS)
+}
