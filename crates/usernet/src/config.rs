@@ -16,10 +16,12 @@ pub struct Family<A> {
     pub gateway: A,
     /// A guest-side address that stands for the host's loopback; by default the gateway.
     pub host_loopback: Option<A>,
+    /// A guest-side address that stands for the host's own address, which the guest's copy of it hides; by default none.
+    pub host_global: Option<A>,
 }
 
 /// A transport that is forwarded.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Transport {
     /// TCP.
     Tcp,
@@ -28,14 +30,39 @@ pub enum Transport {
 }
 
 /// A port of the host that leads into the guest.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Forward {
     /// TCP or UDP.
     pub transport: Transport,
     /// Where the host listens.
     pub listen: SocketAddr,
+    /// The only interface of the host's by which it can be reached (`SO_BINDTODEVICE`); all of them if `None`.
+    pub interface: Option<String>,
+    /// The guest-side address that it leads to; the guest's own if `None`.
+    pub guest_address: Option<IpAddr>,
     /// The guest's port.
     pub guest_port: u16,
+}
+
+impl Forward {
+    /// A forward to the guest's own address, by whatever interface.
+    #[must_use]
+    pub fn new(transport: Transport, listen: SocketAddr, guest_port: u16) -> Self {
+        Self { transport, listen, interface: None, guest_address: None, guest_port }
+    }
+}
+
+/// What the host's outbound sockets are bound to, by family; the routing table decides where it is `None`.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Outbound {
+    /// The source address of IPv4.
+    pub address_v4: Option<Ipv4Addr>,
+    /// The source address of IPv6.
+    pub address_v6: Option<Ipv6Addr>,
+    /// The interface of IPv4 (`SO_BINDTODEVICE`).
+    pub interface_v4: Option<String>,
+    /// The interface of IPv6.
+    pub interface_v6: Option<String>,
 }
 
 /// What the guest is served: everything, if not said otherwise.
@@ -90,4 +117,8 @@ pub struct Config {
     pub services: Services,
     /// Ports of the host that lead into the guest.
     pub forwards: Vec<Forward>,
+    /// Whether forwards may listen on addresses that the host does not have yet (`IP_FREEBIND`).
+    pub freebind: bool,
+    /// What the host's outbound sockets are bound to.
+    pub outbound: Outbound,
 }

@@ -165,8 +165,9 @@ impl Engine {
             config: Config { forwards: Vec::new(), ..config.clone() },
         };
         for forward in config.forwards {
+            let listen = forward.listen;
             engine.add_forward(forward).map_err(|error| {
-                io::Error::new(error.kind(), format!("cannot listen on {}: {error}", forward.listen))
+                io::Error::new(error.kind(), format!("cannot listen on {listen}: {error}"))
             })?;
         }
         Ok(engine)
@@ -295,10 +296,10 @@ impl Engine {
         let cx = Context { config: &self.config, link: &mut self.link, poller: &self.poller, now };
         let listen = match forward.transport {
             Transport::Tcp => self.tcp.listen(cx.poller, &forward)?,
-            Transport::Udp => self.udp.listen(&cx, forward)?,
+            Transport::Udp => self.udp.listen(&cx, &forward)?,
         };
         let forward = Forward { listen, ..forward };
-        self.config.forwards.push(forward);
+        self.config.forwards.push(forward.clone());
         Ok(forward)
     }
 

@@ -21,7 +21,7 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use rustix::net::netlink::SocketAddrNetlink;
 use rustix::net::{RecvFlags, SendFlags, SocketFlags, SocketType};
 
-use crate::config::{Config, Family, Services};
+use crate::config::{Config, Family, Outbound, Services};
 
 /// The gateway's Ethernet address: locally administered.
 pub const GATEWAY_MAC: [u8; 6] = [0x9a, 0x55, 0x9a, 0x55, 0x9a, 0x55];
@@ -122,16 +122,23 @@ impl Host {
         let mut ipv4 = self.way_out(false).and_then(|(route, own)| {
             let IpAddr::V4(guest) = own.address else { return None };
             let gateway = if let Some(IpAddr::V4(gateway)) = route.gateway { gateway } else { ALONE.1 };
-            Some(Family { guest, prefix: own.prefix, gateway, host_loopback: Some(gateway) })
+            Some(Family {
+                guest,
+                prefix: own.prefix,
+                gateway,
+                host_loopback: Some(gateway),
+                host_global: None,
+            })
         });
         let ipv6 = self.way_out(true).and_then(|(route, own)| {
             let IpAddr::V6(guest) = own.address else { return None };
             let gateway = if let Some(IpAddr::V6(gateway)) = route.gateway { gateway } else { ROUTER_V6 };
-            Some(Family { guest, prefix: 64, gateway, host_loopback: Some(gateway) })
+            Some(Family { guest, prefix: 64, gateway, host_loopback: Some(gateway), host_global: None })
         });
         if ipv4.is_none() && ipv6.is_none() {
             let (guest, gateway) = ALONE;
-            ipv4 = Some(Family { guest, prefix: 16, gateway, host_loopback: Some(gateway) });
+            ipv4 =
+                Some(Family { guest, prefix: 16, gateway, host_loopback: Some(gateway), host_global: None });
         }
         let mut config = Config {
             guest_mac: None,
@@ -146,6 +153,8 @@ impl Host {
             fqdn: None,
             services: Services::default(),
             forwards: Vec::new(),
+            freebind: false,
+            outbound: Outbound::default(),
         };
         config.add_resolvers(&resolvers.servers);
         config
@@ -336,7 +345,10 @@ mod tests {
         let config = host.config(&Resolvers::parse(text));
         let gateway = Ipv4Addr::new(192, 0, 2, 1);
         let guest = Ipv4Addr::new(192, 0, 2, 7);
-        assert_eq!(config.ipv4, Some(Family { guest, prefix: 25, gateway, host_loopback: Some(gateway) }));
+        assert_eq!(
+            config.ipv4,
+            Some(Family { guest, prefix: 25, gateway, host_loopback: Some(gateway), host_global: None })
+        );
         let v6 = config.ipv6.unwrap();
         assert_eq!((v6.guest, v6.prefix), ("2001:db8::7".parse().unwrap(), 64));
         assert_eq!(v6.gateway, "fe80::1:1".parse::<Ipv6Addr>().unwrap());
@@ -349,7 +361,10 @@ mod tests {
     fn a_host_without_network_gives_addresses_all_the_same() {
         let config = Host::default().config(&Resolvers::default());
         let (guest, gateway) = ALONE;
-        assert_eq!(config.ipv4, Some(Family { guest, prefix: 16, gateway, host_loopback: Some(gateway) }));
+        assert_eq!(
+            config.ipv4,
+            Some(Family { guest, prefix: 16, gateway, host_loopback: Some(gateway), host_global: None })
+        );
         assert_eq!(config.ipv6, None);
     }
 

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use etherparse::{EtherType, IpNumber};
 use rustix::event::{EventfdFlags, eventfd};
 
-use crate::config::{Config, Family, Services};
+use crate::config::{Config, Family, Outbound, Services};
 use crate::engine::Engine;
 use crate::frame::Header;
 use crate::packet::Addresses;
@@ -49,12 +49,14 @@ pub fn config() -> Config {
             prefix: 24,
             gateway: GATEWAY_V4,
             host_loopback: Some(GATEWAY_V4),
+            host_global: None,
         }),
         ipv6: Some(Family {
             guest: GUEST_V6,
             prefix: 64,
             gateway: GATEWAY_V6,
             host_loopback: Some(GATEWAY_V6),
+            host_global: None,
         }),
         mtu: 1500,
         dns: vec![
@@ -67,6 +69,8 @@ pub fn config() -> Config {
         fqdn: Some("guest.example.org".to_owned()),
         services: Services::default(),
         forwards: Vec::new(),
+        freebind: false,
+        outbound: Outbound::default(),
     }
 }
 

@@ -140,10 +140,10 @@ impl Udp {
     ///
     /// # Errors
     /// The port is taken or forbidden, or there are no descriptors.
-    pub(crate) fn listen(&mut self, cx: &Context<'_>, forward: Forward) -> io::Result<SocketAddr> {
+    pub(crate) fn listen(&mut self, cx: &Context<'_>, forward: &Forward) -> io::Result<SocketAddr> {
         let fd = socket::listening_udp(forward.listen)?;
         let listen = SocketAddr::try_from(rustix::net::getsockname(&fd)?)?;
-        let forward = Forward { listen, ..forward };
+        let forward = Forward { listen, ..forward.clone() };
         let number = self.next_listener;
         self.next_listener = number.wrapping_add(1);
         cx.poller.add(&fd, Token::UdpListener(number), EventFlags::IN | EventFlags::ET)?;

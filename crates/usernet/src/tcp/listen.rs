@@ -63,7 +63,7 @@ impl Listeners {
         // Changes only: when descriptors run out, what cannot be accepted must not wake us without end.
         poller.add(&socket, Token::TcpListener(vacant as u32), EventFlags::IN | EventFlags::ET)?;
         self.slots[vacant] =
-            Some(Listener { socket, forward: Forward { listen: bound, ..*forward }, retry_at: None });
+            Some(Listener { socket, forward: Forward { listen: bound, ..forward.clone() }, retry_at: None });
         Ok(bound)
     }
 

@@ -31,7 +31,7 @@ fn a_handle_of_an_engine_that_was_never_run_does_not_wait() {
 fn a_port_that_is_taken_is_named() {
     let taken = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let listen = taken.local_addr().unwrap();
-    let forwards = vec![Forward { transport: Transport::Udp, listen, guest_port: 1 }];
+    let forwards = vec![Forward::new(Transport::Udp, listen, 1)];
     let (tap, _guest) = tap(PLAIN, 16).unwrap();
     let error = Engine::new(Config { forwards, ..config() }, Box::new(tap)).err().unwrap();
     assert_eq!(error.kind(), ErrorKind::AddrInUse);
@@ -41,7 +41,7 @@ fn a_port_that_is_taken_is_named() {
 #[test]
 fn a_flood_of_frames_does_not_keep_the_engine_from_its_other_work() {
     let listen = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap();
-    let forwards = vec![Forward { transport: Transport::Udp, listen, guest_port: 1 }];
+    let forwards = vec![Forward::new(Transport::Udp, listen, 1)];
     let mut net = Net::new(Config { forwards, ..config() });
     for _ in 0..10_000 {
         net.guest.send(vec![0; 60]);

@@ -56,8 +56,7 @@ fn a_connection_of_the_guests_and_its_bytes() {
 fn a_forwarded_port_asks_the_guest() {
     let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     let mut net = Net::new(config());
-    let bound =
-        net.engine.add_forward(Forward { transport: Transport::Tcp, listen, guest_port: 80 }).unwrap();
+    let bound = net.engine.add_forward(Forward::new(Transport::Tcp, listen, 80)).unwrap();
     assert_ne!(bound.listen.port(), 0);
     let client = TcpStream::connect(bound.listen).unwrap();
     let (syn, _) = net.expect(|f| as_tcp(f).filter(|(h, _)| h.syn));

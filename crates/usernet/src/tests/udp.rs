@@ -31,7 +31,7 @@ fn free_port(address: impl Into<IpAddr>) -> u16 {
 }
 
 fn forwarding(listen: SocketAddr, guest_port: u16) -> Config {
-    Config { forwards: vec![Forward { transport: Transport::Udp, listen, guest_port }], ..config() }
+    Config { forwards: vec![Forward::new(Transport::Udp, listen, guest_port)], ..config() }
 }
 
 #[test]
@@ -162,19 +162,19 @@ fn an_answer_comes_from_the_address_that_was_asked() {
 #[test]
 fn forwards_come_and_go() {
     let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port(Ipv4Addr::LOCALHOST)));
-    let forward = Forward { transport: Transport::Udp, listen, guest_port: 7 };
+    let forward = Forward::new(Transport::Udp, listen, 7);
     let (tap, guest) = tap(PLAIN, 16).unwrap();
     let engine = Engine::new(config(), Box::new(tap)).unwrap();
     let handle = engine.handle();
     let thread = std::thread::spawn(move || engine.run());
     assert_eq!(handle.forwards().unwrap(), []);
-    assert_eq!(handle.add_forward(forward).unwrap(), forward);
-    assert_eq!(handle.forwards().unwrap(), [forward]);
-    assert_eq!(handle.add_forward(forward).unwrap_err().kind(), std::io::ErrorKind::AlreadyExists);
-    let same_port = Forward { guest_port: 8, ..forward };
+    assert_eq!(handle.add_forward(forward.clone()).unwrap(), forward);
+    assert_eq!(handle.forwards().unwrap(), [forward.clone()]);
+    assert_eq!(handle.add_forward(forward.clone()).unwrap_err().kind(), std::io::ErrorKind::AlreadyExists);
+    let same_port = Forward { guest_port: 8, ..forward.clone() };
     assert_eq!(handle.add_forward(same_port).unwrap_err().kind(), std::io::ErrorKind::AddrInUse);
-    assert!(handle.remove_forward(forward).unwrap());
-    assert!(!handle.remove_forward(forward).unwrap());
+    assert!(handle.remove_forward(forward.clone()).unwrap());
+    assert!(!handle.remove_forward(forward.clone()).unwrap());
     assert_eq!(handle.forwards().unwrap(), []);
     UdpSocket::bind(listen).expect("the port is free again");
     handle.stop();

@@ -8,7 +8,7 @@ mod life;
 mod sim;
 mod transfer;
 
-use crate::config::{Config, Family, Services};
+use crate::config::{Config, Family, Outbound, Services};
 
 /// The network of the tests' guest.
 pub(super) fn network() -> Config {
@@ -21,12 +21,14 @@ pub(super) fn network() -> Config {
             prefix: 24,
             gateway: [10, 0, 2, 2].into(),
             host_loopback: Some([10, 0, 2, 2].into()),
+            host_global: None,
         }),
         ipv6: Some(Family {
             guest: parse("fd00::15"),
             prefix: 64,
             gateway: parse("fd00::2"),
             host_loopback: Some(parse("fd00::2")),
+            host_global: None,
         }),
         mtu: 1500,
         dns: Vec::new(),
@@ -36,5 +38,7 @@ pub(super) fn network() -> Config {
         fqdn: None,
         services: Services::default(),
         forwards: Vec::new(),
+        freebind: false,
+        outbound: Outbound::default(),
     }
 }

@@ -1,0 +1,4 @@
+//! Where `usernet`'s frames come from: the front ends of user-mode networking.
+//!
+//! Each module here is one kind of link to a guest, and implements [`usernet::tap::Tap`]. They know nothing of flows,
+//! and the engine knows nothing of them.
