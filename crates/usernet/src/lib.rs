@@ -25,6 +25,7 @@ mod ndp;
 mod packet;
 mod poller;
 mod socket;
+pub mod splice;
 pub mod stats;
 pub mod tap;
 mod tcp;
