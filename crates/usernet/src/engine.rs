@@ -8,6 +8,7 @@
 //!    left of it goes to the protocol that it is for.
 //! 3. Queued sockets are read, a few datagrams each, while the guest takes what they give.
 //! 4. Timers.
+//! 5. The tap is told that these were all the frames for now ([`Tap::flush`]).
 //!
 //! If frames or queued sockets are left, the next turn does not wait. So a guest that sends without end cannot keep
 //! the host's sockets from being served, nor the other way round.
@@ -284,6 +285,7 @@ impl Engine {
         }
         self.serve_sockets(now);
         self.serve_timers(now);
+        self.link.tap.flush()?;
         match self.link.lost.take() {
             Some(error) => Err(error),
             None => Ok(busy),
