@@ -25,7 +25,7 @@ impl Bypass {
     }
 
     /// Where something from `peer` to `local` is to go, which by frames would be `guest`'s `port`. `None` if by frames.
-    fn target(
+    pub(super) fn target(
         &self,
         peer: SocketAddr,
         local: SocketAddr,

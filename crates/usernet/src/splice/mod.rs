@@ -342,7 +342,7 @@ impl Splicer {
                     let _ = reply.send(self.stats());
                 }
                 Command::Connection { from, socket, target } => self.connect(from, socket, target),
-                Command::Datagram(arrival, payload) => self.arrived(&arrival, &payload),
+                Command::Datagram(arrival, payload) => self.arrived(arrival, &payload),
                 Command::Forget(reply) => {
                     self.udp.forget_closed();
                     let _ = reply.send(());
@@ -362,7 +362,7 @@ impl Splicer {
                     Ok(Taken::Connection { from, socket, target }) => self.connect(from, socket, target),
                     Ok(Taken::Datagram { arrival, length }) => {
                         let buffer = std::mem::take(&mut self.buffer);
-                        self.arrived(&arrival, buffer.get(..length).unwrap_or_default());
+                        self.arrived(arrival, buffer.get(..length).unwrap_or_default());
                         self.buffer = buffer;
                     }
                     Err(error) => {
@@ -390,13 +390,18 @@ impl Splicer {
         }
     }
 
-    fn arrived(&mut self, arrival: &Arrival, payload: &[u8]) {
+    fn arrived(&mut self, arrival: Arrival, payload: &[u8]) {
         let now = Instant::now();
+        let target = arrival.target;
         if let Err(error) = self.udp.arrived(&self.poller, &self.sides, arrival, payload, now) {
-            let target = arrival.target;
             self.warnings
                 .warn(now, &format_args!("a datagram of the loopback to {target} was lost: {error}"));
         }
+    }
+
+    #[cfg(test)]
+    fn set_most_pipes(&mut self, most: usize) {
+        self.tcp.set_most_pipes(most);
     }
 
     fn stats(&self) -> Stats {

@@ -202,11 +202,6 @@ impl Tcp {
     pub(super) fn set_most_pipes(&mut self, most: usize) {
         self.pipes = Pipes::with_most(most);
     }
-
-    #[cfg(test)]
-    pub(super) fn pipes_in_use(&self) -> usize {
-        self.pipes.in_use()
-    }
 }
 
 impl Connection {

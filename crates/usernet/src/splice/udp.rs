@@ -20,6 +20,7 @@ use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, bind, connect, recv, send, sockopt};
 
+use crate::claims::Claims;
 use crate::config::Transport;
 use crate::flow::{Class, FlowTable, Patience};
 use crate::poller::{Poller, Token};
@@ -34,6 +35,12 @@ const PATIENCE: Patience = [Duration::from_secs(30), Duration::from_secs(180)];
 const QUANTUM: usize = 64;
 /// The longest datagram that a socket can hold.
 const LONGEST: usize = 65535;
+
+/// Datagrams to a socket that was bound and not yet connected: those kept at most.
+const MOST_STRAY: usize = 64;
+
+/// A datagram that came to such a socket, and from whom.
+type Stray = (SocketAddr, Vec<u8>);
 
 /// What a flow is known by.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -87,7 +94,7 @@ impl Udp {
     /// With room for so many flows.
     pub(super) fn new(most: usize) -> Self {
         Self {
-            flows: FlowTable::new(most, PATIENCE),
+            flows: FlowTable::new(most, PATIENCE, Claims::alone()),
             work: VecDeque::new(),
             buffer: vec![0; LONGEST],
             refused: 0,
@@ -123,19 +130,52 @@ impl Udp {
         &mut self,
         poller: &Poller,
         sides: &Sides,
-        arrival: &Arrival,
+        arrival: Arrival,
         payload: &[u8],
         now: Instant,
     ) -> io::Result<()> {
+        let mut strays = self.pass(poller, sides, &arrival, payload, now)?;
+        let mut arrival = arrival;
+        for _ in 0..MOST_STRAY {
+            let Some((peer, payload)) = strays.pop_front() else { break };
+            arrival.peer = peer;
+            strays.extend(self.pass(poller, sides, &arrival, &payload, now)?);
+        }
+        Ok(())
+    }
+
+    /// Passes on one datagram. Returns what others have sent meanwhile to where its flow's socket was bound.
+    fn pass(
+        &mut self,
+        poller: &Poller,
+        sides: &Sides,
+        arrival: &Arrival,
+        payload: &[u8],
+        now: Instant,
+    ) -> io::Result<VecDeque<Stray>> {
         let key = Key { side: arrival.side, peer: arrival.peer, local: arrival.local };
+        let mut strays = VecDeque::new();
         let number = match self.flows.find(&key) {
             Some(number) => number,
-            None => match self.open(poller, sides, key, arrival, now) {
-                Err(error) if crate::udp::is_exhausted(&error) && self.flows.remove_oldest().is_some() => {
-                    self.open(poller, sides, key, arrival, now)?
+            None => {
+                let mut opened = self.open(poller, sides, key, arrival, now);
+                if let Err(error) = &opened
+                    && crate::udp::is_exhausted(error)
+                    && self.flows.remove_oldest().is_some()
+                {
+                    opened = self.open(poller, sides, key, arrival, now);
                 }
-                result => result?,
-            },
+                let number = opened?;
+                if let Some((_, Flow { near: Some(near), .. })) = self.flows.get_mut(number) {
+                    while strays.len() < MOST_STRAY
+                        && let Ok(received) = socket::receive(near, &mut self.buffer)
+                    {
+                        let payload = self.buffer.get(..received.length).unwrap_or_default();
+                        strays.push_back((received.peer, payload.to_vec()));
+                    }
+                }
+                number
+            }
         };
         let class = self.flows.class(number).unwrap_or(Class::OneWay);
         self.flows.touch(number, class, now);
@@ -143,7 +183,7 @@ impl Udp {
             let sent = flow.send(FAR, key, payload);
             self.count(sent);
         }
-        Ok(())
+        Ok(strays)
     }
 
     fn open(
@@ -158,7 +198,11 @@ impl Udp {
         connect(&far, &arrival.target)?;
         let near = connected_beside(&*sides[key.side], &arrival.listener, arrival.local, arrival.peer);
         let listener = Arc::downgrade(&arrival.listener);
-        let (number, _) = self.flows.insert(key, Flow { far, near, listener, queued: [false; 2] }, now);
+        let flow = Flow { far, near, listener, queued: [false; 2] };
+        // A table alone refuses no key.
+        let Some((number, _)) = self.flows.insert(key, flow, now) else {
+            return Err(io::ErrorKind::AddrInUse.into());
+        };
         let Some((_, flow)) = self.flows.get_mut(number) else { return Ok(number) };
         let watch = |fd: &OwnedFd, which: usize| {
             poller.add(fd, Token::Udp(number << 1 | which as u32), EventFlags::IN | EventFlags::ET)
@@ -281,6 +325,10 @@ fn connected_beside(
     };
     let (local, peer) = (canonical(local), canonical(peer));
     let fd = side.socket(Kind::of(Transport::Udp, local)).ok()?;
+    // Of several engines' listening sockets this is one: the others have said so for good.
+    if sockopt::socket_reuseport(listener).ok()? {
+        sockopt::set_socket_reuseport(&fd, true).ok()?;
+    }
     sockopt::set_socket_reuseaddr(&fd, true).ok()?;
     sockopt::set_socket_reuseaddr(listener, true).ok()?;
     let bound = bind(&fd, &local);
