@@ -35,6 +35,6 @@ mod tests;
 
 pub use config::Config;
 pub use engine::{Engine, Handle};
-pub use host::{ALONE, GATEWAY_MAC};
+pub use host::{ALONE, ALONE_V6, GATEWAY_MAC, HostNetwork, Interface, Template};
 mod udp;
 mod warn;
