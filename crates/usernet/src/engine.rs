@@ -28,6 +28,7 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use crate::config::{Config, Forward, MacAddress, Transport};
 use crate::context::{Context, Link};
+use crate::forward::explained;
 use crate::frame::IcmpError;
 use crate::icmp::Ping;
 use crate::ndp::{self, Ndp};
@@ -165,10 +166,7 @@ impl Engine {
             config: Config { forwards: Vec::new(), ..config.clone() },
         };
         for forward in config.forwards {
-            let listen = forward.listen;
-            engine.add_forward(forward).map_err(|error| {
-                io::Error::new(error.kind(), format!("cannot listen on {listen}: {error}"))
-            })?;
+            engine.add_forward(forward)?;
         }
         Ok(engine)
     }
@@ -290,14 +288,16 @@ impl Engine {
 
     pub(crate) fn add_forward(&mut self, forward: Forward) -> io::Result<Forward> {
         if self.config.forwards.contains(&forward) {
-            return Err(io::ErrorKind::AlreadyExists.into());
+            let error = format!("{:?} {} is forwarded already", forward.transport, forward.listen);
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, error));
         }
         let now = self.now();
         let cx = Context { config: &self.config, link: &mut self.link, poller: &self.poller, now };
         let listen = match forward.transport {
-            Transport::Tcp => self.tcp.listen(cx.poller, &forward)?,
-            Transport::Udp => self.udp.listen(&cx, &forward)?,
+            Transport::Tcp => self.tcp.listen(&cx, &forward),
+            Transport::Udp => self.udp.listen(&cx, &forward),
         };
+        let listen = listen.map_err(|error| explained(&forward, &error))?;
         let forward = Forward { listen, ..forward };
         self.config.forwards.push(forward.clone());
         Ok(forward)
@@ -426,6 +426,7 @@ fn learn(cx: &mut Context<'_>, frame: &Frame<'_>) {
             if let Some(family) = cx.config.ipv4
                 && !source.is_unspecified()
                 && source != family.gateway
+                && !cx.is_ours(source.into())
             {
                 cx.link.guest_v4 = Some(source);
             }
@@ -435,6 +436,7 @@ fn learn(cx: &mut Context<'_>, frame: &Frame<'_>) {
                 && !source.is_unspecified()
                 && !source.is_unicast_link_local()
                 && source != family.gateway
+                && !cx.is_ours(source.into())
             {
                 cx.link.guest_v6 = Some(source);
             }

@@ -18,6 +18,7 @@ mod dhcp;
 mod dhcpv6;
 mod engine;
 mod flow;
+mod forward;
 mod frame;
 mod host;
 mod icmp;

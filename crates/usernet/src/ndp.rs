@@ -87,8 +87,8 @@ pub(crate) fn packet(cx: &mut Context<'_>, message: &IcmpView<'_>) {
 fn solicitation(cx: &mut Context<'_>, source: Ipv6Addr, target: Ipv6Addr) {
     let Some(family) = cx.config.ipv6 else { return };
     let guests_own = target == source || target == family.guest || Some(target) == cx.link.guest_v6;
-    let ours =
-        target == family.gateway || Some(target) == family.host_loopback || target == link_local(&family);
+    let ours = [Some(family.gateway), family.host_loopback, family.host_global].contains(&Some(target))
+        || target == link_local(&family);
     let may_be_guests = guests_own || source.is_unspecified();
     if target.is_multicast() || target.is_unspecified() || (may_be_guests && !ours) {
         return;

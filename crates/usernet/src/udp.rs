@@ -36,7 +36,7 @@ use crate::flow::{Class, FlowTable, Patience};
 use crate::frame::{HOP_LIMIT, IcmpError, quoted_udp};
 use crate::packet::{Addresses, UdpView};
 use crate::poller::Token;
-use crate::socket;
+use crate::socket::{self, Received};
 
 /// How long flows may be idle: without an answer as long as a resolver's patience, with one as long as
 /// RFC 4787 4.3 asks of translators at least, and some.
@@ -141,7 +141,7 @@ impl Udp {
     /// # Errors
     /// The port is taken or forbidden, or there are no descriptors.
     pub(crate) fn listen(&mut self, cx: &Context<'_>, forward: &Forward) -> io::Result<SocketAddr> {
-        let fd = socket::listening_udp(forward.listen)?;
+        let fd = socket::listening_udp(forward, cx.config.freebind)?;
         let listen = SocketAddr::try_from(rustix::net::getsockname(&fd)?)?;
         let forward = Forward { listen, ..forward.clone() };
         let number = self.next_listener;
@@ -195,13 +195,14 @@ impl Udp {
     /// Makes a flow of the guest's own.
     fn open(&mut self, cx: &mut Context<'_>, key: Key) -> io::Result<u32> {
         let peer = cx.outside(key.remote);
-        let fd = match socket::connected_udp(peer, key.guest.port()) {
+        let binding = cx.binding(peer.ip());
+        let fd = match socket::connected_udp(peer, key.guest.port(), &binding) {
             Err(error) if is_exhausted(&error) && self.flows.remove_oldest().is_some() => {
                 cx.link.stats.evicted += 1;
                 cx.link
                     .warnings
                     .warn(cx.now, &format_args!("the oldest UDP flow makes room for a new one: {error}"));
-                socket::connected_udp(peer, key.guest.port())?
+                socket::connected_udp(peer, key.guest.port(), &cx.binding(peer.ip()))?
             }
             result => result?,
         };
@@ -378,12 +379,12 @@ impl Udp {
                 return Drained::No;
             }
             let Some(listener) = self.listeners.get_mut(&number) else { return Drained::Yes };
-            let guest_port = listener.forward.guest_port;
             if listener.failed {
                 match socket::next_error(&listener.fd, &mut self.buffer) {
                     Some(error) => {
                         if let Some(peer) = error.destination
-                            && let Some(key) = key_of(cx, peer, guest_port)
+                            && let Some((key, Some(_))) =
+                                flow_of(&mut self.flows, cx, &listener.forward, peer)
                         {
                             let payload = self.buffer.get(..error.length).unwrap_or_default();
                             tell(cx, key, error.error, error.offender, payload);
@@ -395,9 +396,11 @@ impl Udp {
             }
             match socket::receive(&listener.fd, &mut self.buffer) {
                 Ok(received) => {
-                    // A guest without that family has nobody there.
-                    let Some(key) = key_of(cx, received.peer, guest_port) else { continue };
-                    self.note_peer(cx, key, number, received.peer, received.local);
+                    let flow = flow_of(&mut self.flows, cx, &listener.forward, received.peer);
+                    // A guest without an address is not there.
+                    let Some((key, flow)) = flow else { continue };
+                    let Received { peer, local, .. } = received;
+                    self.note_peer(cx, key, flow, Way::Forwarded { listener: number, peer, local });
                     deliver(cx, key, self.buffer.get(..received.length).unwrap_or_default());
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Drained::Yes,
@@ -408,16 +411,8 @@ impl Udp {
     }
 
     /// A datagram came by a forwarded port: makes its flow or keeps it alive.
-    fn note_peer(
-        &mut self,
-        cx: &mut Context<'_>,
-        key: Key,
-        listener: u32,
-        peer: SocketAddr,
-        local: Option<IpAddr>,
-    ) {
-        let way = Way::Forwarded { listener, peer, local };
-        let Some(number) = self.flows.find(&key) else {
+    fn note_peer(&mut self, cx: &mut Context<'_>, key: Key, number: Option<u32>, way: Way) {
+        let Some(number) = number else {
             self.insert(cx, key, Flow { way, hop_limit: HOP_LIMIT, queued: false, failed: false });
             return;
         };
@@ -426,7 +421,7 @@ impl Udp {
         if let Some((_, flow)) = self.flows.get_mut(number)
             && matches!(flow.way, Way::Forwarded { .. })
         {
-            // Several of the host's own addresses are one to the guest: it answers the last that spoke.
+            // Several of the host's own addresses are one to the peer: it is answered from the last that it spoke to.
             flow.way = way;
         }
     }
@@ -447,10 +442,38 @@ impl Udp {
     }
 }
 
-/// The flow of `peer`, as the host knows it, with the guest's `port`.
-fn key_of(cx: &Context<'_>, peer: SocketAddr, port: u16) -> Option<Key> {
-    let remote = cx.inside(peer);
-    Some(Key { guest: SocketAddr::new(cx.guest_address(remote.ip())?, port), remote })
+/// The flow of `peer`, as the host knows it, by a forwarded port, and its number if it is there already; `None` if the
+/// guest has no address.
+///
+/// Several peers may look the same to the guest. Then those that come later have other ports; when that does not help
+/// either, the guest answers the last that spoke.
+fn flow_of(
+    flows: &mut FlowTable<Key, Flow>,
+    cx: &Context<'_>,
+    forward: &Forward,
+    peer: SocketAddr,
+) -> Option<(Key, Option<u32>)> {
+    /// Ports that are tried.
+    const ATTEMPTS: u16 = 8;
+    /// Between two of them. Any odd number visits all ports.
+    const STEP: u16 = 0x6a25;
+    let (guest, remote) = cx.arrival(peer, forward.guest_address)?;
+    let key = |attempt: u16| {
+        let port = match remote.port().wrapping_add(attempt.wrapping_mul(STEP)) {
+            0 => STEP,
+            port => port,
+        };
+        Key { guest: SocketAddr::new(guest, forward.guest_port), remote: SocketAddr::new(remote.ip(), port) }
+    };
+    for key in (0..ATTEMPTS).map(key) {
+        let Some(number) = flows.find(&key) else { return Some((key, None)) };
+        match flows.get_mut(number) {
+            Some((_, Flow { way: Way::Forwarded { peer: other, .. }, .. })) if *other != peer => {}
+            _ => return Some((key, Some(number))),
+        }
+    }
+    let key = key(0);
+    Some((key, flows.find(&key)))
 }
 
 /// The flow of a datagram that the guest was sent, from the beginning of its packet.

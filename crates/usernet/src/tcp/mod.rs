@@ -65,7 +65,7 @@ use rustix::io::Errno;
 use crate::config::Forward;
 use crate::context::Context;
 use crate::packet::Addresses;
-use crate::poller::{Poller, Token};
+use crate::poller::Token;
 use crate::tap::Sent;
 use emit::Ends;
 use flow::{EVENTS, Fate, Flow};
@@ -167,8 +167,8 @@ impl Tcp {
     ///
     /// # Errors
     /// When it cannot: the port is taken, or not allowed.
-    pub(crate) fn listen(&mut self, poller: &Poller, forward: &Forward) -> io::Result<SocketAddr> {
-        self.listeners.add(poller, forward)
+    pub(crate) fn listen(&mut self, cx: &Context<'_>, forward: &Forward) -> io::Result<SocketAddr> {
+        self.listeners.add(cx, forward)
     }
 
     /// Stops to listen for a forward, named as [`Self::listen`] bound it. Its connections go on.
@@ -293,11 +293,11 @@ impl Tcp {
             self.refuse(cx, &ends, view);
             return;
         }
-        let mut connected = flow::connect(to);
+        let mut connected = flow::connect(to, &cx.binding(to.ip()));
         if let Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) = connected
             && self.evict_half_open(cx)
         {
-            connected = flow::connect(to);
+            connected = flow::connect(to, &cx.binding(to.ip()));
         }
         let socket = match connected {
             Ok(socket) => socket,
@@ -325,9 +325,8 @@ impl Tcp {
 
     /// A connection to the host leads to the guest.
     fn adopt(&mut self, cx: &mut Context<'_>, accepted: Accepted) {
-        let Accepted { socket, peer, guest_port } = accepted;
-        let peer = cx.inside(peer);
-        let Some(guest) = cx.guest_address(peer.ip()) else { return };
+        let Accepted { socket, peer, guest_address, guest_port } = accepted;
+        let Some((guest, peer)) = cx.arrival(peer, guest_address) else { return };
         if !self.make_room(cx) {
             self.warn(cx.now, "too many TCP flows", Errno::NOBUFS);
             return;

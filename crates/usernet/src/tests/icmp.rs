@@ -5,12 +5,13 @@ use std::net::{IpAddr, Ipv4Addr};
 use etherparse::{IpNumber, PacketBuilder};
 
 use super::as_icmp;
+use super::process::skip;
 use crate::config::Services;
 use crate::frame::quoted_icmp;
 use crate::packet::Addresses;
 use crate::testing::{GATEWAY_MAC, GATEWAY_V4, GATEWAY_V6, GUEST_MAC, GUEST_V4, GUEST_V6, Net, config};
 
-fn ping(target: IpAddr, word: [u8; 4], payload: &[u8]) -> Vec<u8> {
+pub(super) fn ping(target: IpAddr, word: [u8; 4], payload: &[u8]) -> Vec<u8> {
     let builder = PacketBuilder::ethernet2(GUEST_MAC, GATEWAY_MAC);
     let mut frame = Vec::new();
     match target {
@@ -39,10 +40,10 @@ fn the_gateway_answers_whatever_the_host_allows() {
 }
 
 /// Whether this host allows ping sockets; says so if not.
-fn may_ping() -> bool {
-    let socket = crate::socket::ping(Ipv4Addr::LOCALHOST.into(), 1);
+pub(super) fn may_ping() -> bool {
+    let socket = crate::socket::ping(Ipv4Addr::LOCALHOST.into(), 1, &Default::default());
     if let Err(error) = &socket {
-        eprintln!("skipped: no ping sockets here: {error}");
+        skip(&format!("no ping sockets here: {error}"));
     }
     socket.is_ok()
 }

@@ -2,12 +2,17 @@
 
 mod dhcp;
 mod engine;
+mod forward;
 mod hostile;
 mod icmp;
 mod link;
+mod outbound;
+mod process;
 mod tcp;
 mod translation;
 mod udp;
+
+pub(crate) use process::{has_ipv6, skip};
 
 use std::net::{IpAddr, SocketAddr};
 

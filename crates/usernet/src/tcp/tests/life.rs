@@ -24,7 +24,7 @@ fn connected(sim: &mut Sim) -> (smoltcp::iface::SocketHandle, TcpStream) {
 
 fn forward(sim: &mut Sim, listen: &str, guest_port: u16) -> Forward {
     let mut forward = Forward::new(Transport::Tcp, listen.parse().unwrap(), guest_port);
-    forward.listen = sim.tcp.listen(&sim.poller, &forward).unwrap();
+    forward.listen = sim.listen(&forward);
     forward
 }
 
