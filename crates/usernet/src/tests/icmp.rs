@@ -39,18 +39,15 @@ fn the_gateway_answers_whatever_the_host_allows() {
     assert_eq!(net.stats().ping_flows, 0);
 }
 
-/// Whether this host allows ping sockets; says so if not.
+/// Whether this host allows ping sockets.
 pub(super) fn may_ping() -> bool {
-    let socket = crate::socket::ping(Ipv4Addr::LOCALHOST.into(), 1, &Default::default());
-    if let Err(error) = &socket {
-        skip(&format!("no ping sockets here: {error}"));
-    }
-    socket.is_ok()
+    crate::socket::ping(Ipv4Addr::LOCALHOST.into(), 1, &Default::default()).is_ok()
 }
 
 #[test]
 fn others_are_pinged_by_the_host() {
     if !may_ping() {
+        skip("the sysctl net.ipv4.ping_group_range allows no ping sockets here");
         return;
     }
     let mut config = config();
@@ -71,6 +68,7 @@ fn others_are_pinged_by_the_host() {
 #[test]
 fn a_host_that_forbids_it_costs_the_guest_its_answer_alone() {
     if may_ping() {
+        skip("the sysctl net.ipv4.ping_group_range allows ping sockets here");
         return;
     }
     let mut net = Net::new(config());

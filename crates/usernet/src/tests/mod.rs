@@ -12,7 +12,7 @@ mod tcp;
 mod translation;
 mod udp;
 
-pub(crate) use process::{has_ipv6, skip};
+pub(crate) use process::has_ipv6;
 
 use std::net::{IpAddr, SocketAddr};
 
