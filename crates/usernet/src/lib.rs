@@ -12,6 +12,7 @@
 #![deny(unsafe_code)]
 
 mod arp;
+mod claims;
 pub mod config;
 mod context;
 mod dhcp;
@@ -20,9 +21,11 @@ mod engine;
 mod flow;
 mod forward;
 mod frame;
+mod group;
 mod host;
 mod icmp;
 mod ndp;
+mod network;
 mod packet;
 mod poller;
 mod socket;
@@ -37,5 +40,6 @@ mod tests;
 pub use config::Config;
 pub use engine::{Engine, Handle};
 pub use host::{ALONE, ALONE_V6, GATEWAY_MAC, HostNetwork, Interface, Template};
+pub use network::Network;
 mod udp;
 mod warn;

@@ -136,13 +136,15 @@ pub(crate) fn connected_udp(peer: SocketAddr, port: u16, binding: &Binding<'_>) 
     Ok(fd)
 }
 
-/// A UDP socket that takes datagrams from anybody to where `forward` listens.
+/// A UDP socket that takes datagrams from anybody to where `forward` listens. One that shares its port gets the datagrams
+/// of some peers, and others of this process those of the rest.
 ///
 /// # Errors
 /// As [`bind_forward`], or no descriptors.
-pub(crate) fn listening_udp(forward: &Forward, freebind: bool) -> io::Result<OwnedFd> {
+pub(crate) fn listening_udp(forward: &Forward, freebind: bool, shares_port: bool) -> io::Result<OwnedFd> {
     let address = forward.listen;
     let fd = open(&address, None)?;
+    sockopt::set_socket_reuseport(&fd, shares_port)?;
     keep_errors(&fd, address.is_ipv6())?;
     if address.is_ipv6() {
         setsockopt(fd.as_raw_fd(), Ipv6RecvPacketInfo, &true)?;

@@ -35,12 +35,17 @@ pub(super) struct Accepted {
 }
 
 /// All sockets that listen.
-#[derive(Default)]
 pub(super) struct Listeners {
     slots: Vec<Option<Listener>>,
+    /// Whether other engines listen on the same ports: the kernel spreads the connections (SO_REUSEPORT).
+    shares_ports: bool,
 }
 
 impl Listeners {
+    pub(super) fn new(shares_ports: bool) -> Self {
+        Self { slots: Vec::new(), shares_ports }
+    }
+
     /// Listens for `forward`. Returns where, which tells the port if the kernel was to choose it.
     pub(super) fn add(&mut self, cx: &Context<'_>, forward: &Forward) -> io::Result<SocketAddr> {
         if forward.transport != Transport::Tcp {
@@ -50,6 +55,7 @@ impl Listeners {
         let socket =
             socket_with(family, SocketType::STREAM, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC, None)?;
         sockopt::set_socket_reuseaddr(&socket, true)?;
+        sockopt::set_socket_reuseport(&socket, self.shares_ports)?;
         bind_forward(&socket, forward, cx.config.freebind)?;
         listen(&socket, BACKLOG)?;
         let bound = SocketAddr::try_from(rustix::net::getsockname(&socket)?)?;

@@ -8,6 +8,7 @@ mod icmp;
 mod link;
 mod outbound;
 mod process;
+mod several;
 mod tcp;
 mod translation;
 mod udp;

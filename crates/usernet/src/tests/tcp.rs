@@ -9,7 +9,7 @@ use crate::config::{Config, Forward, Transport};
 use crate::testing::{GATEWAY_MAC, GATEWAY_V4, GUEST_MAC, GUEST_V4, Net, config};
 
 /// A segment as a guest sends it to the gateway.
-fn segment(port: u16, to: u16, set: impl FnOnce(&mut TcpHeader), payload: &[u8]) -> Vec<u8> {
+pub(super) fn segment(port: u16, to: u16, set: impl FnOnce(&mut TcpHeader), payload: &[u8]) -> Vec<u8> {
     segment_to((GATEWAY_V4, to).into(), port, set, payload)
 }
 

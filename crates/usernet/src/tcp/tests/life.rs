@@ -8,6 +8,7 @@ use smoltcp::socket::tcp::State;
 
 use super::sim::{Dice, Harm, Setup, Sim, Talk, accept, listener};
 use crate::config::{Forward, Transport};
+use crate::tests::has_ipv6;
 
 /// A connection of the guest's that stands.
 fn connected(sim: &mut Sim) -> (smoltcp::iface::SocketHandle, TcpStream) {

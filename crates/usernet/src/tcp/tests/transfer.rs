@@ -3,6 +3,7 @@
 use std::net::TcpStream;
 
 use super::sim::{Dice, Harm, Setup, Sim, Talk, accept, listener};
+use crate::tests::has_ipv6;
 
 /// Carries so many bytes each way at once, and checks them.
 fn exchange(sim: &mut Sim, ipv6: bool, out: usize, into: usize, buffers: usize) {
