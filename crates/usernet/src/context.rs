@@ -65,6 +65,12 @@ impl Link {
         }
     }
 
+    /// The guest's network is another. It goes on by the address that it was seen with, if it had one.
+    pub(crate) fn reconfigured(&mut self, config: &Config) {
+        self.guest_v4 = self.guest_v4.or(config.ipv4.map(|family| family.guest));
+        self.guest_v6 = self.guest_v6.or(config.ipv6.map(|family| family.guest));
+    }
+
     /// What is known of the guest.
     pub(crate) fn guest(&self) -> Guest {
         Guest { mac: self.guest_mac, v4: self.guest_v4, v6: self.guest_v6 }
@@ -141,7 +147,7 @@ pub(crate) struct Context<'a> {
 }
 
 /// Ports of a resolver: DNS, and DNS over TLS (RFC 7858).
-const RESOLVER_PORTS: [u16; 2] = [53, 853];
+pub(crate) const RESOLVER_PORTS: [u16; 2] = [53, 853];
 
 impl Context<'_> {
     /// Where the host's socket goes for what the guest calls `destination`: a resolver, the host's loopback, its own

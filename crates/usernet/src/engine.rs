@@ -55,6 +55,7 @@ enum Command {
     Remove(Forward, Sender<bool>),
     List(Sender<Vec<Forward>>),
     Stats(Sender<Stats>),
+    Reconfigure(Box<Config>, Sender<()>),
     Stop,
 }
 
@@ -121,6 +122,20 @@ impl Handle {
     pub fn forwards(&self) -> io::Result<Vec<Forward>> {
         // All have the same.
         self.engines.first().map_or(Ok(Vec::new()), |door| ask(door, Command::List))
+    }
+
+    /// Gives the guest another network while it runs: addresses, gateways, resolvers, names, MTU, services, and what
+    /// outbound sockets are bound to. The Ethernet addresses and the forwarded ports stay as they are, and flows go on.
+    ///
+    /// The guest learns of IPv6 by a router advertisement at once, and of IPv4 when it renews its lease.
+    ///
+    /// # Errors
+    /// `BrokenPipe` if the engine has ended.
+    pub fn reconfigure(&self, config: Config) -> io::Result<()> {
+        for door in self.engines.iter() {
+            ask(door, |reply| Command::Reconfigure(Box::new(config.clone()), reply))?;
+        }
+        Ok(())
     }
 
     /// What the engines have counted, together.
@@ -370,9 +385,23 @@ impl Engine {
                 Command::Stats(reply) => {
                     let _ = reply.send(self.stats());
                 }
+                Command::Reconfigure(config, reply) => {
+                    self.reconfigure(*config);
+                    let _ = reply.send(());
+                }
                 Command::Stop => self.stopped = true,
             }
         }
+    }
+
+    pub(crate) fn reconfigure(&mut self, config: Config) {
+        let forwards = std::mem::take(&mut self.config.forwards);
+        let Config { guest_mac, gateway_mac, .. } = self.config;
+        let config = Config { guest_mac, gateway_mac, forwards, ..config };
+        let old = std::mem::replace(&mut self.config, config);
+        self.link.reconfigured(&self.config);
+        self.udp.reconfigured(&old, &self.config);
+        self.ndp.reconfigured(&old, &self.config, self.now());
     }
 
     pub(crate) fn add_forward(&mut self, forward: Forward) -> io::Result<Forward> {

@@ -48,11 +48,6 @@ pub(crate) struct Binding<'a> {
 }
 
 impl Binding<'_> {
-    /// Whether the routing table alone decides.
-    pub(crate) fn is_empty(&self) -> bool {
-        self.address.is_none() && self.interface.is_none()
-    }
-
     /// Binds the socket's interface.
     ///
     /// # Errors

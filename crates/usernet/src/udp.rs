@@ -31,8 +31,8 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 
 use crate::claims::Claims;
-use crate::config::Forward;
-use crate::context::Context;
+use crate::config::{Config, Forward};
+use crate::context::{Context, RESOLVER_PORTS};
 use crate::flow::{Class, FlowTable, Patience};
 use crate::frame::{HOP_LIMIT, IcmpError, quoted_udp};
 use crate::packet::{Addresses, UdpView};
@@ -178,8 +178,19 @@ impl Udp {
         };
         self.listeners.remove(&number);
         self.flows
-            .remove_if(|flow| matches!(flow.way, Way::Forwarded { listener, .. } if listener == number));
+            .remove_if(|_, flow| matches!(flow.way, Way::Forwarded { listener, .. } if listener == number));
         true
+    }
+
+    /// The guest's network is another: ends the flows to resolvers that may be others now.
+    pub(crate) fn reconfigured(&mut self, old: &Config, new: &Config) {
+        if old.dns_forward == new.dns_forward {
+            return;
+        }
+        self.flows.remove_if(|key, _| {
+            RESOLVER_PORTS.contains(&key.remote.port())
+                && old.dns_forward.iter().any(|(inside, _)| *inside == key.remote.ip())
+        });
     }
 
     /// A datagram from the guest.

@@ -1,5 +1,6 @@
 //! The engine from outside: a guest in memory on one side, sockets of the host's loopback on the other.
 
+mod change;
 mod dhcp;
 mod engine;
 mod forward;
@@ -13,7 +14,7 @@ mod tcp;
 mod translation;
 mod udp;
 
-pub(crate) use process::has_ipv6;
+pub(crate) use process::{has_ipv6, skip};
 
 use std::net::{IpAddr, SocketAddr};
 
