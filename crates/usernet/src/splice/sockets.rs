@@ -93,7 +93,7 @@ impl Sockets for Here {
             sockopt::set_ipv6_v6only(&fd, !address.ip().is_unspecified())?;
         }
         if let Some(interface) = interface {
-            crate::socket::bind_to_interface(&fd, interface)?;
+            crate::socket::bind_interface(&fd, interface)?;
         }
         match transport {
             Transport::Tcp => {

@@ -272,7 +272,7 @@ impl Udp {
 
     /// Ends the flows that came by sockets that no longer listen.
     pub(super) fn forget_closed(&mut self) {
-        self.flows.remove_if(|flow| flow.listener.strong_count() == 0);
+        self.flows.remove_if(|_, flow| flow.listener.strong_count() == 0);
     }
 
     /// Ends flows whose time is over, and says when the next one's is.

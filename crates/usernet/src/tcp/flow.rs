@@ -18,6 +18,7 @@ use super::shared::Shared;
 use super::view::TcpView;
 use crate::context::Context;
 use crate::poller::Token;
+use crate::socket::Binding;
 use crate::tap::Sent;
 
 /// The events that a flow's socket is watched for: changes only, because what is not acknowledged stays readable.
@@ -758,13 +759,18 @@ pub(super) fn prepare(socket: &OwnedFd) {
     let _ = sockopt::set_socket_oobinline(socket, true);
 }
 
-/// Opens a socket that connects to `to`.
-pub(super) fn connect(to: SocketAddr) -> Result<OwnedFd, Errno> {
+/// Opens a socket that is bound as `binding` says and connects to `to`.
+pub(super) fn connect(to: SocketAddr, binding: &Binding<'_>) -> Result<OwnedFd, Errno> {
     use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
     let family = if to.is_ipv6() { AddressFamily::INET6 } else { AddressFamily::INET };
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let socket = socket_with(family, SocketType::STREAM, flags, None)?;
     prepare(&socket);
+    binding.bind_interface(&socket)?;
+    if let Some(address) = binding.address {
+        kernel::set_bind_address_no_port(&socket)?;
+        rustix::net::bind(&socket, &SocketAddr::new(address, 0))?;
+    }
     match rustix::net::connect(&socket, &to) {
         Ok(()) | Err(Errno::INPROGRESS) => Ok(socket),
         Err(error) => Err(error),
