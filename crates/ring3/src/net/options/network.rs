@@ -4,7 +4,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use usernet::Config;
-use usernet::config::{Forward, MacAddress, Outbound, Services};
+use usernet::config::{MacAddress, Outbound, Services};
 
 /// What the options say about the guest's network; `None` is the host's own.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -39,7 +39,7 @@ pub struct Network {
     pub tell_dns: bool,
     /// Whether search domains are.
     pub tell_search: bool,
-    /// Which address means the host's loopback, by family.
+    /// Which addresses mean the host's loopback.
     pub host_loopback: HostLoopback,
     /// Which address means the host's own, by family.
     pub host_global_v4: Option<Ipv4Addr>,
@@ -55,24 +55,17 @@ pub struct Network {
     pub freebind: bool,
     /// What outbound sockets are bound to.
     pub outbound: Outbound,
-    /// Forwards that must be there from the start.
-    pub forwards: Vec<Forward>,
 }
 
-/// Which address means the host's loopback to the guest.
+/// Which addresses mean the host's loopback to the guest.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum HostLoopback {
-    /// None.
-    None,
-    /// These; the gateway's, for a family without one, if `gateway`.
-    Addresses {
-        /// IPv4's.
-        v4: Option<Ipv4Addr>,
-        /// IPv6's.
-        v6: Option<Ipv6Addr>,
-        /// Whether the gateway's is meant where none is named.
-        gateway: bool,
-    },
+pub struct HostLoopback {
+    /// IPv4's.
+    pub v4: Option<Ipv4Addr>,
+    /// IPv6's.
+    pub v6: Option<Ipv6Addr>,
+    /// Whether the gateway's does in a family for which none is named.
+    pub gateway: bool,
 }
 
 impl Network {
