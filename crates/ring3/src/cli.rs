@@ -94,6 +94,15 @@ pub enum Task {
         #[command(subcommand)]
         task: PvmTask,
     },
+    /// Give a network namespace the host's network
+    Pasta {
+        /// Configure addresses, routes and links in the namespace
+        #[arg(long = "config-net")]
+        configure: bool,
+        /// The command and its arguments [default: a shell]
+        #[arg(value_name = "CMD", trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<OsString>,
+    },
     /// Print a completion script for a shell
     ///
     /// For example: ring3 completions bash > ~/.local/share/bash-completion/completions/ring3

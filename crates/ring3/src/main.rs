@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory, Parser};
 use ring3::cli::{Cli, KernelTask, PvmTask, Task};
-use ring3::{kernel, pvm_guest, run};
+use ring3::{kernel, net, pvm_guest, run};
 
 /// ring3's own failures; the numbers of a run are in `ring3 run --help`.
 const FAILED: u8 = 125;
@@ -20,6 +20,10 @@ fn main() -> ExitCode {
         Task::Run(args) => {
             start_log();
             run::run(&args, run::vm::launch).map_err(Into::into)
+        }
+        Task::Pasta { configure, command } => {
+            start_log();
+            net::pasta::run(&net::pasta::Plan { configure, command }).map_err(Into::into)
         }
         Task::Kernel { task } => kernels(task).map(|()| 0),
         Task::Pvm { task: PvmTask::Selftest(args) } => {
