@@ -38,7 +38,7 @@ mod tests;
 
 pub use config::Config;
 pub use engine::{Engine, Handle};
-pub use network::Network;
 pub use host::{ALONE, ALONE_V6, GATEWAY_MAC, HostNetwork, Interface, Template};
+pub use network::Network;
 mod udp;
 mod warn;
