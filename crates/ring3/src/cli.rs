@@ -8,6 +8,8 @@ use std::time::Duration;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::net::options::PastaArgs;
+
 const EXIT_STATUS: &str = "\
 Exit status:
   The command's own; 128+N when signal N ended it; 124 when --timeout ended the
@@ -95,14 +97,7 @@ pub enum Task {
         task: PvmTask,
     },
     /// Give a network namespace the host's network
-    Pasta {
-        /// Configure addresses, routes and links in the namespace
-        #[arg(long = "config-net")]
-        configure: bool,
-        /// The command and its arguments [default: a shell]
-        #[arg(value_name = "CMD", trailing_var_arg = true, allow_hyphen_values = true)]
-        command: Vec<OsString>,
-    },
+    Pasta(Box<PastaArgs>),
     /// Print a completion script for a shell
     ///
     /// For example: ring3 completions bash > ~/.local/share/bash-completion/completions/ring3

@@ -21,9 +21,11 @@ fn main() -> ExitCode {
             start_log();
             run::run(&args, run::vm::launch).map_err(Into::into)
         }
-        Task::Pasta { configure, command } => {
+        Task::Pasta(args) => {
             start_log();
-            net::pasta::run(&net::pasta::Plan { configure, command }).map_err(Into::into)
+            return front_end(net::PastaSettings::try_from(*args).map_err(Into::into), |settings| {
+                net::pasta::run(&settings)
+            });
         }
         Task::Kernel { task } => kernels(task).map(|()| 0),
         Task::Pvm { task: PvmTask::Selftest(args) } => {
@@ -44,6 +46,20 @@ fn main() -> ExitCode {
         Err(error) => {
             complain(&*error);
             ExitCode::from(FAILED)
+        }
+    }
+}
+
+/// Runs a network front end, whose own failures have the status that upstream gives them.
+fn front_end<S>(
+    settings: Result<S, Failure>,
+    run: impl FnOnce(S) -> Result<u8, net::NetError>,
+) -> ExitCode {
+    match settings.and_then(|settings| run(settings).map_err(Into::into)) {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            complain(&*error);
+            ExitCode::FAILURE
         }
     }
 }

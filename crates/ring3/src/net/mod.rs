@@ -8,6 +8,8 @@ pub mod pasta;
 
 use std::io;
 
+pub use options::{PasstSettings, PastaSettings};
+
 /// What could not be done, and the kernel's word on it.
 #[derive(Debug, thiserror::Error)]
 #[error("{what}")]

@@ -15,7 +15,7 @@
 //! What is here are conditions on arguments ([`conditions`]), for calls that can do more than what they are used for.
 //!
 //! Two filters, on all threads. The first ends the process at a call that only somebody else's code can want: starting a
-//! program, changing namespaces, a look into another process ([`crate::run::isolation`] has the list). The second answers
+//! program, changing namespaces, a look into another process ([`FATAL`]). The second answers
 //! what is not tagged with ENOSYS: the libraries below us take that as an older kernel's answer and do without.
 //!
 //! A tag that is missing shows in `strace -f` as an ENOSYS.
@@ -24,12 +24,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use libc::c_long;
 use rustix::process::Pid;
-use seccompiler::{
-    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
-    SeccompRule, TargetArch, apply_filter_all_threads,
-};
+use seccompiler::{BackendError, BpfProgram, SeccompAction, SeccompRule, apply_filter_all_threads};
 
-use crate::run::isolation::FATAL_CALLS;
+use crate::run::isolation::calls::{self, Arg, FATAL, INT};
 
 // (mode or "" for all, name, number), made by the build script.
 include!(concat!(env!("OUT_DIR"), "/syscall_tags.rs"));
@@ -84,17 +81,6 @@ impl Mode {
 // Handling signals, and the end of the process, abort included:
 // syscalls: rt_sigaction rt_sigprocmask rt_sigreturn exit_group getpid tgkill
 
-/// A condition on one argument: its bits under `mask` are `value`.
-struct Arg {
-    /// Its number, from 0.
-    index: u8,
-    mask: u64,
-    value: u64,
-}
-
-/// An argument of type `int`, whose upper half the kernel ignores.
-const INT: u64 = 0xffff_ffff;
-
 /// When a call is allowed: when all conditions of one of these hold. `None` is always.
 fn conditions(name: &str, command: Option<Pid>) -> Option<Vec<Vec<Arg>>> {
     const EXEC: u64 = libc::PROT_EXEC as u64;
@@ -146,12 +132,12 @@ pub(super) fn filter(mode: Mode, command: Option<Pid>) -> Result<(), seccompiler
 /// The calls that end the process.
 fn fatal(mode: Mode) -> Vec<c_long> {
     let allowed: BTreeSet<c_long> = mode.calls().into_iter().map(|(_, number)| number).collect();
-    FATAL_CALLS.iter().copied().filter(|number| !allowed.contains(number)).collect()
+    FATAL.iter().copied().filter(|number| !allowed.contains(number)).collect()
 }
 
 fn fatal_program(mode: Mode) -> Result<BpfProgram, BackendError> {
     let rules = fatal(mode).into_iter().map(|number| (number, Vec::new())).collect();
-    program(rules, SeccompAction::Allow, SeccompAction::KillProcess)
+    calls::program(rules, SeccompAction::Allow, SeccompAction::KillProcess)
 }
 
 fn allowed_program(mode: Mode, command: Option<Pid>) -> Result<BpfProgram, BackendError> {
@@ -168,20 +154,9 @@ fn allowed_program(mode: Mode, command: Option<Pid>) -> Result<BpfProgram, Backe
             rules.insert(number, alternatives);
         }
     }
-    program(rules, SeccompAction::Errno(libc::ENOSYS as u32), SeccompAction::Allow)
+    calls::program(rules, SeccompAction::Errno(libc::ENOSYS.unsigned_abs()), SeccompAction::Allow)
 }
 
 fn rule(args: &[Arg]) -> Result<SeccompRule, BackendError> {
-    let condition = |arg: &Arg| {
-        SeccompCondition::new(arg.index, SeccompCmpArgLen::Qword, SeccompCmpOp::MaskedEq(arg.mask), arg.value)
-    };
-    SeccompRule::new(args.iter().map(condition).collect::<Result<_, _>>()?)
-}
-
-fn program(
-    rules: BTreeMap<i64, Vec<SeccompRule>>,
-    others: SeccompAction,
-    these: SeccompAction,
-) -> Result<BpfProgram, BackendError> {
-    SeccompFilter::new(rules, others, these, TargetArch::x86_64)?.try_into()
+    SeccompRule::new(calls::conditions(args)?)
 }

@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use std::process;
 
 use nix::sched::{CloneFlags, clone};
-use rustix::mount::{MountFlags, mount};
+use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Signal, WaitOptions, WaitStatus, kill_process, waitpid};
 
@@ -31,15 +31,16 @@ pub(super) struct Command {
 }
 
 impl Command {
-    /// Starts it in new network, PID, mount, IPC and UTS namespaces. Without a command it is a login shell.
-    pub(super) fn start(command: &[OsString]) -> Result<Self, NetError> {
+    /// Starts it in new network, mount, IPC and UTS namespaces, and a PID namespace if `pid_namespace`. Without a command
+    /// it is a login shell.
+    pub(super) fn start(command: &[OsString], pid_namespace: bool) -> Result<Self, NetError> {
         // The child only waits, mounts and executes.
         const STACK: usize = 256 << 10;
         const NAMESPACES: CloneFlags = CloneFlags::CLONE_NEWNET
-            .union(CloneFlags::CLONE_NEWPID)
             .union(CloneFlags::CLONE_NEWNS)
             .union(CloneFlags::CLONE_NEWIPC)
             .union(CloneFlags::CLONE_NEWUTS);
+        let pid = if pid_namespace { CloneFlags::CLONE_NEWPID } else { CloneFlags::empty() };
         let (wait, go) = pipe_with(PipeFlags::CLOEXEC).because(|| "cannot make a pipe".into())?;
         let (mut wait, mut go) = (Some(wait), Some(go));
         let mut stack = vec![0; STACK];
@@ -49,11 +50,11 @@ impl Command {
             if !released {
                 return 1;
             }
-            let Err((error, status)) = become_command(command);
+            let Err((error, status)) = become_command(command, pid_namespace);
             eprintln!("ring3: {error}");
             status as isize
         };
-        let pid = clone(Box::new(body), &mut stack, NAMESPACES, Some(libc::SIGCHLD))
+        let pid = clone(Box::new(body), &mut stack, NAMESPACES | pid, Some(libc::SIGCHLD))
             .map_err(io::Error::from)
             .because(|| "cannot make a network namespace for the command".into())?;
         let pid = Pid::from_raw(pid.as_raw()).ok_or(io::ErrorKind::NotFound);
@@ -73,12 +74,19 @@ impl Command {
         Ok(())
     }
 
+    /// Its process identifier.
+    pub(super) fn pid(&self) -> Pid {
+        self.pid
+    }
+
     /// Sends it a signal.
+    // syscalls(pasta): kill
     pub(super) fn signal(&self, signal: Signal) {
         // It may have ended.
         let _ = kill_process(self.pid, signal);
     }
 
+    // syscalls(pasta): wait4
     /// Its exit status, if it has ended: 128 and the signal's number if a signal ended it.
     pub(super) fn status(&self) -> io::Result<Option<u8>> {
         Ok(waitpid(Some(self.pid), WaitOptions::NOHANG)?.and_then(|(_, status)| exit_status(status)))
@@ -91,12 +99,19 @@ fn exit_status(status: WaitStatus) -> Option<u8> {
     Some(u8::try_from(number).unwrap_or(u8::MAX))
 }
 
+fn mount_proc() -> rustix::io::Result<()> {
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    // Not for whoever is outside.
+    mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::DOWNSTREAM)?;
+    mount(c"proc", c"/proc", c"proc", flags, None)
+}
+
 /// Executes the command, in its namespaces.
-fn become_command(command: &[OsString]) -> Result<Infallible, (String, i32)> {
+fn become_command(command: &[OsString], pid_namespace: bool) -> Result<Infallible, (String, i32)> {
     // The process identifiers that are seen are those of its namespace. Where the host hides parts of /proc, as in
     // a container, the kernel does not allow it.
-    if let Err(error) =
-        mount(c"proc", c"/proc", c"proc", MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, None)
+    if pid_namespace
+        && let Err(error) = mount_proc()
     {
         tracing::debug!("no /proc of the namespace's own: {error}");
     }
