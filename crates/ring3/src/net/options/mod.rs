@@ -14,3 +14,6 @@ pub mod values;
 pub use args::{PasstArgs, PastaArgs, Vhost};
 pub use check::BadOptions;
 pub use settings::{Common, PasstSettings, PastaSettings};
+
+#[cfg(test)]
+mod tests;
