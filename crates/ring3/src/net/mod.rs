@@ -3,6 +3,7 @@
 //! The engine is crate `usernet`, the links to a guest are crate `taps`; here they are put together.
 
 pub mod command;
+pub mod isolation;
 pub mod options;
 pub mod passt;
 pub mod pasta;
