@@ -6,5 +6,7 @@
 // `tun::ioctl` alone allows it.
 #![deny(unsafe_code)]
 
+pub mod ring;
 pub mod tun;
+pub mod vhost_net;
 pub mod vnet;
