@@ -38,9 +38,8 @@ pub(super) const WELCOME: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF | 1 << VIRTIO_RING_F
 const _: () = assert!((REQUIRED | WELCOME) & (1 << VHOST_NET_F_VIRTIO_NET_HDR) == 0);
 
 /// What an event of the readiness is about.
-pub(super) const CALL: u64 = 0;
+const CALL: u64 = 0;
 pub(super) const ERROR: u64 = 1;
-pub(super) const TAP: u64 = 2;
 
 /// Why vhost-net cannot be used.
 #[derive(Debug, Error)]
@@ -89,6 +88,7 @@ pub(super) struct Attached<B> {
     pub(super) send: Queue,
     pub(super) readiness: OwnedFd,
     pub(super) errors: EventFd,
+    pub(super) tap: File,
     pub(super) mergeable: bool,
 }
 
@@ -130,7 +130,7 @@ pub(super) fn attach<B: VhostNet>(
     for (index, queue) in [(RECEIVE, &receive), (SEND, &send)] {
         configure(&backend, index, queue, &errors)?;
     }
-    let readiness = watch([&receive, &send], &errors, tap)?;
+    let readiness = watch([&receive, &send], &errors)?;
     let chain = if mergeable { 1 } else { LONGEST };
     while receive.ring.offer(chain)? {}
     receive.publish()?;
@@ -142,7 +142,7 @@ pub(super) fn attach<B: VhostNet>(
             return Err(Error::Refused { what: "the tap device", source });
         }
     }
-    Ok(Attached { backend, receive, send, readiness, errors, mergeable })
+    Ok(Attached { backend, receive, send, readiness, errors, tap, mergeable })
 }
 
 /// Takes the tap device away from the device, which touches neither it nor the memory after that.
@@ -190,7 +190,7 @@ fn configure<B: VhostNet>(backend: &B, index: usize, queue: &Queue, errors: &Eve
 }
 
 /// A descriptor that is readable when something is to be looked at.
-fn watch(queues: [&Queue; 2], errors: &EventFd, tap: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+fn watch(queues: [&Queue; 2], errors: &EventFd) -> io::Result<OwnedFd> {
     let epoll = epoll::create(CreateFlags::CLOEXEC)?;
     let add = |fd: RawFd, what, flags| {
         let mut event = EpollEvent::new(flags, what);
@@ -201,7 +201,5 @@ fn watch(queues: [&Queue; 2], errors: &EventFd, tap: BorrowedFd<'_>) -> io::Resu
         add(queue.call.as_raw_fd(), CALL, EpollFlags::EPOLLIN | EpollFlags::EPOLLET)?;
     }
     add(errors.as_raw_fd(), ERROR, EpollFlags::EPOLLIN)?;
-    // Errors are reported unasked.
-    add(tap.as_raw_fd(), TAP, EpollFlags::empty())?;
     Ok(epoll)
 }

@@ -32,8 +32,10 @@
 //! used is taken back once for each turn of the engine, or when there is no room. When there is still none, the device is
 //! asked to notify us at half of what it has, and the frame is [`Sent::Full`].
 //!
-//! **Readiness** is an epoll instance: the call eventfds of both rings, the device's error eventfd, and the tap device,
-//! of which only its end matters. The call eventfds are watched by edge, so they are never read.
+//! **Readiness** is an epoll instance: the call eventfds of both rings and the device's error eventfd. The call eventfds
+//! are watched by edge, so they are never read. The tap device is not among them: the kernel cannot be asked
+//! to wake us at its end and not at each of its frames, which are the device's. So its end is noticed by looking, at most
+//! once in [`LOOK`], when the engine has something to do.
 //!
 //! **The kernel is trusted to be the kernel, and yet** everything that arrives in the rings is checked: what the guest
 //! sends, the header included, comes to us by it, and a fault here would be a fault in a process with open sockets. A
@@ -45,11 +47,14 @@ mod software;
 #[cfg(test)]
 mod tests;
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use nix::sys::epoll::{EpollEvent, epoll_wait};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use thiserror::Error;
 use usernet::tap::{Abilities, LONGEST_FRAME, Offload, Sent, Tap};
 use vhost::net::VhostNet;
@@ -57,7 +62,7 @@ use vhost::vhost_kern::net::Net;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
-use attach::{Attached, ERROR, TAP};
+use attach::{Attached, ERROR};
 pub use attach::{Error, MEMORY};
 
 use crate::ring::{Fault, Ring, Taken};
@@ -68,6 +73,8 @@ use crate::vnet;
 const LONGEST: usize = vnet::HEADER + LONGEST_FRAME;
 /// Frames to the guest that are shown to the device together, if the turn does not end before.
 const BATCH: usize = 16;
+/// How often at most the tap device is looked after.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// Whether vhost-net is to be used.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -93,7 +100,7 @@ pub fn open(mode: Mode, tun: Tun) -> Result<Box<dyn Tap>, Error> {
         return Ok(Box::new(tun));
     }
     match VhostTap::new(&tun, Net::new) {
-        Ok(attached) => Ok(Box::new(attached.with(tun))),
+        Ok(tap) => Ok(Box::new(tap)),
         Err(error) if mode == Mode::Auto => {
             tracing::info!("without vhost-net: {error}");
             Ok(Box::new(tun))
@@ -151,8 +158,9 @@ struct VhostTap<B: VhostNet> {
     mergeable: bool,
     abilities: Abilities,
     broken: Option<Broken>,
-    /// The tap device, if it is ours.
-    _tun: Option<Tun>,
+    /// The tap device, and when it was last seen to be there.
+    tap: File,
+    seen: Instant,
 }
 
 impl<B: VhostNet> VhostTap<B> {
@@ -161,7 +169,7 @@ impl<B: VhostNet> VhostTap<B> {
         tap: &T,
         open: impl FnOnce(Arc<GuestMemoryMmap>) -> vhost::Result<B>,
     ) -> Result<Self, Error> {
-        let Attached { backend, receive, send, readiness, errors, mergeable } =
+        let Attached { backend, receive, send, readiness, errors, tap: file, mergeable } =
             attach::attach(tap.as_fd(), open)?;
         Ok(Self {
             backend,
@@ -172,18 +180,9 @@ impl<B: VhostNet> VhostTap<B> {
             mergeable,
             abilities: tap.abilities(),
             broken: None,
-            _tun: None,
+            tap: file,
+            seen: Instant::now(),
         })
-    }
-
-    /// Keeps the tap device.
-    fn with(self, tun: Tun) -> Self
-    where
-        Self: Sized,
-    {
-        let mut tap = self;
-        tap._tun = Some(tun);
-        tap
     }
 
     fn alive(&self) -> io::Result<()> {
@@ -274,6 +273,22 @@ impl<B: VhostNet> VhostTap<B> {
         }
     }
 
+    /// Looks whether the tap device is still there, if that was long ago.
+    // syscalls: poll
+    fn look(&mut self) -> Result<(), Broken> {
+        if self.seen.elapsed() < LOOK {
+            return Ok(());
+        }
+        self.seen = Instant::now();
+        let mut tap = [PollFd::new(&self.tap, PollFlags::empty())];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        match poll(&mut tap, Some(&now)) {
+            Ok(_) if tap[0].revents().intersects(PollFlags::ERR | PollFlags::HUP) => Err(Broken::TapGone),
+            // A signal came first: the next time will do.
+            _ => Ok(()),
+        }
+    }
+
     /// Takes back the buffers that the device has sent.
     fn reclaim(&mut self) -> Result<(), Fault> {
         while let Some(taken) = self.send.ring.take()? {
@@ -294,12 +309,9 @@ impl<B: VhostNet + Send> Tap for VhostTap<B> {
         // Only a signal can end it early; then the events are there the next time.
         let count = epoll_wait(self.readiness.as_raw_fd(), &mut events, 0).unwrap_or(0);
         for event in events.iter().take(count) {
-            let broken = match event.data() {
-                ERROR => Broken::Complaint,
-                TAP => Broken::TapGone,
-                _ => continue,
-            };
-            self.broken.get_or_insert(broken);
+            if event.data() == ERROR {
+                self.broken.get_or_insert(Broken::Complaint);
+            }
         }
     }
 
@@ -334,6 +346,7 @@ impl<B: VhostNet + Send> Tap for VhostTap<B> {
     fn flush(&mut self) -> io::Result<()> {
         self.alive()?;
         let flushed = self.send.publish().and_then(|()| self.reclaim()).map_err(send);
+        let flushed = flushed.and_then(|()| self.look());
         self.settle(flushed)
     }
 }
