@@ -7,6 +7,8 @@
 #![deny(unsafe_code)]
 
 pub mod ring;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod tun;
 pub mod vhost_net;
 pub mod vnet;

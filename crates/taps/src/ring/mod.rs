@@ -34,7 +34,7 @@
 
 mod memory;
 #[cfg(test)]
-mod model;
+pub(crate) mod model;
 #[cfg(test)]
 mod tests;
 

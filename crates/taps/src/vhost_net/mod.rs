@@ -42,7 +42,9 @@
 //! fault, or the device's own complaint, ends the link with an error that says what happened.
 
 mod attach;
-#[cfg(test)]
+#[cfg(any(test, feature = "testing"))]
+mod hostile;
+#[cfg(any(test, feature = "testing"))]
 mod software;
 #[cfg(test)]
 mod tests;
@@ -64,6 +66,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use attach::{Attached, ERROR};
 pub use attach::{Error, MEMORY};
+#[cfg(any(test, feature = "testing"))]
+pub use hostile::any_completions;
 
 use crate::ring::{Fault, Ring, Taken};
 use crate::tun::Tun;
