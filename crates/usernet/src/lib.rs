@@ -12,6 +12,7 @@
 #![deny(unsafe_code)]
 
 mod arp;
+mod claims;
 pub mod config;
 mod context;
 mod dhcp;
@@ -19,12 +20,15 @@ mod dhcpv6;
 mod engine;
 mod flow;
 mod frame;
+mod group;
 mod host;
 mod icmp;
 mod ndp;
+mod network;
 mod packet;
 mod poller;
 mod socket;
+pub mod splice;
 pub mod stats;
 pub mod tap;
 mod tcp;
@@ -36,5 +40,6 @@ mod tests;
 pub use config::Config;
 pub use engine::{Engine, Handle};
 pub use host::{ALONE, GATEWAY_MAC};
+pub use network::Network;
 mod udp;
 mod warn;

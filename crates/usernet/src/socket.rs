@@ -9,7 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::libc;
-use nix::sys::socket::sockopt::{Ipv4PacketInfo, Ipv4RecvErr, Ipv6RecvErr, Ipv6RecvPacketInfo};
+use nix::sys::socket::sockopt::{BindToDevice, Ipv4PacketInfo, Ipv4RecvErr, Ipv6RecvErr, Ipv6RecvPacketInfo};
 use nix::sys::socket::{
     ControlMessage, ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, sendmsg, setsockopt,
 };
@@ -72,21 +72,42 @@ pub(crate) fn connected_udp(peer: SocketAddr, port: u16) -> io::Result<OwnedFd> 
     Ok(fd)
 }
 
-/// A UDP socket that takes datagrams from anybody to `address`. One for any address of IPv6 serves IPv4 too.
+/// A UDP socket that takes datagrams from anybody to `address`. One for any address of IPv6 serves IPv4 too. One that
+/// shares its port gets the datagrams of some peers, and others of this process those of the rest.
 ///
 /// # Errors
 /// The address is taken or not the host's, the port forbidden, or no descriptors.
-pub(crate) fn listening_udp(address: SocketAddr) -> io::Result<OwnedFd> {
+pub(crate) fn listening_udp(address: SocketAddr, shares_port: bool) -> io::Result<OwnedFd> {
     let fd = open(&address, None)?;
+    sockopt::set_socket_reuseport(&fd, shares_port)?;
     keep_errors(&fd, address.is_ipv6())?;
     if address.is_ipv6() {
         sockopt::set_ipv6_v6only(&fd, !address.ip().is_unspecified())?;
+    }
+    keep_destinations(&fd, address.is_ipv6())?;
+    bind(&fd, &address)?;
+    Ok(fd)
+}
+
+/// Has [`receive`] tell which address a datagram came to.
+///
+/// # Errors
+/// None for a datagram socket of this family.
+pub(crate) fn keep_destinations(fd: &OwnedFd, v6: bool) -> io::Result<()> {
+    if v6 {
         setsockopt(fd.as_raw_fd(), Ipv6RecvPacketInfo, &true)?;
     } else {
         setsockopt(fd.as_raw_fd(), Ipv4PacketInfo, &true)?;
     }
-    bind(&fd, &address)?;
-    Ok(fd)
+    Ok(())
+}
+
+/// Has the socket be reached by `interface` alone.
+///
+/// # Errors
+/// There is no such interface, or it is not allowed (before Linux 5.7 to the unprivileged).
+pub(crate) fn bind_to_interface(fd: &OwnedFd, interface: &str) -> io::Result<()> {
+    Ok(setsockopt(fd.as_raw_fd(), BindToDevice, &interface.into())?)
 }
 
 /// A ping socket (icmp(7)) connected to `target`, and the identifier that its messages have: `identifier` if nobody

@@ -23,6 +23,7 @@ use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use etherparse::{IpNumber, Ipv4HeaderSlice, Ipv6HeaderSlice};
@@ -30,13 +31,14 @@ use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 
+use crate::claims::Claims;
 use crate::config::Forward;
 use crate::context::Context;
 use crate::flow::{Class, FlowTable, Patience};
 use crate::frame::{HOP_LIMIT, IcmpError, quoted_udp};
 use crate::packet::{Addresses, UdpView};
 use crate::poller::Token;
-use crate::socket;
+use crate::socket::{self, Received};
 
 /// How long flows may be idle: without an answer as long as a resolver's patience, with one as long as
 /// RFC 4787 4.3 asks of translators at least, and some.
@@ -56,12 +58,16 @@ const LONGEST: usize = 65535;
 
 /// The two ends of a flow, as the guest knows them.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-struct Key {
+pub(crate) struct Key {
     guest: SocketAddr,
     remote: SocketAddr,
 }
 
 impl Key {
+    fn of(datagram: &UdpView<'_>) -> Self {
+        Self { guest: datagram.source(), remote: datagram.destination() }
+    }
+
     /// The addresses of what the guest sends, and the ports.
     fn outbound(&self) -> Option<(Addresses, (u16, u16))> {
         let addresses = Addresses::new(self.guest.ip(), self.remote.ip())?;
@@ -92,7 +98,7 @@ struct Flow {
 #[derive(Debug)]
 struct Listener {
     forward: Forward,
-    fd: OwnedFd,
+    fd: Arc<OwnedFd>,
     queued: bool,
     failed: bool,
 }
@@ -118,17 +124,30 @@ pub(crate) struct Udp {
     next_listener: u32,
     queue: VecDeque<Source>,
     buffer: Vec<u8>,
+    shares_ports: bool,
 }
 
 impl Udp {
-    pub(crate) fn new() -> Self {
+    /// `shares_ports` says whether other engines listen on the same ports.
+    pub(crate) fn new(claims: Claims<Key>, shares_ports: bool) -> Self {
         Self {
-            flows: FlowTable::new(MOST_FLOWS, PATIENCE),
+            flows: FlowTable::new(MOST_FLOWS, PATIENCE, claims),
             listeners: HashMap::new(),
             next_listener: 0,
             queue: VecDeque::new(),
             buffer: vec![0; LONGEST],
+            shares_ports,
         }
+    }
+
+    /// The other engine whose flow this datagram of the guest's is.
+    pub(crate) fn elsewhere(&self, datagram: &UdpView<'_>) -> Option<u16> {
+        self.flows.elsewhere(&Key::of(datagram))
+    }
+
+    /// The other engine whose flow the guest refuses, of which it quotes the packet.
+    pub(crate) fn refused_elsewhere(&self, quoted: &[u8]) -> Option<u16> {
+        self.flows.elsewhere(&quoted_key(quoted)?)
     }
 
     /// How many flows there are.
@@ -141,12 +160,13 @@ impl Udp {
     /// # Errors
     /// The port is taken or forbidden, or there are no descriptors.
     pub(crate) fn listen(&mut self, cx: &Context<'_>, forward: &Forward) -> io::Result<SocketAddr> {
-        let fd = socket::listening_udp(forward.listen)?;
+        let fd = socket::listening_udp(forward.listen, self.shares_ports)?;
         let listen = SocketAddr::try_from(rustix::net::getsockname(&fd)?)?;
         let forward = Forward { listen, ..forward.clone() };
         let number = self.next_listener;
         self.next_listener = number.wrapping_add(1);
         cx.poller.add(&fd, Token::UdpListener(number), EventFlags::IN | EventFlags::ET)?;
+        let fd = Arc::new(fd);
         self.listeners.insert(number, Listener { forward, fd, queued: false, failed: false });
         Ok(listen)
     }
@@ -166,7 +186,7 @@ impl Udp {
 
     /// A datagram from the guest.
     pub(crate) fn datagram(&mut self, cx: &mut Context<'_>, datagram: &UdpView<'_>) {
-        let key = Key { guest: datagram.source(), remote: datagram.destination() };
+        let key = Key::of(datagram);
         let broadcast =
             matches!(key.remote.ip(), IpAddr::V4(a) if a.is_broadcast() || is_subnet_broadcast(cx, a));
         if key.remote.ip().is_multicast() || broadcast {
@@ -206,7 +226,8 @@ impl Udp {
             result => result?,
         };
         let flow = Flow { way: Way::Own(fd), hop_limit: HOP_LIMIT, queued: false, failed: false };
-        let number = self.insert(cx, key, flow);
+        // The guest's next datagram will find whose it is.
+        let number = self.insert(cx, key, flow).ok_or(io::ErrorKind::AlreadyExists)?;
         if let Some((_, Flow { way: Way::Own(fd), .. })) = self.flows.get_mut(number) {
             // Something may have come before it was watched: epoll tells.
             if let Err(error) = cx.poller.add(&*fd, Token::Udp(number), EventFlags::IN | EventFlags::ET) {
@@ -217,10 +238,11 @@ impl Udp {
         Ok(number)
     }
 
-    fn insert(&mut self, cx: &mut Context<'_>, key: Key, flow: Flow) -> u32 {
-        let (number, evicted) = self.flows.insert(key, flow, cx.now);
+    /// Adds a flow, unless another engine has just done so.
+    fn insert(&mut self, cx: &mut Context<'_>, key: Key, flow: Flow) -> Option<u32> {
+        let (number, evicted) = self.flows.insert(key, flow, cx.now)?;
         cx.link.stats.evicted += u64::from(evicted.is_some());
-        number
+        Some(number)
     }
 
     /// Sends a datagram of the guest's by its flow.
@@ -395,6 +417,10 @@ impl Udp {
             }
             match socket::receive(&listener.fd, &mut self.buffer) {
                 Ok(received) => {
+                    let payload = self.buffer.get(..received.length).unwrap_or_default();
+                    if bypass(cx, listener, &received, payload) {
+                        continue;
+                    }
                     // A guest without that family has nobody there.
                     let Some(key) = key_of(cx, received.peer, guest_port) else { continue };
                     self.note_peer(cx, key, number, received.peer, received.local);
@@ -445,6 +471,15 @@ impl Udp {
         while self.flows.remove_expired(now).is_some() {}
         self.flows.deadline()
     }
+}
+
+/// Gives a datagram to the bypass, if it is for that. Whether it was.
+fn bypass(cx: &Context<'_>, listener: &Listener, received: &Received, payload: &[u8]) -> bool {
+    let (Some(bypass), Some(local)) = (&cx.link.bypass, received.local) else { return false };
+    let local = SocketAddr::new(local, listener.forward.listen.port());
+    let guest = cx.guest_address(received.peer.ip().to_canonical());
+    let port = listener.forward.guest_port;
+    bypass.datagram(&listener.fd, (received.peer, local), guest, port, payload)
 }
 
 /// The flow of `peer`, as the host knows it, with the guest's `port`.
