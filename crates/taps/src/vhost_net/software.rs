@@ -123,6 +123,7 @@ impl Software {
     }
 
     /// How often the driver has kicked since it was last asked.
+    #[cfg(test)]
     pub(crate) fn kicks(&self, queue: usize) -> u64 {
         let state = self.state();
         state.vrings.get(queue).and_then(|vring| vring.kick.as_ref()?.read().ok()).unwrap_or(0)
