@@ -6,5 +6,9 @@
 // `tun::ioctl` alone allows it.
 #![deny(unsafe_code)]
 
+pub mod ring;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod tun;
+pub mod vhost_net;
 pub mod vnet;
