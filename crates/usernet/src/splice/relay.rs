@@ -167,10 +167,6 @@ impl Direction {
             return Ok(0);
         }
         let may_read = self.readable && self.end.is_none();
-        if may_read && self.copying && self.pending == 0 {
-            self.release(pipes);
-            return self.copy(source, sink, scratch);
-        }
         if may_read && !self.copying {
             if self.pipe.is_none() {
                 self.pipe = pipes.take();
@@ -183,6 +179,10 @@ impl Direction {
                 Err(Errno::AGAIN) if self.pending > 0 => {}
                 Err(error) => self.note_unreadable(error),
             }
+        }
+        if may_read && self.copying && self.pending == 0 {
+            self.release(pipes);
+            return self.copy(source, sink, scratch);
         }
         if self.pending > 0
             && let Some(pipe) = &self.pipe
