@@ -209,6 +209,7 @@ impl Direction {
                 self.pipe = means.pipes.take();
             }
             let Some(pipe) = &self.pipe else { return self.peek(source, sink, means) };
+            // syscalls(pasta): splice
             match retry_on_intr(|| splice(source, None, &pipe.write, None, MOST, splice_flags())) {
                 // Copying will tell whether it is.
                 Ok(0) => self.marked = true,
@@ -242,6 +243,7 @@ impl Direction {
 
     /// Copies some bytes.
     fn copy(&mut self, source: &OwnedFd, sink: &OwnedFd, means: &mut Means) -> Result<Option<usize>, Errno> {
+        // syscalls(pasta): recvfrom sendto
         let read = retry_on_intr(|| recv(source, &mut means.scratch[..], RecvFlags::DONTWAIT));
         let Some(n) = self.note_read(read.map(|(n, _)| n)) else { return Ok(Some(0)) };
         if n == means.scratch.len() {
@@ -323,6 +325,7 @@ impl Direction {
             Some(End::Reset) => self.state = State::Reset,
             _ => self.state = State::Done,
         }
+        // syscalls(pasta): shutdown
         if self.state == State::Done && !last { shutdown(sink, Shutdown::Write) } else { Ok(()) }
     }
 }

@@ -70,6 +70,7 @@ pub trait Sockets: Send {
 /// Makes a TCP socket fit for passing on what somebody else writes, as far as the kernel lets it. What a listening
 /// socket accepts is as fit as that.
 pub(super) fn prepare(socket: &OwnedFd) {
+    // syscalls(pasta): setsockopt
     // Whoever writes has waited already if it wanted to (RFC 1122 4.2.3.4): what it wrote goes on at once.
     let _ = sockopt::set_tcp_nodelay(socket, true);
     // Otherwise its byte is lost.
@@ -89,6 +90,7 @@ impl Sockets for Here {
             Transport::Tcp => SocketType::STREAM,
             Transport::Udp => SocketType::DGRAM,
         };
+        // syscalls(pasta): socket setsockopt
         let fd = socket_with(family, socket_type, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC, None)?;
         if kind.transport == Transport::Tcp {
             prepare(&fd);
@@ -108,11 +110,12 @@ impl Sockets for Here {
             sockopt::set_ipv6_v6only(&fd, !address.ip().is_unspecified())?;
         }
         if let Some(interface) = interface {
-            crate::socket::bind_to_interface(&fd, interface)?;
+            crate::socket::bind_interface(&fd, interface)?;
         }
         match transport {
             Transport::Tcp => {
                 sockopt::set_socket_reuseaddr(&fd, true)?;
+                // syscalls(pasta): bind listen
                 bind(&fd, &address)?;
                 listen(&fd, BACKLOG)?;
             }

@@ -129,6 +129,7 @@ impl Tcp {
                 there.socket(kind)
             })
             .map_err(|error| errno(&error))?;
+        // syscalls(pasta): connect
         match connect(&socket, &target) {
             Ok(()) | Err(Errno::INPROGRESS) => {}
             Err(error) => return Err(error),
@@ -224,6 +225,7 @@ impl Connection {
 
 /// Closes a socket so that its peer sees a reset.
 pub(super) fn reset(socket: OwnedFd) {
+    // syscalls(pasta): setsockopt
     // Refused by no TCP socket; without it the peer sees an orderly end.
     let _ = sockopt::set_socket_linger(&socket, Some(Duration::ZERO));
 }
