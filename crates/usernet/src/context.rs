@@ -10,6 +10,7 @@ use crate::group::Guest;
 use crate::ndp;
 use crate::poller::Poller;
 use crate::socket::Binding;
+use crate::splice::Bypass;
 use crate::stats::Stats;
 use crate::tap::{Abilities, Offload, Sent, Tap};
 use crate::warn::Warnings;
@@ -33,6 +34,8 @@ pub(crate) struct Link {
     pub(crate) lost: Option<io::Error>,
     pub(crate) stats: Stats,
     pub(crate) warnings: Warnings,
+    /// Takes what comes from the host's loopback to forwarded ports.
+    pub(crate) bypass: Option<Bypass>,
     identification: u32,
     /// A port of the host's loopback to which everything goes, so that tests with any frames stay on the host.
     #[cfg(any(test, feature = "testing"))]
@@ -59,6 +62,7 @@ impl Link {
             lost: None,
             stats: Stats::default(),
             warnings: Warnings::default(),
+            bypass: None,
             identification: 0,
             #[cfg(any(test, feature = "testing"))]
             contained: None,
@@ -268,7 +272,7 @@ impl Context<'_> {
 
     /// The guest's address to which something from `peer` (as the guest knows it) is sent; `None` if the guest does not
     /// have that family.
-    fn guest_address(&self, peer: IpAddr) -> Option<IpAddr> {
+    pub(crate) fn guest_address(&self, peer: IpAddr) -> Option<IpAddr> {
         match peer {
             IpAddr::V4(_) => self.link.guest_v4.map(IpAddr::V4),
             IpAddr::V6(_) => self.link.guest_v6.map(IpAddr::V6),

@@ -33,6 +33,7 @@ const MOST_STRAY: usize = 64;
 
 fn open(of: &SocketAddr, protocol: Option<Protocol>) -> io::Result<OwnedFd> {
     let family = if of.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    // syscalls: socket bind connect setsockopt getsockname
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let fd = socket_with(family, SocketType::DGRAM, flags, protocol)?;
     // As much as the host allows (net.core.rmem_max): a burst must last until the engine comes round to it.
@@ -70,7 +71,11 @@ impl Binding<'_> {
     }
 }
 
-fn bind_interface(fd: &OwnedFd, interface: &str) -> Result<(), Errno> {
+/// Has the socket be reached by `interface` alone.
+///
+/// # Errors
+/// `ENODEV` if there is no such interface, `EPERM` before Linux 5.7.
+pub(crate) fn bind_interface(fd: &OwnedFd, interface: &str) -> Result<(), Errno> {
     setsockopt(fd.as_raw_fd(), BindToDevice, &interface.into())
         .map_err(|error| Errno::from_raw_os_error(error as i32))
 }
@@ -95,6 +100,7 @@ pub(crate) fn bind_forward(fd: &OwnedFd, forward: &Forward, freebind: bool) -> i
     if let Some(interface) = &forward.interface {
         bind_interface(fd, interface)?;
     }
+    // syscalls: bind
     Ok(bind(fd, &address)?)
 }
 
@@ -149,13 +155,22 @@ pub(crate) fn listening_udp(forward: &Forward, freebind: bool, shares_port: bool
     let fd = open(&address, None)?;
     sockopt::set_socket_reuseport(&fd, shares_port)?;
     keep_errors(&fd, address.is_ipv6())?;
-    if address.is_ipv6() {
+    keep_destinations(&fd, address.is_ipv6())?;
+    bind_forward(&fd, forward, freebind)?;
+    Ok(fd)
+}
+
+/// Has [`receive`] tell which address a datagram came to.
+///
+/// # Errors
+/// None for a datagram socket of this family.
+pub(crate) fn keep_destinations(fd: &OwnedFd, v6: bool) -> io::Result<()> {
+    if v6 {
         setsockopt(fd.as_raw_fd(), Ipv6RecvPacketInfo, &true)?;
     } else {
         setsockopt(fd.as_raw_fd(), Ipv4PacketInfo, &true)?;
     }
-    bind_forward(&fd, forward, freebind)?;
-    Ok(fd)
+    Ok(())
 }
 
 /// A ping socket (icmp(7)) bound as `binding` says and connected to `target`, and the identifier that its messages have:
@@ -203,6 +218,7 @@ pub(crate) struct Received {
 pub(crate) fn receive(fd: &OwnedFd, buffer: &mut [u8]) -> io::Result<Received> {
     let mut control = Vec::with_capacity(CONTROL);
     let mut parts = [IoSliceMut::new(buffer)];
+    // syscalls: recvmsg
     let message =
         recvmsg::<SockaddrStorage>(fd.as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::MSG_DONTWAIT)?;
     let local = message.cmsgs().find_map(|message| match message {
@@ -282,6 +298,7 @@ pub(crate) fn next_error(fd: &OwnedFd, buffer: &mut [u8]) -> Option<NetworkError
     let mut control = Vec::with_capacity(CONTROL);
     let mut parts = [IoSliceMut::new(buffer)];
     let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_ERRQUEUE;
+    // syscalls: recvmsg
     let message = recvmsg::<SockaddrStorage>(fd.as_raw_fd(), &mut parts, Some(&mut control), flags).ok()?;
     let destination = message.address.as_ref().and_then(to_std);
     let (extended, offender) = message.cmsgs().find_map(|message| match message {

@@ -388,6 +388,7 @@ impl Flow {
             && !self.keep_alive
         {
             self.keep_alive = true;
+            // syscalls: setsockopt
             let _ = sockopt::set_socket_keepalive(socket, true);
             let _ = sockopt::set_tcp_keepidle(socket, KEEP_ALIVE_IDLE);
         }
@@ -422,6 +423,7 @@ impl Flow {
     /// Whether the host's socket has connected; answers the guest if so, or if it never will.
     pub(super) fn connected(&mut self, cx: &mut Context<'_>, shared: &mut Shared) -> Fate {
         let Some(socket) = &self.socket else { return Fate::Gone };
+        // syscalls: getsockopt
         match sockopt::socket_error(socket) {
             Ok(Ok(())) => {}
             Ok(Err(error)) | Err(error) => {
@@ -432,6 +434,7 @@ impl Flow {
                 return Fate::Gone;
             }
         }
+        // syscalls: getpeername
         if rustix::net::getpeername(socket).is_err() {
             return Fate::Stays;
         }
@@ -562,6 +565,7 @@ impl Flow {
             self.shut = true;
             if let Some(socket) = &self.socket {
                 // A connection that is broken is told by reading.
+                // syscalls: shutdown
                 let _ = shutdown(socket, Shutdown::Write);
             }
         }
@@ -754,6 +758,7 @@ impl Flow {
 /// Gives bytes to the host's socket: how many it took. One that has failed takes everything, to no end.
 fn write(socket: Option<&OwnedFd>, failed: bool, bytes: &[u8]) -> Result<usize, Errno> {
     match socket {
+        // syscalls: sendto
         Some(socket) if !failed => match send(socket, bytes, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
             Err(Errno::AGAIN | Errno::INTR | Errno::NOBUFS | Errno::NOMEM) => Ok(0),
             result => result,
@@ -773,6 +778,7 @@ pub(super) fn connect(to: SocketAddr, binding: &Binding<'_>) -> Result<OwnedFd, 
     use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
     let family = if to.is_ipv6() { AddressFamily::INET6 } else { AddressFamily::INET };
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    // syscalls: socket connect
     let socket = socket_with(family, SocketType::STREAM, flags, None)?;
     prepare(&socket);
     binding.bind_interface(&socket)?;

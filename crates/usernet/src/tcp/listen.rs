@@ -54,9 +54,11 @@ impl Listeners {
         let family = if forward.listen.is_ipv6() { AddressFamily::INET6 } else { AddressFamily::INET };
         let socket =
             socket_with(family, SocketType::STREAM, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC, None)?;
+        // syscalls: setsockopt
         sockopt::set_socket_reuseaddr(&socket, true)?;
         sockopt::set_socket_reuseport(&socket, self.shares_ports)?;
         bind_forward(&socket, forward, cx.config.freebind)?;
+        // syscalls: listen getsockname
         listen(&socket, BACKLOG)?;
         let bound = SocketAddr::try_from(rustix::net::getsockname(&socket)?)?;
         let vacant = self.slots.iter().position(Option::is_none).unwrap_or_else(|| {
@@ -83,6 +85,7 @@ impl Listeners {
     pub(super) fn accept(&mut self, number: u32, now: Instant) -> Result<Option<Accepted>, Errno> {
         let Some(Some(listener)) = self.slots.get_mut(number as usize) else { return Ok(None) };
         loop {
+            // syscalls: accept4
             match acceptfrom_with(&listener.socket, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC) {
                 Ok((socket, peer)) => {
                     let Some(Ok(peer)) = peer.map(SocketAddr::try_from) else { continue };

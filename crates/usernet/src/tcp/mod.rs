@@ -188,7 +188,11 @@ impl Tcp {
         loop {
             match self.listeners.accept(number, cx.now) {
                 Ok(None) => return,
-                Ok(Some(accepted)) => self.adopt(cx, accepted),
+                Ok(Some(accepted)) => {
+                    if let Some(accepted) = bypass(cx, accepted) {
+                        self.adopt(cx, accepted);
+                    }
+                }
                 Err(error) => {
                     self.evict(cx);
                     self.warn(cx.now, "cannot accept connections now (`ulimit -n` allows more)", error);
@@ -445,6 +449,15 @@ impl Tcp {
 /// Whether there are no descriptors, or no memory for them.
 fn is_exhausted(error: Errno) -> bool {
     matches!(error, Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM)
+}
+
+/// Gives a connection to the bypass, if it is for that.
+fn bypass(cx: &Context<'_>, accepted: Accepted) -> Option<Accepted> {
+    let Some(bypass) = &cx.link.bypass else { return Some(accepted) };
+    let Accepted { socket, peer, guest_port, guest_address } = accepted;
+    let guest = guest_address.or_else(|| cx.guest_address(peer.ip().to_canonical()));
+    let socket = bypass.connection(socket, peer, guest, guest_port)?;
+    Some(Accepted { socket, peer, guest_port, guest_address })
 }
 
 /// Whether an address is everybody's: there are no connections to those.

@@ -27,6 +27,7 @@ use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use etherparse::{IpNumber, Ipv4HeaderSlice, Ipv6HeaderSlice};
@@ -110,7 +111,7 @@ impl Flow {
 #[derive(Debug)]
 struct Listener {
     forward: Forward,
-    fd: OwnedFd,
+    fd: Arc<OwnedFd>,
     queued: bool,
     failed: bool,
 }
@@ -175,11 +176,13 @@ impl Udp {
     /// The port is taken or forbidden, or there are no descriptors.
     pub(crate) fn listen(&mut self, cx: &Context<'_>, forward: &Forward) -> io::Result<SocketAddr> {
         let fd = socket::listening_udp(forward, cx.config.freebind, self.shares_ports)?;
+        // syscalls: getsockname
         let listen = SocketAddr::try_from(rustix::net::getsockname(&fd)?)?;
         let forward = Forward { listen, ..forward.clone() };
         let number = self.next_listener;
         self.next_listener = number.wrapping_add(1);
         cx.poller.add(&fd, Token::UdpListener(number), EventFlags::IN | EventFlags::ET)?;
+        let fd = Arc::new(fd);
         self.listeners.insert(number, Listener { forward, fd, queued: false, failed: false });
         Ok(listen)
     }
@@ -367,6 +370,7 @@ impl Udp {
                 Some(_) => socket::send(fd, bytes, length, None, None),
                 None => {
                     let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+                    // syscalls: sendto
                     rustix::net::send(fd, bytes, flags).map_err(io::Error::from)
                 }
             },
@@ -469,6 +473,7 @@ impl Udp {
                 }
                 continue;
             }
+            // syscalls: recvfrom
             match rustix::net::recv(fd, &mut self.buffer[..], RecvFlags::DONTWAIT) {
                 Ok((length, _)) => {
                     self.flows.touch(number, Class::BothWays, cx.now);
@@ -504,6 +509,10 @@ impl Udp {
             }
             match socket::receive(&listener.fd, &mut self.buffer) {
                 Ok(received) => {
+                    let payload = self.buffer.get(..received.length).unwrap_or_default();
+                    if bypass(cx, listener, &received, payload) {
+                        continue;
+                    }
                     let flow = flow_of(&mut self.flows, cx, &listener.forward, received.peer);
                     // A guest without an address is not there.
                     let Some((key, flow)) = flow else { continue };
@@ -548,6 +557,16 @@ impl Udp {
         while self.flows.remove_expired(now).is_some() {}
         self.flows.deadline()
     }
+}
+
+/// Gives a datagram to the bypass, if it is for that. Whether it was.
+fn bypass(cx: &Context<'_>, listener: &Listener, received: &Received, payload: &[u8]) -> bool {
+    let (Some(bypass), Some(local)) = (&cx.link.bypass, received.local) else { return false };
+    let local = SocketAddr::new(local, listener.forward.listen.port());
+    let own = || cx.guest_address(received.peer.ip().to_canonical());
+    let guest = listener.forward.guest_address.or_else(own);
+    let port = listener.forward.guest_port;
+    bypass.datagram(&listener.fd, (received.peer, local), guest, port, payload)
 }
 
 /// The flow of `peer`, as the host knows it, by a forwarded port, and its number if it is there already; `None` if the
