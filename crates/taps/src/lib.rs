@@ -6,5 +6,6 @@
 // `tun::ioctl` alone allows it.
 #![deny(unsafe_code)]
 
+pub mod pcap;
 pub mod tun;
 pub mod vnet;
