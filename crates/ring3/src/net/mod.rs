@@ -4,6 +4,7 @@
 
 pub mod command;
 pub mod control;
+pub mod isolation;
 pub mod log;
 pub mod options;
 pub mod passt;
