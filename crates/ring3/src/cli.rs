@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::net::options::ports::PortSpec;
 use crate::net::options::{PasstArgs, PastaArgs};
 
 const EXIT_STATUS: &str = "\
@@ -55,6 +56,15 @@ Examples:
 
 On such a host the guest needs a virtual machine monitor that passes KVM's own
 CPUID leaves on to it; QEMU replaces them. A kernel of your own with PVM guest support is booted by `ring3 run --kernel FILE`.";
+
+const NET_EXAMPLES: &str = "\
+Examples:
+  ring3 pasta --config-net -c /tmp/net -- sleep 1d &
+  export RING3_NET_SOCKET=/tmp/net
+  ring3 net add 8080:80                 port 8080 of the host leads to port 80
+  ring3 net add --udp 127.0.0.1/5353
+  ring3 net list
+  ring3 net remove 8080                 wherever it leads to";
 
 const SELFTEST_STATUS: &str = "\
 Exit status:
@@ -110,6 +120,15 @@ pub enum Task {
     /// the host's addresses.
     #[command(infer_long_args = true)]
     Passt(Box<PasstArgs>),
+    /// List, add or remove the forwarded ports of a running network
+    ///
+    /// The network is that of `ring3 pasta -c PATH`, `ring3 passt -c PATH` or `ring3 run --net-control PATH`.
+    #[command(after_long_help = NET_EXAMPLES)]
+    Net {
+        /// What to do.
+        #[command(subcommand)]
+        task: NetTask,
+    },
     /// Print a completion script for a shell
     ///
     /// For example: ring3 completions bash > ~/.local/share/bash-completion/completions/ring3
@@ -295,6 +314,51 @@ pub enum KernelTask {
         #[arg(required = true, value_name = "VERSION")]
         versions: Vec<String>,
     },
+}
+
+/// The subcommands of `ring3 net`.
+#[derive(Debug, Subcommand)]
+pub enum NetTask {
+    /// Print the ports that are forwarded, each as it could be added
+    List {
+        /// Which network.
+        #[command(flatten)]
+        network: NetworkArgs,
+    },
+    /// Forward more ports
+    Add {
+        /// Which ports of which network.
+        #[command(flatten)]
+        ports: NetPortsArgs,
+    },
+    /// End the forwarding of ports, and the connections that came by them
+    Remove {
+        /// Which ports of which network.
+        #[command(flatten)]
+        ports: NetPortsArgs,
+    },
+}
+
+/// A running network.
+#[derive(Debug, Args)]
+pub struct NetworkArgs {
+    /// Control socket of the network [default: $RING3_NET_SOCKET]
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+}
+
+/// Ports of a running network.
+#[derive(Debug, Args)]
+pub struct NetPortsArgs {
+    /// The network.
+    #[command(flatten)]
+    pub network: NetworkArgs,
+    /// UDP ports, not TCP ports
+    #[arg(short, long)]
+    pub udp: bool,
+    /// Ports of the host and where they lead, as for `pasta -t`: 8080:80, 127.0.0.1/2000-2010, all,~22
+    #[arg(value_name = "SPEC", required = true)]
+    pub specs: Vec<PortSpec>,
 }
 
 /// The subcommands of `ring3 pvm`.
