@@ -30,9 +30,11 @@ pub(crate) fn set_up(network: Option<&Network>) {
         Ok(found) => found,
         Err(error) => return say("find the network card: the kernel may lack virtio_net", error),
     };
-    // The addresses are given, and nobody else on this link has them. A kernel without IPv6 has no such files.
-    for (setting, value) in [("accept_ra", "0"), ("accept_dad", "0")] {
-        let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{name}/{setting}"), value);
+    if !network.addresses.is_empty() {
+        // The addresses are given, and nobody else on this link has them. A kernel without IPv6 has no such files.
+        for setting in ["accept_ra", "accept_dad"] {
+            let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{name}/{setting}"), "0");
+        }
     }
     if let Err(error) = netlink.up(interface, Some(network.mtu.into())) {
         say(&format!("bring up {name}"), error);

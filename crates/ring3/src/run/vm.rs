@@ -19,6 +19,7 @@ use virtio::fs::{DEFAULT_TIMEOUT, Fs, FsConfig, FsError};
 use virtio::rng::Rng;
 
 use super::isolation::{Confined, Measures};
+use super::network::Network;
 use super::spec::{OpenDisk, Outcome, Ports, VmSpec};
 use super::stats;
 use crate::cli::{self, Boot};
@@ -108,6 +109,13 @@ pub fn launch(spec: VmSpec) -> Result<Outcome, VmError> {
         machine.add_virtio(Box::new(block(disk)?))?;
     }
     machine.add_virtio(Box::new(Rng::new()))?;
+    let network = match spec.network.map(Network::into_parts) {
+        Some((device, host)) => {
+            machine.add_virtio(Box::new(device))?;
+            Some(host)
+        }
+        None => None,
+    };
     machine.load(&image, spec.boot.into(), spec.initramfs.as_deref(), &spec.command_line)?;
     drop(image);
     drop(spec.initramfs);
@@ -134,9 +142,14 @@ pub fn launch(spec: VmSpec) -> Result<Outcome, VmError> {
         spec.notes.say(format_args!("isolation: {isolation}"));
     }
 
+    let served = network.map(|host| host.start(&spec.notes)).transpose().map_err(VmError::Thread)?;
     let memory = std::sync::Arc::clone(machine.memory());
     let built = begin.elapsed();
+    // When it returns, the guest's last frames have been taken.
     let (ended, counted) = machine.run()?;
+    if let Some(served) = served {
+        served.stop();
+    }
     if let Some(text) = &spec.stats {
         let report = stats::report(&stats::Run {
             engine: spec.engine.name(),
