@@ -28,6 +28,7 @@ mod network;
 mod packet;
 mod poller;
 mod socket;
+pub mod splice;
 pub mod stats;
 pub mod tap;
 mod tcp;
