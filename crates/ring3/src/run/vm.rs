@@ -19,7 +19,7 @@ use virtio::fs::{DEFAULT_TIMEOUT, Fs, FsConfig, FsError};
 use virtio::rng::Rng;
 
 use super::isolation::{Confined, Measures};
-use super::network::Network;
+use super::network::{Network, Served};
 use super::spec::{OpenDisk, Outcome, Ports, VmSpec};
 use super::stats;
 use crate::cli::{self, Boot};
@@ -147,9 +147,7 @@ pub fn launch(spec: VmSpec) -> Result<Outcome, VmError> {
     let built = begin.elapsed();
     // When it returns, the guest's last frames have been taken.
     let (ended, counted) = machine.run()?;
-    if let Some(served) = served {
-        served.stop();
-    }
+    let network = served.and_then(Served::stop);
     if let Some(text) = &spec.stats {
         let report = stats::report(&stats::Run {
             engine: spec.engine.name(),
@@ -160,6 +158,7 @@ pub fn launch(spec: VmSpec) -> Result<Outcome, VmError> {
             touched: stats::touched(&memory),
             peak: spec.status.and_then(stats::peak),
             counted: &counted,
+            network,
         });
         *text.lock().unwrap_or_else(PoisonError::into_inner) = report;
     }

@@ -21,6 +21,7 @@ use rustix::net::{AddressFamily, SocketType};
 use taps::tun::{self, Tun};
 use usernet::Config;
 use usernet::config::{Forward, Transport};
+use usernet::stats::Stats;
 use usernet::tap::Tap;
 use virtio::net::{Net, NetConfig, QueueTap};
 
@@ -98,8 +99,8 @@ impl std::fmt::Debug for Network {
 }
 
 /// A network that is being served.
-pub struct Served {
-    stop: Box<dyn FnOnce() + Send>,
+pub(super) struct Served {
+    stop: Box<dyn FnOnce() -> Option<Stats> + Send>,
     thread: JoinHandle<()>,
 }
 
@@ -243,12 +244,21 @@ impl Serve {
                     let transport = if transport == Transport::Tcp { "TCP" } else { "UDP" };
                     notes.say(format_args!("{transport} port {listen} leads to the guest's {guest_port}"));
                 }
-                Ok(Served { stop: Box::new(move || handle.stop()), thread })
+                let stop = Box::new(move || {
+                    let stats = handle.stats().ok();
+                    handle.stop();
+                    stats
+                });
+                Ok(Served { stop, thread })
             }
             Service::Bridge(bridge) => {
-                let stop = bridge.stopper();
+                let stopper = bridge.stopper();
                 let thread = spawn(move || bridge.run())?;
-                Ok(Served { stop: Box::new(move || stop.signal()), thread })
+                let stop = Box::new(move || {
+                    stopper.signal();
+                    None
+                });
+                Ok(Served { stop, thread })
             }
         }
     }
@@ -263,10 +273,11 @@ fn spawn(run: impl FnOnce() -> io::Result<()> + Send + 'static) -> io::Result<Jo
 }
 
 impl Served {
-    /// Ends it, when the guest has ended.
-    pub(super) fn stop(self) {
-        (self.stop)();
+    /// Ends it, when the guest has ended. Returns what an engine has counted.
+    pub(super) fn stop(self) -> Option<Stats> {
+        let stats = (self.stop)();
         // It has said by itself what there was to say.
         let _ = self.thread.join();
+        stats
     }
 }
