@@ -10,6 +10,8 @@ use std::time::Duration;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::net::options::{PasstArgs, PastaArgs};
+
 pub use network::{Link, Publish};
 
 const EXIT_STATUS: &str = "\
@@ -104,6 +106,20 @@ pub enum Task {
         #[command(subcommand)]
         task: PvmTask,
     },
+    /// Give a network namespace the host's network
+    ///
+    /// Runs a command (without one: a shell) in new user and network namespaces, or attaches to existing ones. Inside
+    /// is a tap device; outside, each flow is one ordinary socket. There is no address translation: the namespace
+    /// has the host's addresses.
+    #[command(infer_long_args = true)]
+    Pasta(Box<PastaArgs>),
+    /// Give a virtual machine the host's network, by a UNIX socket
+    ///
+    /// Listens on a UNIX socket for QEMU (`-netdev stream`) or, with --vhost-user, for any vhost-user front end. Each of
+    /// the guest's flows is one ordinary socket of the host's. There is no address translation: the guest has
+    /// the host's addresses.
+    #[command(infer_long_args = true)]
+    Passt(Box<PasstArgs>),
     /// Print a completion script for a shell
     ///
     /// For example: ring3 completions bash > ~/.local/share/bash-completion/completions/ring3

@@ -1,17 +1,27 @@
 //! The `ring3` program: reads the command line and turns every outcome into an exit status.
 
+use std::ffi::OsString;
 use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory, Parser};
 use ring3::cli::{Cli, KernelTask, PvmTask, Task};
+use ring3::net::command::{self, CommandError, Invocation};
 use ring3::{kernel, pvm_guest, run};
 
 /// ring3's own failures; the numbers of a run are in `ring3 run --help`.
 const FAILED: u8 = 125;
 
+/// Those of `pasta` and `passt`, which upstream's callers know.
+const NET_FAILED: u8 = 1;
+
 fn main() -> ExitCode {
+    let words: Vec<OsString> = std::env::args_os().collect();
+    if let Some(invocation) = Invocation::of(&words) {
+        let name = invocation.front_end.name();
+        return finish_net(name, invocation.run());
+    }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return answer_or_complain(&error),
@@ -29,6 +39,9 @@ fn main() -> ExitCode {
         Task::Pvm { task: PvmTask::Guest { output } } => {
             pvm_guest::write(&output).map(|()| 0).map_err(Into::into)
         }
+        // `Invocation::of` finds them first; they are in `Cli` for its help, man pages and completions.
+        Task::Pasta(args) => return finish_net("pasta", command::serve_pasta(*args)),
+        Task::Passt(args) => return finish_net("passt", command::serve_passt(*args)),
         Task::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "ring3", &mut io::stdout());
             Ok(0)
@@ -38,8 +51,29 @@ fn main() -> ExitCode {
     match result {
         Ok(status) => ExitCode::from(status),
         Err(error) => {
-            complain(&*error);
+            complain("ring3", &*error);
             ExitCode::from(FAILED)
+        }
+    }
+}
+
+/// The exit status of `pasta` or `passt`.
+fn finish_net(name: &str, result: Result<u8, CommandError>) -> ExitCode {
+    match result {
+        Ok(status) => ExitCode::from(status),
+        Err(CommandError::Usage(error)) if !error.use_stderr() => {
+            // Nobody may be reading.
+            let _ = error.print();
+            ExitCode::SUCCESS
+        }
+        Err(CommandError::Usage(error)) => {
+            let text = error.render().to_string();
+            eprint!("{name}: {}", text.strip_prefix("error: ").unwrap_or(&text));
+            ExitCode::from(NET_FAILED)
+        }
+        Err(error) => {
+            complain(name, &error);
+            ExitCode::from(NET_FAILED)
         }
     }
 }
@@ -57,8 +91,8 @@ fn start_log() {
 type Failure = Box<dyn std::error::Error>;
 
 /// One line for what went wrong, then one for each cause.
-fn complain(error: &dyn std::error::Error) {
-    eprintln!("ring3: {error}");
+fn complain(name: &str, error: &dyn std::error::Error) {
+    eprintln!("{name}: {error}");
     let mut cause = error.source();
     while let Some(error) = cause {
         eprintln!("  because: {error}");

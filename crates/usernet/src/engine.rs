@@ -30,6 +30,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use crate::claims::Claims;
 use crate::config::{Config, Forward, MacAddress, Transport};
 use crate::context::{Context, Link};
+use crate::forward::explained;
 use crate::frame::IcmpError;
 use crate::group::{self, Group, Guest, Letter, Member};
 use crate::icmp::Ping;
@@ -55,6 +56,7 @@ enum Command {
     Remove(Forward, Sender<bool>),
     List(Sender<Vec<Forward>>),
     Stats(Sender<Stats>),
+    Reconfigure(Box<Config>, Sender<()>),
     Stop,
 }
 
@@ -121,6 +123,20 @@ impl Handle {
     pub fn forwards(&self) -> io::Result<Vec<Forward>> {
         // All have the same.
         self.engines.first().map_or(Ok(Vec::new()), |door| ask(door, Command::List))
+    }
+
+    /// Gives the guest another network while it runs: addresses, gateways, resolvers, names, MTU, services, and what
+    /// outbound sockets are bound to. The Ethernet addresses and the forwarded ports stay as they are, and flows go on.
+    ///
+    /// The guest learns of IPv6 by a router advertisement at once, and of IPv4 when it renews its lease.
+    ///
+    /// # Errors
+    /// `BrokenPipe` if the engine has ended.
+    pub fn reconfigure(&self, config: Config) -> io::Result<()> {
+        for door in self.engines.iter() {
+            ask(door, |reply| Command::Reconfigure(Box::new(config.clone()), reply))?;
+        }
+        Ok(())
     }
 
     /// What the engines have counted, together.
@@ -203,11 +219,8 @@ impl Engine {
         }
         for mut forward in config.forwards {
             for engine in &mut engines {
-                let listen = forward.listen;
                 // The first finds the port that the others share.
-                forward = engine.add_forward(forward).map_err(|error| {
-                    io::Error::new(error.kind(), format!("cannot listen on {listen}: {error}"))
-                })?;
+                forward = engine.add_forward(forward)?;
             }
         }
         Ok(engines)
@@ -378,21 +391,37 @@ impl Engine {
                 Command::Stats(reply) => {
                     let _ = reply.send(self.stats());
                 }
+                Command::Reconfigure(config, reply) => {
+                    self.reconfigure(*config);
+                    let _ = reply.send(());
+                }
                 Command::Stop => self.stopped = true,
             }
         }
     }
 
+    pub(crate) fn reconfigure(&mut self, config: Config) {
+        let forwards = std::mem::take(&mut self.config.forwards);
+        let Config { guest_mac, gateway_mac, .. } = self.config;
+        let config = Config { guest_mac, gateway_mac, forwards, ..config };
+        let old = std::mem::replace(&mut self.config, config);
+        self.link.reconfigured(&self.config);
+        self.udp.reconfigured(&old, &self.config);
+        self.ndp.reconfigured(&old, &self.config, self.now());
+    }
+
     pub(crate) fn add_forward(&mut self, forward: Forward) -> io::Result<Forward> {
         if self.config.forwards.contains(&forward) {
-            return Err(io::ErrorKind::AlreadyExists.into());
+            let error = format!("{:?} {} is forwarded already", forward.transport, forward.listen);
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, error));
         }
         let now = self.now();
         let cx = Context { config: &self.config, link: &mut self.link, poller: &self.poller, now };
         let listen = match forward.transport {
-            Transport::Tcp => self.tcp.listen(cx.poller, &forward)?,
-            Transport::Udp => self.udp.listen(&cx, &forward)?,
+            Transport::Tcp => self.tcp.listen(&cx, &forward),
+            Transport::Udp => self.udp.listen(&cx, &forward),
         };
+        let listen = listen.map_err(|error| explained(&forward, &error))?;
         let forward = Forward { listen, ..forward };
         self.config.forwards.push(forward.clone());
         Ok(forward)
@@ -578,6 +607,7 @@ fn learn(cx: &mut Context<'_>, frame: &Frame<'_>) {
             if let Some(family) = cx.config.ipv4
                 && !source.is_unspecified()
                 && source != family.gateway
+                && !cx.is_ours(source.into())
             {
                 cx.link.guest_v4 = Some(source);
             }
@@ -587,6 +617,7 @@ fn learn(cx: &mut Context<'_>, frame: &Frame<'_>) {
                 && !source.is_unspecified()
                 && !source.is_unicast_link_local()
                 && source != family.gateway
+                && !cx.is_ours(source.into())
             {
                 cx.link.guest_v6 = Some(source);
             }

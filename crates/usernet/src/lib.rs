@@ -19,6 +19,8 @@ mod dhcp;
 mod dhcpv6;
 mod engine;
 mod flow;
+pub mod follow;
+mod forward;
 mod frame;
 mod group;
 mod host;
@@ -39,7 +41,7 @@ mod tests;
 
 pub use config::Config;
 pub use engine::{Engine, Handle};
-pub use host::{ALONE, GATEWAY_MAC};
+pub use host::{ALONE, ALONE_V6, GATEWAY_MAC, HostNetwork, Interface, Template};
 pub use network::Network;
 mod udp;
 mod warn;

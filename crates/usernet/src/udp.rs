@@ -32,8 +32,8 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 
 use crate::claims::Claims;
-use crate::config::Forward;
-use crate::context::Context;
+use crate::config::{Config, Forward};
+use crate::context::{Context, RESOLVER_PORTS};
 use crate::flow::{Class, FlowTable, Patience};
 use crate::frame::{HOP_LIMIT, IcmpError, quoted_udp};
 use crate::packet::{Addresses, UdpView};
@@ -160,7 +160,8 @@ impl Udp {
     /// # Errors
     /// The port is taken or forbidden, or there are no descriptors.
     pub(crate) fn listen(&mut self, cx: &Context<'_>, forward: &Forward) -> io::Result<SocketAddr> {
-        let fd = socket::listening_udp(forward.listen, self.shares_ports)?;
+        let fd = socket::listening_udp(forward, cx.config.freebind, self.shares_ports)?;
+        // syscalls: getsockname
         let listen = SocketAddr::try_from(rustix::net::getsockname(&fd)?)?;
         let forward = Forward { listen, ..forward.clone() };
         let number = self.next_listener;
@@ -180,8 +181,19 @@ impl Udp {
         };
         self.listeners.remove(&number);
         self.flows
-            .remove_if(|flow| matches!(flow.way, Way::Forwarded { listener, .. } if listener == number));
+            .remove_if(|_, flow| matches!(flow.way, Way::Forwarded { listener, .. } if listener == number));
         true
+    }
+
+    /// The guest's network is another: ends the flows to resolvers that may be others now.
+    pub(crate) fn reconfigured(&mut self, old: &Config, new: &Config) {
+        if old.dns_forward == new.dns_forward {
+            return;
+        }
+        self.flows.remove_if(|key, _| {
+            RESOLVER_PORTS.contains(&key.remote.port())
+                && old.dns_forward.iter().any(|(inside, _)| *inside == key.remote.ip())
+        });
     }
 
     /// A datagram from the guest.
@@ -215,13 +227,14 @@ impl Udp {
     /// Makes a flow of the guest's own.
     fn open(&mut self, cx: &mut Context<'_>, key: Key) -> io::Result<u32> {
         let peer = cx.outside(key.remote);
-        let fd = match socket::connected_udp(peer, key.guest.port()) {
+        let binding = cx.binding(peer.ip());
+        let fd = match socket::connected_udp(peer, key.guest.port(), &binding) {
             Err(error) if is_exhausted(&error) && self.flows.remove_oldest().is_some() => {
                 cx.link.stats.evicted += 1;
                 cx.link
                     .warnings
                     .warn(cx.now, &format_args!("the oldest UDP flow makes room for a new one: {error}"));
-                socket::connected_udp(peer, key.guest.port())?
+                socket::connected_udp(peer, key.guest.port(), &cx.binding(peer.ip()))?
             }
             result => result?,
         };
@@ -257,6 +270,7 @@ impl Udp {
                     socket::set_hop_limit(fd, datagram.ip.addresses.is_v6(), hops);
                 }
                 let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+                // syscalls: sendto
                 let mut result = rustix::net::send(fd, datagram.payload, flags);
                 if matches!(result, Err(error) if is_pending(error)) {
                     // The error of an earlier datagram, which took this one's place.
@@ -382,6 +396,7 @@ impl Udp {
                 }
                 continue;
             }
+            // syscalls: recvfrom
             match rustix::net::recv(fd, &mut self.buffer[..], RecvFlags::DONTWAIT) {
                 Ok((length, _)) => {
                     self.flows.touch(number, Class::BothWays, cx.now);
@@ -400,12 +415,12 @@ impl Udp {
                 return Drained::No;
             }
             let Some(listener) = self.listeners.get_mut(&number) else { return Drained::Yes };
-            let guest_port = listener.forward.guest_port;
             if listener.failed {
                 match socket::next_error(&listener.fd, &mut self.buffer) {
                     Some(error) => {
                         if let Some(peer) = error.destination
-                            && let Some(key) = key_of(cx, peer, guest_port)
+                            && let Some((key, Some(_))) =
+                                flow_of(&mut self.flows, cx, &listener.forward, peer)
                         {
                             let payload = self.buffer.get(..error.length).unwrap_or_default();
                             tell(cx, key, error.error, error.offender, payload);
@@ -421,9 +436,11 @@ impl Udp {
                     if bypass(cx, listener, &received, payload) {
                         continue;
                     }
-                    // A guest without that family has nobody there.
-                    let Some(key) = key_of(cx, received.peer, guest_port) else { continue };
-                    self.note_peer(cx, key, number, received.peer, received.local);
+                    let flow = flow_of(&mut self.flows, cx, &listener.forward, received.peer);
+                    // A guest without an address is not there.
+                    let Some((key, flow)) = flow else { continue };
+                    let Received { peer, local, .. } = received;
+                    self.note_peer(cx, key, flow, Way::Forwarded { listener: number, peer, local });
                     deliver(cx, key, self.buffer.get(..received.length).unwrap_or_default());
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Drained::Yes,
@@ -434,16 +451,8 @@ impl Udp {
     }
 
     /// A datagram came by a forwarded port: makes its flow or keeps it alive.
-    fn note_peer(
-        &mut self,
-        cx: &mut Context<'_>,
-        key: Key,
-        listener: u32,
-        peer: SocketAddr,
-        local: Option<IpAddr>,
-    ) {
-        let way = Way::Forwarded { listener, peer, local };
-        let Some(number) = self.flows.find(&key) else {
+    fn note_peer(&mut self, cx: &mut Context<'_>, key: Key, number: Option<u32>, way: Way) {
+        let Some(number) = number else {
             self.insert(cx, key, Flow { way, hop_limit: HOP_LIMIT, queued: false, failed: false });
             return;
         };
@@ -452,7 +461,7 @@ impl Udp {
         if let Some((_, flow)) = self.flows.get_mut(number)
             && matches!(flow.way, Way::Forwarded { .. })
         {
-            // Several of the host's own addresses are one to the guest: it answers the last that spoke.
+            // Several of the host's own addresses are one to the peer: it is answered from the last that it spoke to.
             flow.way = way;
         }
     }
@@ -477,15 +486,50 @@ impl Udp {
 fn bypass(cx: &Context<'_>, listener: &Listener, received: &Received, payload: &[u8]) -> bool {
     let (Some(bypass), Some(local)) = (&cx.link.bypass, received.local) else { return false };
     let local = SocketAddr::new(local, listener.forward.listen.port());
-    let guest = cx.guest_address(received.peer.ip().to_canonical());
+    let own = || cx.guest_address(received.peer.ip().to_canonical());
+    let guest = listener.forward.guest_address.or_else(own);
     let port = listener.forward.guest_port;
     bypass.datagram(&listener.fd, (received.peer, local), guest, port, payload)
 }
 
-/// The flow of `peer`, as the host knows it, with the guest's `port`.
-fn key_of(cx: &Context<'_>, peer: SocketAddr, port: u16) -> Option<Key> {
-    let remote = cx.inside(peer);
-    Some(Key { guest: SocketAddr::new(cx.guest_address(remote.ip())?, port), remote })
+/// The flow of `peer`, as the host knows it, by a forwarded port, and its number if it is there already; `None` if the
+/// guest has no address.
+///
+/// Several peers may look the same to the guest. Then those that come later have other ports; when that does not help
+/// either, the guest answers the last that spoke.
+fn flow_of(
+    flows: &mut FlowTable<Key, Flow>,
+    cx: &Context<'_>,
+    forward: &Forward,
+    peer: SocketAddr,
+) -> Option<(Key, Option<u32>)> {
+    /// Ports that are tried.
+    const ATTEMPTS: u16 = 8;
+    /// Between two of them. Any odd number visits all ports.
+    const STEP: u16 = 0x6a25;
+    let (guest, remote) = cx.arrival(peer, forward.guest_address)?;
+    let key = |attempt: u16| {
+        let port = match remote.port().wrapping_add(attempt.wrapping_mul(STEP)) {
+            0 => STEP,
+            port => port,
+        };
+        Key { guest: SocketAddr::new(guest, forward.guest_port), remote: SocketAddr::new(remote.ip(), port) }
+    };
+    for key in (0..ATTEMPTS).map(key) {
+        let Some(number) = flows.find(&key) else {
+            // Among several engines, the kernel gives each peer to one of them for good.
+            if flows.elsewhere(&key).is_some() {
+                continue;
+            }
+            return Some((key, None));
+        };
+        match flows.get_mut(number) {
+            Some((_, Flow { way: Way::Forwarded { peer: other, .. }, .. })) if *other != peer => {}
+            _ => return Some((key, Some(number))),
+        }
+    }
+    let key = key(0);
+    Some((key, flows.find(&key)))
 }
 
 /// The flow of a datagram that the guest was sent, from the beginning of its packet.

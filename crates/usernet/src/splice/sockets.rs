@@ -78,6 +78,7 @@ impl Sockets for Here {
             Transport::Tcp => SocketType::STREAM,
             Transport::Udp => SocketType::DGRAM,
         };
+        // syscalls(pasta): socket setsockopt
         Ok(socket_with(family, socket_type, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC, None)?)
     }
 
@@ -93,11 +94,12 @@ impl Sockets for Here {
             sockopt::set_ipv6_v6only(&fd, !address.ip().is_unspecified())?;
         }
         if let Some(interface) = interface {
-            crate::socket::bind_to_interface(&fd, interface)?;
+            crate::socket::bind_interface(&fd, interface)?;
         }
         match transport {
             Transport::Tcp => {
                 sockopt::set_socket_reuseaddr(&fd, true)?;
+                // syscalls(pasta): bind listen
                 bind(&fd, &address)?;
                 listen(&fd, BACKLOG)?;
             }

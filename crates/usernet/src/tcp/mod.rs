@@ -66,7 +66,7 @@ use crate::claims::Claims;
 use crate::config::Forward;
 use crate::context::Context;
 use crate::packet::Addresses;
-use crate::poller::{Poller, Token};
+use crate::poller::Token;
 use crate::tap::Sent;
 pub(crate) use emit::Ends;
 use flow::{EVENTS, Fate, Flow};
@@ -169,8 +169,8 @@ impl Tcp {
     ///
     /// # Errors
     /// When it cannot: the port is taken, or not allowed.
-    pub(crate) fn listen(&mut self, poller: &Poller, forward: &Forward) -> io::Result<SocketAddr> {
-        self.listeners.add(poller, forward)
+    pub(crate) fn listen(&mut self, cx: &Context<'_>, forward: &Forward) -> io::Result<SocketAddr> {
+        self.listeners.add(cx, forward)
     }
 
     /// Stops to listen for a forward, named as [`Self::listen`] bound it. Its connections go on.
@@ -305,11 +305,11 @@ impl Tcp {
             self.warn(cx.now, "too many TCP flows", Errno::NOBUFS);
             return false;
         }
-        let mut connected = flow::connect(to);
+        let mut connected = flow::connect(to, &cx.binding(to.ip()));
         if let Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) = connected
             && self.evict_half_open(cx)
         {
-            connected = flow::connect(to);
+            connected = flow::connect(to, &cx.binding(to.ip()));
         }
         let socket = match connected {
             Ok(socket) => socket,
@@ -336,9 +336,8 @@ impl Tcp {
 
     /// A connection to the host leads to the guest.
     fn adopt(&mut self, cx: &mut Context<'_>, accepted: Accepted) {
-        let Accepted { socket, peer, guest_port } = accepted;
-        let peer = cx.inside(peer);
-        let Some(guest) = cx.guest_address(peer.ip()) else { return };
+        let Accepted { socket, peer, guest_address, guest_port } = accepted;
+        let Some((guest, peer)) = cx.arrival(peer, guest_address) else { return };
         if !self.make_room(cx) {
             self.warn(cx.now, "too many TCP flows", Errno::NOBUFS);
             return;
@@ -425,10 +424,10 @@ impl Tcp {
 /// Gives a connection to the bypass, if it is for that.
 fn bypass(cx: &Context<'_>, accepted: Accepted) -> Option<Accepted> {
     let Some(bypass) = &cx.link.bypass else { return Some(accepted) };
-    let Accepted { socket, peer, guest_port } = accepted;
-    let guest = cx.guest_address(peer.ip().to_canonical());
+    let Accepted { socket, peer, guest_port, guest_address } = accepted;
+    let guest = guest_address.or_else(|| cx.guest_address(peer.ip().to_canonical()));
     let socket = bypass.connection(socket, peer, guest, guest_port)?;
-    Some(Accepted { socket, peer, guest_port })
+    Some(Accepted { socket, peer, guest_port, guest_address })
 }
 
 /// Whether an address is everybody's: there are no connections to those.

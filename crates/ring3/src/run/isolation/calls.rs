@@ -3,7 +3,7 @@
 //! # Theory of operation
 //! Two filters, on all threads. The first ends the process at a call that only somebody else's code can want in
 //! it ([`FATAL`]): starting a program, a look into another process, a mount, and where the guest has no network of
-//! the kind `user`, a socket ([`FATAL_WITHOUT_NETWORK`]). The second lets through what
+//! the kind `user`, a socket. The second lets through what
 //! [`allowed`] lists, where it matters by its arguments too, and answers every other call with ENOSYS: the
 //! libraries below us take that as an older kernel's answer and do without, so that a new version of one of them
 //! does not end the run.
@@ -12,7 +12,7 @@
 //!
 //! A call that is missing shows in `strace -f ring3 run ...` as an ENOSYS that goes away with `--isolation off`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use libc::c_long;
 use seccompiler::{
@@ -23,15 +23,15 @@ use seccompiler::{
 use super::Use;
 
 /// A condition on one argument: its bits under `mask` are `value`.
-struct Arg {
+pub(crate) struct Arg {
     /// Its number, from 0.
-    index: u8,
-    mask: u64,
-    value: u64,
+    pub(crate) index: u8,
+    pub(crate) mask: u64,
+    pub(crate) value: u64,
 }
 
 /// An argument of type `int`, whose upper half the kernel ignores.
-const INT: u64 = 0xffff_ffff;
+pub(crate) const INT: u64 = 0xffff_ffff;
 /// A pointer or a `long`.
 const LONG: u64 = u64::MAX;
 
@@ -88,7 +88,7 @@ fn network() -> Vec<Call> {
             ],
         ),
         // From sockets that are not connected, and what is said about them.
-        all(&[libc::SYS_sendmsg, libc::SYS_recvmsg, libc::SYS_sendmmsg, libc::SYS_recvmmsg]),
+        all(&[libc::SYS_sendmsg, libc::SYS_recvmsg]),
     ]
     .into_iter()
     .flatten()
@@ -175,12 +175,8 @@ fn allowed(pid: u32, uses: Use) -> Vec<Call> {
     .collect()
 }
 
-/// Calls that only the guest's network makes.
-const FATAL_WITHOUT_NETWORK: [c_long; 4] =
-    [libc::SYS_socket, libc::SYS_connect, libc::SYS_bind, libc::SYS_accept4];
-
 /// No part of ring3 that still runs, and no library below it, makes these calls.
-const FATAL: [c_long; 59] = [
+pub(crate) const FATAL: [c_long; 63] = [
     // Other programs and processes.
     libc::SYS_execve,
     libc::SYS_execveat,
@@ -194,9 +190,13 @@ const FATAL: [c_long; 59] = [
     libc::SYS_pidfd_getfd,
     libc::SYS_pidfd_send_signal,
     libc::SYS_kcmp,
-    // New ports of the host.
+    // Network, and local sockets.
+    libc::SYS_socket,
+    libc::SYS_connect,
+    libc::SYS_bind,
     libc::SYS_listen,
     libc::SYS_accept,
+    libc::SYS_accept4,
     // Mounts and namespaces.
     libc::SYS_mount,
     libc::SYS_umount2,
@@ -248,13 +248,10 @@ const FATAL: [c_long; 59] = [
     libc::SYS_iopl,
 ];
 
-/// The calls that end the process.
-fn fatal(uses: Use) -> impl Iterator<Item = c_long> {
-    let network: &[c_long] = match uses {
-        Use::Nothing => &FATAL_WITHOUT_NETWORK,
-        Use::Sockets => &[],
-    };
-    FATAL.iter().chain(network).copied()
+/// The calls that end the process: those that this run makes all the same are none of them.
+fn fatal(uses: Use) -> Vec<c_long> {
+    let allowed: BTreeSet<c_long> = allowed(0, uses).iter().map(|call| call.number).collect();
+    FATAL.iter().copied().filter(|number| !allowed.contains(number)).collect()
 }
 
 /// Puts the filters on all threads of the process.
@@ -267,7 +264,7 @@ pub(super) fn filter(uses: Use) -> Result<(), seccompiler::Error> {
 }
 
 fn fatal_program(uses: Use) -> Result<BpfProgram, BackendError> {
-    let rules = fatal(uses).map(|number| (number, Vec::new())).collect();
+    let rules = fatal(uses).into_iter().map(|number| (number, Vec::new())).collect();
     program(rules, SeccompAction::Allow, SeccompAction::KillProcess)
 }
 
@@ -284,7 +281,8 @@ fn allowed_program(pid: u32, uses: Use) -> Result<BpfProgram, BackendError> {
     program(rules, unknown, SeccompAction::Allow)
 }
 
-fn conditions(args: &[Arg]) -> Result<Vec<SeccompCondition>, BackendError> {
+/// The conditions for a rule.
+pub(crate) fn conditions(args: &[Arg]) -> Result<Vec<SeccompCondition>, BackendError> {
     let condition = |arg: &Arg| {
         let len = if arg.mask > INT { SeccompCmpArgLen::Qword } else { SeccompCmpArgLen::Dword };
         SeccompCondition::new(arg.index, len, SeccompCmpOp::MaskedEq(arg.mask), arg.value)
@@ -292,7 +290,8 @@ fn conditions(args: &[Arg]) -> Result<Vec<SeccompCondition>, BackendError> {
     args.iter().map(condition).collect()
 }
 
-fn program(
+/// A filter that does `listed` at the calls that `rules` has, and `otherwise` at others.
+pub(crate) fn program(
     rules: BTreeMap<i64, Vec<SeccompRule>>,
     otherwise: SeccompAction,
     listed: SeccompAction,
@@ -303,8 +302,6 @@ fn program(
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-
     use super::*;
 
     const USES: [Use; 2] = [Use::Nothing, Use::Sockets];
@@ -317,9 +314,21 @@ mod tests {
             let unique: BTreeSet<c_long> = always.iter().map(|call| call.number).collect();
             assert_eq!(unique.len(), always.len(), "listed twice");
             assert!(limited.iter().all(|call| !unique.contains(&call.number)), "limited, and not limited");
-            let fatal: Vec<c_long> = fatal(uses).collect();
+            let fatal = fatal(uses);
             assert!(calls.iter().all(|call| !fatal.contains(&call.number)), "allowed, and fatal");
             assert_eq!(fatal.iter().collect::<BTreeSet<_>>().len(), fatal.len(), "fatal twice");
+            assert_eq!(FATAL.len() - fatal.len(), if uses == Use::Nothing { 0 } else { 4 });
+        }
+    }
+
+    /// What the engine calls is tagged beside the calls.
+    #[test]
+    fn the_network_can_do_what_its_tags_say() {
+        // While it is made, and not once the guest runs.
+        let before = [libc::SYS_listen, libc::SYS_inotify_init1, libc::SYS_inotify_add_watch];
+        let allowed: BTreeSet<c_long> = allowed(1, Use::Sockets).iter().map(|call| call.number).collect();
+        for (name, number) in crate::net::isolation::for_all_modes() {
+            assert!(allowed.contains(&number) || before.contains(&number), "{name}");
         }
     }
 
@@ -333,7 +342,7 @@ mod tests {
             let limited = count(calls.iter().filter(|c| !c.when.is_empty()).map(|c| c.number).collect());
             let allowed =
                 format!("{network} {total} system calls, {limited} of them only with certain arguments");
-            let fatal = format!("{network} {} system calls that nobody", fatal(uses).count());
+            let fatal = format!("{network} {} system calls that nobody", fatal(uses).len());
             for words in [allowed, fatal] {
                 assert!(text.contains(&words), "docs/isolation.md does not say: {words}");
             }

@@ -20,7 +20,7 @@
 //!
 //! `docs/isolation.md` has the threat model.
 
-mod calls;
+pub(crate) mod calls;
 mod descriptors;
 mod files;
 

@@ -5,6 +5,10 @@
 //! resolvers are read, and the ports that lead into the guest are listened to, so that one that is taken ends the
 //! run before the guest boots. After that the engine opens sockets, and nothing else.
 //!
+//! **The host's network may change** while the guest runs. The guest's addresses are names between it and the engine, and
+//! stay; its sockets go where the host's routes lead then. Its resolvers stay too, for it was told once; what it asks them
+//! goes to the ones that the host has now.
+//!
 //! With a tap device there is no engine: frames pass as they are ([`bridge`]).
 
 mod bridge;
@@ -19,10 +23,11 @@ use cpu::GuestRam;
 use guest_init::spec;
 use rustix::net::{AddressFamily, SocketType};
 use taps::tun::{self, Tun};
-use usernet::Config;
 use usernet::config::{Forward, Transport};
+use usernet::follow::{Follower, Following};
 use usernet::stats::Stats;
 use usernet::tap::Tap;
+use usernet::{Config, HostNetwork, Template};
 use virtio::net::{Net, NetConfig, QueueTap};
 
 use super::isolation::Use;
@@ -79,10 +84,40 @@ fn advice(error: &io::Error) -> &'static str {
 enum Service {
     Engine {
         network: usernet::Network,
+        changes: Changes,
         /// Whether to say where the guest's ports are.
         announce: bool,
     },
     Bridge(Bridge<QueueTap<Arc<GuestRam>>, Tun>),
+}
+
+/// The host's network, for when it is not what it was any more.
+struct Changes {
+    follower: Follower,
+    host: HostNetwork,
+    known: Config,
+}
+
+impl Changes {
+    /// Has the engine behind `handle` follow the host's network, for a guest that was told `guest`.
+    fn follow(self, guest: &spec::Network, handle: usernet::Handle) -> io::Result<Following> {
+        let (resolvers, ours) =
+            (guest.resolvers.clone(), Config { guest_mac: Some(guest.mac), ..self.known.clone() });
+        self.follower.start((self.host, self.known), move |_, now| {
+            let config = Config { dns_forward: resolved(&resolvers, &now), ..ours.clone() };
+            // An engine that has ended needs nothing.
+            let _ = handle.reconfigure(config);
+        })
+    }
+}
+
+/// Where the questions go that the guest asks the resolvers that it was told: to those of the host's present network.
+fn resolved(asked: &[IpAddr], now: &Config) -> Vec<(IpAddr, IpAddr)> {
+    let own =
+        |server: &IpAddr| now.dns_forward.iter().find(|(inside, _)| inside == server).map(|(_, own)| *own);
+    let servers = now.dns.iter().map(|server| own(server).unwrap_or(*server));
+    let pairs = asked.iter().copied().zip(servers.collect::<Vec<_>>().into_iter().cycle());
+    pairs.filter(|(asked, server)| asked != server).collect()
 }
 
 /// A guest's network, ready to be served.
@@ -131,7 +166,9 @@ pub fn open(args: &RunArgs) -> Result<Option<Network>, NetworkError> {
 
 fn user(args: &RunArgs) -> Result<Network, NetworkError> {
     let publish = &args.publish;
-    let mut config = Config::from_host().map_err(NetworkError::Host)?;
+    let mut follower = Follower::open(Template::default()).map_err(NetworkError::Host)?;
+    let (host, mut config) = follower.config().map_err(NetworkError::Host)?;
+    let changes = Changes { follower, host, known: config.clone() };
     config.guest_mac = Some(GUEST_MAC);
     let guest = told(&config);
     config.forwards = publish.iter().map(forward).collect();
@@ -143,7 +180,7 @@ fn user(args: &RunArgs) -> Result<Network, NetworkError> {
     })?;
     // Which port it became is not for the guest's user to find out by trying.
     let announce = args.verbose || publish.iter().any(|port| port.host == 0);
-    Ok(Network { device, service: Service::Engine { network: engine, announce }, guest })
+    Ok(Network { device, service: Service::Engine { network: engine, changes, announce }, guest })
 }
 
 /// What the guest is told, which a DHCP client would find out too.
@@ -151,12 +188,14 @@ fn told(config: &Config) -> spec::Network {
     let v4 = config.ipv4.map(|f| (IpAddr::from(f.guest), f.prefix, IpAddr::from(f.gateway)));
     let v6 = config.ipv6.map(|f| (IpAddr::from(f.guest), f.prefix, IpAddr::from(f.gateway)));
     let families = || v4.iter().chain(&v6);
+    // A host without a resolver may have one later.
+    let gateway = families().map(|&(.., gateway)| gateway).take(if config.dns.is_empty() { 1 } else { 0 });
     spec::Network {
         mac: GUEST_MAC,
         mtu: config.mtu,
         addresses: families().map(|&(address, prefix, _)| (address, prefix)).collect(),
         gateways: families().map(|&(.., gateway)| gateway).collect(),
-        resolvers: config.dns.clone(),
+        resolvers: config.dns.iter().copied().chain(gateway).collect(),
         search: config.search.clone(),
     }
 }
@@ -222,12 +261,12 @@ impl Network {
 
     /// The guest's device, and the rest, which is to be served while the device is used.
     pub(super) fn into_parts(self) -> (Net<Arc<GuestRam>>, Serve) {
-        (self.device, Serve(self.service))
+        (self.device, Serve(self.service, self.guest))
     }
 }
 
 /// The host's side of a network.
-pub(super) struct Serve(Service);
+pub(super) struct Serve(Service, spec::Network);
 
 impl Serve {
     /// Starts the thread that moves the frames.
@@ -236,15 +275,17 @@ impl Serve {
     /// There is no thread to be had.
     pub(super) fn start(self, notes: &Notes) -> io::Result<Served> {
         match self.0 {
-            Service::Engine { network, announce } => {
+            Service::Engine { network, changes, announce } => {
                 let handle = network.handle();
                 let thread = spawn(move || network.run())?;
+                let following = changes.follow(&self.1, handle.clone())?;
                 let forwards = if announce { handle.forwards().unwrap_or_default() } else { Vec::new() };
                 for Forward { transport, listen, guest_port, .. } in forwards {
                     let transport = if transport == Transport::Tcp { "TCP" } else { "UDP" };
                     notes.say(format_args!("{transport} port {listen} leads to the guest's {guest_port}"));
                 }
                 let stop = Box::new(move || {
+                    drop(following);
                     let stats = handle.stats().ok();
                     handle.stop();
                     stats
@@ -279,5 +320,52 @@ impl Served {
         // It has said by itself what there was to say.
         let _ = self.thread.join();
         stats
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn address(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn questions_follow_the_hosts_resolvers() {
+        let asked = [address("192.0.2.53"), address("192.0.2.54")];
+        let now = |dns: &[&str], forwards: &[(&str, &str)]| Config {
+            dns: dns.iter().map(|text| address(text)).collect(),
+            dns_forward: forwards.iter().map(|(a, b)| (address(a), address(b))).collect(),
+            ..usernet::testing::config()
+        };
+        assert_eq!(resolved(&asked, &now(&["192.0.2.53", "192.0.2.54"], &[])), []);
+        let new = address("198.51.100.1");
+        assert_eq!(resolved(&asked, &now(&["198.51.100.1"], &[])), asked.map(|asked| (asked, new)));
+        let own = now(&["192.0.2.1", "192.0.2.54"], &[("192.0.2.1", "127.0.0.53")]);
+        assert_eq!(resolved(&asked, &own), [(asked[0], address("127.0.0.53"))]);
+        assert_eq!(resolved(&asked, &now(&[], &[])), [], "there is nobody to ask");
+    }
+
+    #[test]
+    fn the_guest_is_told_what_dhcp_would_tell() {
+        let config = usernet::testing::config();
+        let guest = told(&config);
+        assert_eq!(guest.addresses, [(address("192.0.2.15"), 24), (address("2001:db8::f"), 64)]);
+        assert_eq!(guest.gateways, [address("192.0.2.2"), address("fe80::2")]);
+        assert_eq!((guest.resolvers, guest.search), (config.dns.clone(), config.search.clone()));
+        let lonely = told(&Config { dns: Vec::new(), ..config });
+        assert_eq!(lonely.resolvers, [address("192.0.2.2")], "one may come");
+    }
+
+    #[test]
+    fn ports_without_an_address_are_everywhere() {
+        let port = Publish { address: None, host: 8080, guest: 80, transport: Transport::Udp };
+        let forward = forward(&port);
+        assert!(forward.listen.ip().is_unspecified());
+        assert_eq!(
+            (forward.listen.port(), forward.guest_port, forward.transport),
+            (8080, 80, Transport::Udp)
+        );
     }
 }
