@@ -2,3 +2,5 @@
 //!
 //! Each module here is one kind of link to a guest, and implements [`usernet::tap::Tap`]. They know nothing of flows,
 //! and the engine knows nothing of them.
+
+pub mod stream;
