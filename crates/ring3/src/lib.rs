@@ -5,5 +5,6 @@
 pub mod cli;
 pub mod initramfs;
 pub mod kernel;
+pub mod net;
 pub mod pvm_guest;
 pub mod run;

@@ -16,7 +16,7 @@
 //! in a socket is reported again, so `receive` need not drain it to the last.
 //!
 //! A link is made for a socket that is connected, and ends with it ([`Stream::connected`]); or for one that listens, and
-//! then outlives its clients ([`Stream::listening`]): flows and forwarded ports stay, and a guest that reconnects
+//! then can outlive its clients ([`Clients::OneAfterTheOther`]): flows and forwarded ports stay, and a guest that reconnects
 //! goes on with them, while one that was started anew answers what it does not know with resets. Between clients it is
 //! a cable that is not plugged in, whose frames are lost. There is one client at a time; another is turned away.
 //! A client whose frames have impossible lengths is disconnected, for nothing after such a length makes sense.
@@ -52,6 +52,15 @@ const LONG: usize = 8 << 10;
 const LISTENER: u64 = 0;
 const CLIENT: u64 = 1;
 
+/// How many clients a socket serves that listens.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Clients {
+    /// One, and the link ends with it.
+    One,
+    /// One at a time, without end.
+    OneAfterTheOther,
+}
+
 /// The socket of one client.
 struct Client {
     socket: OwnedFd,
@@ -67,6 +76,7 @@ struct Client {
 pub struct Stream {
     epoll: OwnedFd,
     listener: Option<OwnedFd>,
+    clients: Clients,
     client: Option<Client>,
     /// Keeps a descriptor for the next client.
     spare: Option<OwnedFd>,
@@ -86,13 +96,13 @@ impl Stream {
         Ok(stream)
     }
 
-    /// A link to whoever connects to `listener`, one after the other.
+    /// A link to those who connect to `listener`.
     ///
     /// # Errors
     /// The host is out of descriptors.
-    pub fn listening(listener: OwnedFd, mtu: u16) -> io::Result<Self> {
+    pub fn listening(listener: OwnedFd, clients: Clients, mtu: u16) -> io::Result<Self> {
         rustix::io::ioctl_fionbio(&listener, true)?;
-        let mut stream = Self::new(Some(listener), mtu)?;
+        let mut stream = Self { clients, ..Self::new(Some(listener), mtu)? };
         if let Some(listener) = &stream.listener {
             epoll::add(&stream.epoll, listener, EventData::new_u64(LISTENER), EventFlags::IN)?;
             stream.spare = Some(rustix::io::fcntl_dupfd_cloexec(&stream.epoll, 0)?);
@@ -101,7 +111,8 @@ impl Stream {
     }
 
     fn new(listener: Option<OwnedFd>, mtu: u16) -> io::Result<Self> {
-        Ok(Self { epoll: epoll::create(CreateFlags::CLOEXEC)?, listener, client: None, spare: None, mtu })
+        let epoll = epoll::create(CreateFlags::CLOEXEC)?;
+        Ok(Self { epoll, listener, clients: Clients::One, client: None, spare: None, mtu })
     }
 
     fn begin(&mut self, socket: OwnedFd) -> io::Result<()> {
@@ -144,7 +155,7 @@ impl Stream {
     fn end(&mut self, why: io::Error) -> io::Result<()> {
         // Its socket leaves the epoll when it is closed.
         self.client = None;
-        if self.listener.is_none() {
+        if self.clients == Clients::One {
             return Err(why);
         }
         tracing::info!("waiting for another client: {why}");

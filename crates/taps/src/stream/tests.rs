@@ -190,10 +190,10 @@ fn a_peer_that_leaves_is_noticed_after_its_last_frame() {
 }
 
 /// A link that listens, and where.
-fn listening() -> (Stream, impl Fn() -> UnixStream) {
+fn listening(clients: Clients) -> (Stream, impl Fn() -> UnixStream) {
     let dir = tempfile::tempdir().unwrap();
     let listener = UnixListener::bind(dir.path().join("socket")).unwrap();
-    let tap = Stream::listening(listener.into(), MTU).unwrap();
+    let tap = Stream::listening(listener.into(), clients, MTU).unwrap();
     let connect = move || {
         let stream = UnixStream::connect(dir.path().join("socket")).unwrap();
         stream.set_nonblocking(true).unwrap();
@@ -204,7 +204,7 @@ fn listening() -> (Stream, impl Fn() -> UnixStream) {
 
 #[test]
 fn without_a_client_frames_are_lost_and_the_next_one_gets_only_its_own() {
-    let (mut tap, connect) = listening();
+    let (mut tap, connect) = listening(Clients::OneAfterTheOther);
     assert!(!is_ready(&tap));
     assert_eq!(receive(&mut tap).unwrap(), None);
     assert_eq!(tap.send(b"nobody", b"", Offload::default()).unwrap(), Sent::Yes);
@@ -233,7 +233,7 @@ fn without_a_client_frames_are_lost_and_the_next_one_gets_only_its_own() {
 
 #[test]
 fn a_second_client_is_turned_away_unless_the_first_has_gone() {
-    let (mut tap, connect) = listening();
+    let (mut tap, connect) = listening(Clients::OneAfterTheOther);
     let mut first = connect();
     tap.acknowledge();
     let mut second = connect();
@@ -252,7 +252,7 @@ fn a_second_client_is_turned_away_unless_the_first_has_gone() {
 
 #[test]
 fn a_client_that_lies_makes_room_for_the_next() {
-    let (mut tap, connect) = listening();
+    let (mut tap, connect) = listening(Clients::OneAfterTheOther);
     let mut liar = connect();
     tap.acknowledge();
     liar.write_all(&u32::MAX.to_be_bytes()).unwrap();
@@ -267,7 +267,7 @@ fn a_client_that_lies_makes_room_for_the_next() {
 
 #[test]
 fn a_client_that_leaves_while_the_link_is_full_frees_it() {
-    let (mut tap, connect) = listening();
+    let (mut tap, connect) = listening(Clients::OneAfterTheOther);
     let client = connect();
     tap.acknowledge();
     while tap.send(&[0; 14], &[0; 50_000], Offload::default()).unwrap() == Sent::Yes {}
@@ -276,4 +276,13 @@ fn a_client_that_leaves_while_the_link_is_full_frees_it() {
     assert!(is_ready(&tap), "or the engine would never try again");
     tap.acknowledge();
     assert_eq!(tap.send(&[0; 14], &[], Offload::default()).unwrap(), Sent::Yes);
+}
+
+#[test]
+fn the_only_client_takes_the_link_with_it() {
+    let (mut tap, connect) = listening(Clients::One);
+    let client = connect();
+    tap.acknowledge();
+    drop(client);
+    assert_eq!(receive(&mut tap).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
 }
