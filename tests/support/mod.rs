@@ -13,6 +13,7 @@
 
 pub mod kernels;
 pub mod process;
+pub mod qemu;
 pub mod standin;
 
 use std::io::Write as _;

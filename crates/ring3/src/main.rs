@@ -32,9 +32,9 @@ fn main() -> ExitCode {
         Task::Passt { socket, fd, foreground, one_off, pid, tcp } => {
             start_log();
             let socket = match (socket, fd) {
-                (_, Some(fd)) => net::passt::GuestSocket::Descriptor(fd),
-                (Some(path), None) => net::passt::GuestSocket::Path(path),
-                (None, None) => net::passt::GuestSocket::FirstFree,
+                (_, Some(fd)) => net::options::settings::GuestSocket::Descriptor(fd),
+                (Some(path), None) => net::options::settings::GuestSocket::Path(path),
+                (None, None) => net::options::settings::GuestSocket::FirstFree,
             };
             let mut config = usernet::Config::from_host().expect("the host's network");
             let any = std::net::Ipv4Addr::UNSPECIFIED;

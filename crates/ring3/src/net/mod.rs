@@ -1,8 +1,9 @@
-//! User-mode networking at the command line: `ring3 passt` for virtual machines.
+//! User-mode networking at the command line: `ring3 pasta`, `ring3 passt` and `ring3 net`.
 //!
 //! The engine is crate `usernet`, the links to a guest are crate `taps`; here they are put together.
 
 pub mod background;
+pub mod options;
 pub mod passt;
 
 use std::io;

@@ -23,27 +23,12 @@ use usernet::tap::Tap;
 use usernet::{Config, Engine};
 
 use super::background::{self, Place};
+use super::options::settings::GuestSocket;
 use super::{Because, NetError};
 use socket::Name;
 
 /// The longest packet to a guest whose MTU is not said.
 const MTU: u16 = 65520;
-
-/// Where guests come from.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum GuestSocket {
-    /// A socket that is listened on here.
-    Path(PathBuf),
-    /// A socket that is listened on, at the first of [`default_paths`] that is free.
-    FirstFree,
-    /// This descriptor, connected already.
-    Descriptor(i32),
-}
-
-/// Where passt listens if not told, in this order.
-pub fn default_paths() -> impl Iterator<Item = PathBuf> {
-    (1..=64).map(|n| PathBuf::from(format!("/tmp/passt_{n}.socket")))
-}
 
 /// What to do.
 #[derive(Clone, Debug)]
@@ -94,7 +79,7 @@ fn link(plan: &Plan) -> Result<(Box<dyn Tap>, Option<Name>), NetError> {
         GuestSocket::Path(path) => {
             socket::listen(path).because(|| format!("cannot listen at {}", path.display()))?
         }
-        GuestSocket::FirstFree => socket::listen_first(default_paths())
+        GuestSocket::FirstFree => socket::listen_first(GuestSocket::defaults())
             .because(|| "cannot listen at any of /tmp/passt_1.socket to /tmp/passt_64.socket; --socket names another".into())?,
     };
     let clients = if plan.one_off { Clients::One } else { Clients::OneAfterTheOther };
