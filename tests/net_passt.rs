@@ -6,12 +6,11 @@ mod support;
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread;
 
 use rustix::process::Signal;
-use support::process::{Output, PATIENCE, Running, ring3};
+use support::process::{PATIENCE, Running, ring3};
 use support::qemu::guests;
 use support::{Noise, temp_dir};
 
@@ -40,11 +39,7 @@ fn passt(socket: &Path, options: &[&str]) -> Running {
     running
 }
 
-/// Serves one connection: sends `data`, and returns what came.
-fn serve(listener: TcpListener, data: Vec<u8>) -> thread::JoinHandle<Vec<u8>> {
-    thread::spawn(move || exchange(listener.accept().unwrap().0, data))
-}
-
+/// Sends `data`, ends that direction, and returns what comes until the other one ends.
 fn exchange(mut stream: TcpStream, data: Vec<u8>) -> Vec<u8> {
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut writer = stream.try_clone().unwrap();
@@ -87,7 +82,11 @@ fn talk(network: &[&str], forward: u16) {
         thread::spawn(move || {
             let sent = exchange(listener.accept().unwrap().0, down);
             assert_eq!(sent, b"", "the guest's first connection only takes");
-            exchange(listener.accept().unwrap().0, Vec::new())
+            let mut given_back = Vec::new();
+            let (mut stream, _) = listener.accept().unwrap();
+            stream.set_read_timeout(Some(PATIENCE)).unwrap();
+            stream.read_to_end(&mut given_back).unwrap();
+            given_back
         })
     };
     let (running, mut output) = Running::boot_with_output(qemu);

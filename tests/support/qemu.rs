@@ -5,7 +5,7 @@ use std::process::Command;
 use std::sync::OnceLock;
 
 use ring3::initramfs::cpio::Archive;
-use ring3::initramfs::modules::Modules;
+use ring3::initramfs::modules::ModuleTree;
 
 use super::kernels::{Kernels, kernels};
 use super::process;
@@ -36,12 +36,12 @@ fn get(kernels: &Kernels) -> Result<Guests, String> {
     version.status().map_err(|error| format!("no qemu-system-x86_64: {error}"))?;
     let busybox = ["/bin/busybox", "/usr/bin/busybox"].into_iter().find_map(|path| std::fs::read(path).ok());
     let busybox = busybox.ok_or("no busybox")?;
-    // An interpreter is named by a program that is not linked statically.
-    if busybox.windows(10).any(|bytes| bytes == b"ld-linux-x") {
+    // An interpreter is named near the beginning of a program that is not linked statically.
+    if busybox.iter().take(4096).copied().collect::<Vec<_>>().windows(9).any(|bytes| bytes == b"/ld-linux") {
         return Err("busybox is not a static one (package busybox-static)".into());
     }
     let kernel = kernels.older().to_owned();
-    let modules = Modules::open(&kernel.parent().ok_or("a kernel in no directory")?.join("modules"))
+    let modules = ModuleTree::open(&kernel.parent().ok_or("a kernel in no directory")?.join("modules"))
         .and_then(|modules| modules.load(&["virtio_pci", "virtio_net"], &[]))
         .map_err(|error| error.to_string())?;
     let modules = modules.into_iter().map(|module| (module.file_name(), module.bytes)).collect();

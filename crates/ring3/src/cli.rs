@@ -94,27 +94,6 @@ pub enum Task {
         #[command(subcommand)]
         task: PvmTask,
     },
-    /// Give a virtual machine the host's network, by a socket
-    Passt {
-        /// The socket's path
-        #[arg(short, long, value_name = "PATH")]
-        socket: Option<PathBuf>,
-        /// A socket that is connected already
-        #[arg(short = 'F', long, value_name = "FD")]
-        fd: Option<i32>,
-        /// Stay in the foreground
-        #[arg(short, long)]
-        foreground: bool,
-        /// End with the first client
-        #[arg(short = '1', long = "one-off")]
-        one_off: bool,
-        /// Where the process's id is written
-        #[arg(short = 'P', long)]
-        pid: Option<PathBuf>,
-        /// Ports
-        #[arg(short, long = "tcp-ports", value_parser = parse_ports)]
-        tcp: Vec<(u16, u16)>,
-    },
     /// Print a completion script for a shell
     ///
     /// For example: ring3 completions bash > ~/.local/share/bash-completion/completions/ring3
@@ -553,9 +532,4 @@ mod tests {
         assert_eq!(parse_duration("1.5"), Ok(Duration::from_millis(1500)));
         assert_eq!(parse_duration("2h"), Ok(Duration::from_secs(7200)));
     }
-}
-
-fn parse_ports(text: &str) -> Result<(u16, u16), std::num::ParseIntError> {
-    let (host, guest) = text.split_once(':').unwrap_or((text, text));
-    Ok((host.parse()?, guest.parse()?))
 }

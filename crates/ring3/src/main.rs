@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory, Parser};
 use ring3::cli::{Cli, KernelTask, PvmTask, Task};
-use ring3::{kernel, net, pvm_guest, run};
+use ring3::{kernel, pvm_guest, run};
 
 /// ring3's own failures; the numbers of a run are in `ring3 run --help`.
 const FAILED: u8 = 125;
@@ -28,23 +28,6 @@ fn main() -> ExitCode {
         }
         Task::Pvm { task: PvmTask::Guest { output } } => {
             pvm_guest::write(&output).map(|()| 0).map_err(Into::into)
-        }
-        Task::Passt { socket, fd, foreground, one_off, pid, tcp } => {
-            start_log();
-            let socket = match (socket, fd) {
-                (_, Some(fd)) => net::options::settings::GuestSocket::Descriptor(fd),
-                (Some(path), None) => net::options::settings::GuestSocket::Path(path),
-                (None, None) => net::options::settings::GuestSocket::FirstFree,
-            };
-            let mut config = usernet::Config::from_host().expect("the host's network");
-            let any = std::net::Ipv4Addr::UNSPECIFIED;
-            let forward = |&(host, guest): &(u16, u16)| {
-                usernet::config::Forward::new(usernet::config::Transport::Tcp, (any, host).into(), guest)
-            };
-            config.forwards = tcp.iter().map(forward).collect();
-            let one_off = one_off || fd.is_some();
-            net::passt::run(&net::passt::Plan { config, socket, one_off, foreground, pid_file: pid })
-                .map_err(Into::into)
         }
         Task::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "ring3", &mut io::stdout());

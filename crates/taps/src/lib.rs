@@ -8,4 +8,5 @@
 
 pub mod stream;
 pub mod tun;
+pub mod vhost_user;
 pub mod vnet;
