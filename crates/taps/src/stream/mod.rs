@@ -125,6 +125,7 @@ impl Stream {
     /// Takes those who want to connect.
     fn accept(&mut self) {
         while let Some(listener) = &self.listener {
+            // syscalls(passt): accept4 getsockopt
             let socket = match accept_with(listener, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC) {
                 Ok(socket) => socket,
                 Err(Errno::AGAIN) => return,
@@ -159,6 +160,7 @@ impl Stream {
             return Err(why);
         }
         tracing::info!("waiting for another client: {why}");
+        // syscalls(passt): fcntl
         self.spare = rustix::io::fcntl_dupfd_cloexec(&self.epoll, 0).ok();
         self.watch_listener(EventFlags::IN);
         Ok(())
@@ -178,6 +180,7 @@ impl Client {
     fn has_gone(&self) -> bool {
         let mut fds = [PollFd::new(&self.socket, PollFlags::RDHUP)];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        // syscalls(passt): poll ppoll
         poll(&mut fds, Some(&now)).is_ok_and(|count| count > 0)
     }
 
@@ -201,6 +204,7 @@ impl Client {
             }
             let room = self.inbox.room();
             let asked = room.len();
+            // syscalls(passt): recvfrom
             match recv(&self.socket, room, RecvFlags::DONTWAIT) {
                 Ok((0, _)) => return Err(gone(io::ErrorKind::UnexpectedEof)),
                 Ok((count, _)) => {
@@ -272,6 +276,7 @@ impl Client {
 fn write(socket: &OwnedFd, parts: &[IoSlice<'_>]) -> io::Result<usize> {
     loop {
         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        // syscalls(passt): sendmsg
         match sendmsg(socket, parts, &mut SendAncillaryBuffer::default(), flags) {
             Ok(count) => return Ok(count),
             Err(Errno::AGAIN) => return Ok(0),

@@ -53,6 +53,7 @@ pub(super) fn serve(source: &Source, device: &Arc<Device>, stopped: &OwnedFd) {
         },
         Source::Listener(listener, clients) => {
             while wait(listener, stopped) {
+                // syscalls(vhost-user): accept4
                 match listener.accept() {
                     Ok((stream, _)) => serve_one(stream, device, stopped),
                     Err(error) => {
@@ -74,12 +75,14 @@ pub(super) fn serve(source: &Source, device: &Arc<Device>, stopped: &OwnedFd) {
 fn serve_one(stream: UnixStream, device: &Arc<Device>, stopped: &OwnedFd) {
     tracing::info!("a front end connected");
     // Without it one that stops in the middle of a message would keep the thread for ever.
+    // syscalls(vhost-user): setsockopt fcntl
     let watched = stream.set_read_timeout(Some(PATIENCE)).and_then(|()| stream.try_clone());
     match watched {
         Ok(watched) => {
             let handler = Arc::new(Mutex::new(Handler::new(device.clone())));
             let mut requests = BackendReqHandler::from_stream(stream, handler);
             while wait(&watched, stopped) {
+                // syscalls(vhost-user): recvmsg sendmsg
                 match requests.handle_request() {
                     Ok(()) => {}
                     Err(Error::Disconnected) => {
@@ -102,6 +105,7 @@ fn serve_one(stream: UnixStream, device: &Arc<Device>, stopped: &OwnedFd) {
 fn wait(fd: &impl AsFd, stopped: &OwnedFd) -> bool {
     loop {
         let mut fds = [PollFd::new(fd, PollFlags::IN), PollFd::new(stopped, PollFlags::IN)];
+        // syscalls(vhost-user): poll ppoll
         match poll(&mut fds, None) {
             Ok(_) if !fds[1].revents().is_empty() => return false,
             Ok(_) => return true,

@@ -24,8 +24,10 @@ impl Shared {
         let mut mapped = Vec::new();
         let mut user = Vec::new();
         for (region, file) in regions.iter().zip(files) {
-            let VhostUserMemoryRegion { guest_phys_addr: guest, memory_size: size, user_addr, mmap_offset } = *region;
+            let VhostUserMemoryRegion { guest_phys_addr: guest, memory_size: size, user_addr, mmap_offset } =
+                *region;
             let length = usize::try_from(size).map_err(|_| bad("a region of memory is too long"))?;
+            // syscalls(vhost-user): mmap munmap lseek
             let mapping = MmapRegion::from_file(FileOffset::new(file, mmap_offset), length)
                 .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error.to_string()))?;
             let region = GuestRegionMmap::new(mapping, GuestAddress(guest));

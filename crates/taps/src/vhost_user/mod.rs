@@ -37,7 +37,6 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread;
 
 use rustix::buffer::spare_capacity;
 use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
@@ -117,13 +116,26 @@ pub struct QueuePair {
     _stop: Arc<control::Stop>,
 }
 
-/// Links to the guests that come from `source`, one link for each of `pairs` pairs of queues (1 to [`MOST_PAIRS`]), and a
-/// thread that listens to what their front ends say. Frames to the guest are up to `mtu` bytes long, without the
-/// Ethernet header.
+/// What listens to front ends, on a thread of its own.
+pub struct Control {
+    source: Source,
+    device: Arc<Device>,
+    stopped: OwnedFd,
+}
+
+impl Control {
+    /// Serves front ends until there can be no more, or until all links are dropped.
+    pub fn run(self) {
+        control::serve(&self.source, &self.device, &self.stopped);
+    }
+}
+
+/// Links to the guests that come from `source`, one for each of `pairs` pairs of queues (1 to [`MOST_PAIRS`]). Nothing
+/// happens by them before [`Control::run`]. Frames to the guest are up to `mtu` bytes long, without the Ethernet header.
 ///
 /// # Errors
-/// The host is out of descriptors or threads, or there are too many pairs.
-pub fn serve(source: Source, pairs: usize, mtu: u16) -> io::Result<Vec<QueuePair>> {
+/// The host is out of descriptors, or there are too many pairs.
+pub fn links(source: Source, pairs: usize, mtu: u16) -> io::Result<(Vec<QueuePair>, Control)> {
     if pairs == 0 || pairs > MOST_PAIRS {
         let what = format!("{pairs} pairs of queues, of which there can be 1 to {MOST_PAIRS}");
         return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
@@ -131,17 +143,14 @@ pub fn serve(source: Source, pairs: usize, mtu: u16) -> io::Result<Vec<QueuePair
     let slots = (0..pairs).map(|_| Slot::new(mtu)).collect::<io::Result<_>>()?;
     let device = Arc::new(Device { slots, ended: AtomicBool::new(false) });
     let (stop, stopped) = control::Stop::new()?;
-    let links = (0..pairs)
-        .map(|index| QueuePair {
-            abilities: device.slots[index].pair().abilities(),
-            device: device.clone(),
-            index,
-            _stop: stop.clone(),
-        })
-        .collect();
-    let thread = thread::Builder::new().name("vhost-user".into());
-    thread.spawn(move || control::serve(&source, &device, &stopped))?;
-    Ok(links)
+    let link = |(index, slot): (usize, &Slot)| QueuePair {
+        abilities: slot.pair().abilities(),
+        device: device.clone(),
+        index,
+        _stop: stop.clone(),
+    };
+    let links = device.slots.iter().enumerate().map(link).collect();
+    Ok((links, Control { source, device, stopped }))
 }
 
 impl QueuePair {

@@ -81,7 +81,8 @@ impl Pair {
     pub(super) fn abilities(&self) -> Abilities {
         let has = |feature| self.features.has(feature);
         let checksum = has(Features::GUEST_CSUM);
-        let segmentation = [Features::GUEST_TSO4, Features::GUEST_TSO6].map(|feature| checksum && has(feature));
+        let segmentation =
+            [Features::GUEST_TSO4, Features::GUEST_TSO6].map(|feature| checksum && has(feature));
         let long = has(Features::MRG_RXBUF) || segmentation.contains(&true);
         let mtu = if long { self.mtu } else { self.mtu.min(PLAIN_MTU) };
         Abilities { checksum, segmentation, mtu }
@@ -226,7 +227,12 @@ impl Pair {
     }
 
     /// Copies a frame into as many of the chains, and gives them to the driver.
-    fn write(&mut self, memory: &GuestMemoryMmap, parts: [&[u8]; 3], buffers: usize) -> Result<(), RingError> {
+    fn write(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        parts: [&[u8]; 3],
+        buffers: usize,
+    ) -> Result<(), RingError> {
         let mut parts = parts.into_iter();
         let mut part: &[u8] = &[];
         let mut used = Vec::with_capacity(buffers);

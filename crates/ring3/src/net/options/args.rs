@@ -32,7 +32,8 @@ Ports (-t, -u, -T, -U): none | [ADDRESS[%INTERFACE]/]ITEM[,ITEM...], and ITEM is
   22:192.0.2.5/80    a port that leads to an address of the other side's
   ~25                not this one, whatever else is said (~20-30 for a range)
   all                every port that is not ephemeral, as far as it can be had
-  auto               only while something listens on the port that it leads to
+  auto               only while something listens on the port that it leads to;
+                     for UDP, on the same port in UDP or TCP
 Several options accumulate. Without ports, `~25` and `auto` mean all ports.
 
 Exit status:
@@ -116,16 +117,16 @@ pub struct PasstArgs {
 #[derive(Clone, Debug, Args)]
 pub struct CommonArgs {
     /// Be verbose, and log to standard error, not to the system's log
-    #[arg(short, long)]
+    #[arg(short, long, overrides_with = "quiet")]
     pub debug: bool,
     /// Log single packets; implies --debug
-    #[arg(long)]
+    #[arg(long, overrides_with = "quiet")]
     pub trace: bool,
     /// Print statistics, at most every DELAY seconds, and nothing while nothing happens
     #[arg(long, value_name = "DELAY", value_parser = parse_seconds)]
     pub stats: Option<std::time::Duration>,
     /// Print no informational messages
-    #[arg(short, long)]
+    #[arg(short, long, overrides_with_all = ["debug", "trace"])]
     pub quiet: bool,
     /// Stay in the foreground, and in the same PID namespace
     #[arg(short, long)]
@@ -263,7 +264,7 @@ pub struct CommonArgs {
     /// TCP ports of the host that lead inside, see below [default: none (passt), auto (pasta)]
     #[arg(short, long, value_name = "SPEC")]
     pub tcp_ports: Vec<PortSpec>,
-    /// UDP ports of the host that lead inside, see below [default: those of -t, without translation; and auto (pasta)]
+    /// UDP ports of the host that lead inside, see below [default: none (passt), auto (pasta)]
     #[arg(short, long, value_name = "SPEC")]
     pub udp_ports: Vec<PortSpec>,
     /// Threads that carry the traffic (ring3's own) [default: 1]
@@ -280,8 +281,7 @@ pub struct PastaOnly {
     /// TCP ports of the namespace's loopback that lead to the host's, see below [default: auto]
     #[arg(short = 'T', long, value_name = "SPEC")]
     pub tcp_ns: Vec<PortSpec>,
-    /// UDP ports of the namespace's loopback that lead to the host's, see below [default: those of -T, without
-    /// translation; and auto]
+    /// UDP ports of the namespace's loopback that lead to the host's, see below [default: auto]
     #[arg(short = 'U', long, value_name = "SPEC")]
     pub udp_ns: Vec<PortSpec>,
     /// Connections to forwarded ports by the host's loopback arrive on the namespace's loopback
@@ -332,7 +332,7 @@ pub struct PastaOnly {
 #[derive(Clone, Debug, Args)]
 pub struct PasstOnly {
     /// UNIX socket to listen on [default: the first free of /tmp/passt_1.socket to /tmp/passt_64.socket]
-    #[arg(short, long, visible_alias = "socket-path", value_name = "PATH", conflicts_with = "fd")]
+    #[arg(short, long, visible_alias = "socket-path", value_name = "PATH")]
     pub socket: Option<PathBuf>,
     /// Speak vhost-user on the socket
     #[arg(long)]

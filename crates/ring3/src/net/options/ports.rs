@@ -426,10 +426,11 @@ pub struct Rule {
 }
 
 impl Rule {
-    /// The forward of `port`, one of the rule's. Without an address it listens on all of IPv6's and IPv4's, or on those of
-    /// the only family that there is.
+    /// The forward of `port`, one of the rule's. Without an address it listens on all of IPv6's and IPv4's; on IPv4's alone
+    /// if it leads to an IPv4 address, or without `v6`.
     #[must_use]
     pub fn forward(&self, transport: Transport, port: u16, v6: bool) -> Forward {
+        let v6 = v6 && !self.mapping.to_address.is_some_and(|address| address.is_ipv4());
         let any = if v6 { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
         let listen = SocketAddr::new(self.listen.address.unwrap_or(any), port);
         Forward {

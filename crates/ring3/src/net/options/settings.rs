@@ -1,10 +1,12 @@
 //! What the front ends do: options that were found to fit together.
 
 use std::ffi::OsString;
+use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use usernet::config::MacAddress;
+use usernet::Config;
+use usernet::config::{Forward, MacAddress, Transport};
 
 use super::args::Vhost;
 use super::network::Network;
@@ -80,7 +82,7 @@ pub struct Identity {
 pub struct Ports {
     /// What is forwarded. Rules do not overlap.
     pub rules: Vec<Rule>,
-    /// For UDP: whether what `auto` rules forward is also what is bound in TCP on the other side.
+    /// Whether `auto` rules also forward what is bound in TCP on the other side: UDP's do, for programs that use both.
     pub follow_tcp: bool,
 }
 
@@ -103,7 +105,8 @@ pub struct PastaSettings {
     pub splice: Splice,
     /// Whether connections by the host's loopback arrive on the namespace's loopback.
     pub host_lo_to_ns_lo: bool,
-    /// TCP ports of the namespace's loopback that lead to the host's.
+    /// TCP ports of the namespace's loopback that lead to the host's. A rule without an address or interface listens on
+    /// the namespace's interface `lo` alone.
     pub tcp_ns: Ports,
     /// UDP ports of the namespace's loopback that lead to the host's.
     pub udp_ns: Ports,
@@ -174,6 +177,43 @@ pub enum GuestSocket {
     FirstFree,
     /// This descriptor, connected already.
     Descriptor(i32),
+}
+
+/// Forwards that a front end makes when it starts.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Forwards {
+    /// They must be there, or the front end fails.
+    pub required: Vec<Forward>,
+    /// As many as can be had; if there are any here, and not one can be had, the front end fails.
+    pub best_effort: Vec<Forward>,
+}
+
+impl Common {
+    /// What leads inside from the start: everything but `auto` rules.
+    #[must_use]
+    pub fn forwards(&self) -> Forwards {
+        let v6 = self.network.families[1];
+        let mut forwards = Forwards::default();
+        for (transport, ports) in [(Transport::Tcp, &self.tcp), (Transport::Udp, &self.udp)] {
+            for rule in ports.rules.iter().filter(|rule| !rule.auto) {
+                let made = rule.mapping.ports.ports().map(|port| rule.forward(transport, port, v6));
+                if rule.best_effort {
+                    forwards.best_effort.extend(made)
+                } else {
+                    forwards.required.extend(made)
+                }
+            }
+        }
+        forwards
+    }
+
+    /// The engine's configuration: the host's network, changed by what was said, with the required forwards.
+    ///
+    /// # Errors
+    /// The host does not tell, or has nothing that the options ask for.
+    pub fn config(&self) -> io::Result<Config> {
+        Ok(Config { forwards: self.forwards().required, ..self.network.config()? })
+    }
 }
 
 impl GuestSocket {

@@ -1,90 +1,116 @@
 //! `ring3 passt`: the network of a virtual machine, by a socket.
 //!
 //! # Theory of operation
-//! 1. The host's network is read, and becomes the guest's ([`usernet::Config`]).
-//! 2. The socket listens, the engine opens its ports: whatever can go wrong has, before the user is told that all is ready.
-//! 3. The process goes to the background and gives up what it does not need any more.
-//! 4. The engine runs on a thread of its own until a signal comes, or until the link has ended: that of a socket which came
-//!    connected, and that of the first client with `--one-off`. Otherwise one client after the other is served by the
-//!    same engine, so that forwarded ports are never closed in between.
+//! 1. **While the process has its rights and sees the host**: the host's network is read, the socket listens ([`socket`]), the
+//!    engine opens its ports. A process that does nothing else is left to remove the socket at the end ([`keeper`]).
+//! 2. Root becomes an ordinary user; the process moves to a user namespace, goes to the background unless it is to stay,
+//!    and leaves the host's files behind ([`super::isolation`]).
+//! 3. It starts its threads, gives up all that it no longer needs, and lets the user know that everything is ready.
+//! 4. The process waits for a signal, or for the link's end: that of a socket which came connected, or that of the first
+//!    guest with `--one-off`. Otherwise one guest after the other is served by the same engine, so that flows and
+//!    forwarded ports outlive a virtual machine monitor that connects again.
+//!
+//! Whatever goes wrong before 4 is an error, and nobody has been told that there is a network.
 
+mod keeper;
 mod socket;
 
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 use signal_hook::consts::{SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::iterator::Signals;
 use taps::stream::{Clients, Stream};
+use taps::vhost_user::{self, Control, Source};
+use usernet::Network;
 use usernet::tap::Tap;
-use usernet::{Config, Engine};
 
-use super::background::{self, Place};
+use super::isolation::{self, Mode, background, user};
+use super::options::PasstSettings;
 use super::options::settings::GuestSocket;
-use super::{Because, NetError};
-use socket::Name;
+use super::{Because, NetError, add_best_effort};
+use keeper::Keeper;
 
 /// The longest packet to a guest whose MTU is not said.
 const MTU: u16 = 65520;
 
-/// What to do.
-#[derive(Clone, Debug)]
-pub struct Plan {
-    /// The guest's network.
-    pub config: Config,
-    /// Where guests come from.
-    pub socket: GuestSocket,
-    /// Whether it ends with its first guest.
-    pub one_off: bool,
-    /// Whether the process stays in the foreground.
-    pub foreground: bool,
-    /// Where the process's id is written when everything is ready.
-    pub pid_file: Option<PathBuf>,
+/// Something that happened.
+enum Event {
+    /// The network ended.
+    Network(io::Result<()>),
+    /// This process got a signal.
+    Signal,
 }
 
-/// Serves guests, and returns the status to exit with.
+/// Serves guests, and returns the exit status.
 ///
 /// # Errors
 /// What could not be done.
-pub fn run(plan: &Plan) -> Result<u8, NetError> {
-    let here = match background::enter(plan.foreground)? {
-        Place::Here(here) => here,
-        Place::Elsewhere(status) => return Ok(status),
-    };
-    let (tap, name) = link(plan)?;
-    let engine = Engine::new(plan.config.clone(), tap).because(|| "cannot start the network".into())?;
-    // Before any other thread, which would not have the signals blocked.
-    let mut signals =
-        Signals::new([SIGTERM, SIGINT, SIGQUIT]).because(|| "cannot wait for signals".into())?;
-    if let Some(name) = &name {
-        tell(name.path());
+pub fn run(settings: &PasstSettings) -> Result<u8, NetError> {
+    let common = &settings.common;
+    let config = common.config().because(|| "cannot make the guest's network".into())?;
+    let mut pid_file = common
+        .pid_file
+        .as_ref()
+        .map(|path| File::create(path).because(|| format!("cannot write the PID file {}", path.display())))
+        .transpose()?;
+    let (socket, keeper) = open(&settings.socket)?;
+    let mtu = if config.mtu == 0 { MTU } else { config.mtu };
+    let (taps, control) =
+        links(settings, socket, mtu).because(|| "cannot make a link to the guest".into())?;
+    let network = Network::new(config, taps).because(|| "cannot start the network".into())?;
+    let handle = network.handle();
+    if let Some(keeper) = &keeper {
+        tell(keeper.path(), settings.vhost_user);
     }
-    here.ready(plan.pid_file.as_deref())?;
-    serve(engine, &mut signals)
+
+    user::leave_root(common.runas, false)?;
+    user::own_namespace()?;
+    let background = (!common.foreground).then(|| background::split(pid_file.take())).transpose()?;
+    isolation::enclose(common.chroot_fallback)?;
+    isolation::drop_capabilities(false)?;
+    let (sender, events) = channel();
+    start_threads(network, control, sender)?;
+    add_best_effort(&handle, &common.forwards())?;
+    isolation::seal(if settings.vhost_user { Mode::VhostUser } else { Mode::Passt }, None)?;
+
+    background::write_pid(pid_file, std::process::id() as i32)
+        .because(|| "cannot write the PID file".into())?;
+    background.map(background::Background::ready).transpose()?;
+    let result = attend(&events);
+    handle.stop();
+    result
 }
 
-/// The link to the guest, and the name of its socket.
-fn link(plan: &Plan) -> Result<(Box<dyn Tap>, Option<Name>), NetError> {
-    let mtu = if plan.config.mtu == 0 { MTU } else { plan.config.mtu };
-    let (listener, name) = match &plan.socket {
+/// A socket, as it comes.
+enum Socket {
+    Listening(OwnedFd),
+    Connected(OwnedFd),
+}
+
+/// Opens the socket, and has its name kept.
+fn open(wanted: &GuestSocket) -> Result<(Socket, Option<Keeper>), NetError> {
+    let (listener, name) = match wanted {
         GuestSocket::Descriptor(number) => {
             let socket = inherited(*number).because(|| format!("cannot use descriptor {number}"))?;
-            let stream = Stream::connected(socket, mtu)
-                .because(|| format!("cannot use descriptor {number} as the guest's socket"))?;
-            return Ok((Box::new(stream), None));
+            return Ok((Socket::Connected(socket), None));
         }
         GuestSocket::Path(path) => {
             socket::listen(path).because(|| format!("cannot listen at {}", path.display()))?
         }
-        GuestSocket::FirstFree => socket::listen_first(GuestSocket::defaults())
-            .because(|| "cannot listen at any of /tmp/passt_1.socket to /tmp/passt_64.socket; --socket names another".into())?,
+        GuestSocket::FirstFree => {
+            let result = socket::listen_first(GuestSocket::defaults());
+            result.because(|| "cannot listen at any of passt's own paths; --socket names another".into())?
+        }
     };
-    let clients = if plan.one_off { Clients::One } else { Clients::OneAfterTheOther };
-    let stream = Stream::listening(listener, clients, mtu).because(|| "cannot wait for guests".into())?;
-    Ok((Box::new(stream), Some(name)))
+    let (keeper, listener) =
+        Keeper::start(name, listener).because(|| "cannot start a process to remove the socket".into())?;
+    Ok((Socket::Listening(listener), Some(keeper)))
 }
 
 /// A descriptor that the process was started with.
@@ -94,40 +120,84 @@ fn inherited(number: i32) -> io::Result<OwnedFd> {
     Ok(pidfd_getfd(this, number, PidfdGetfdFlags::empty())?)
 }
 
-/// Says how a guest gets there.
-fn tell(path: &Path) {
-    let path = path.display();
-    tracing::info!("the guest's socket is {path}");
-    tracing::info!(
-        "QEMU connects by: -device virtio-net-pci,netdev=n \
-         -netdev stream,id=n,server=off,addr.type=unix,addr.path={path}"
-    );
+/// The links to guests, and who listens to what their front ends say.
+fn links(
+    settings: &PasstSettings,
+    socket: Socket,
+    mtu: u16,
+) -> io::Result<(Vec<Box<dyn Tap>>, Option<Control>)> {
+    let clients = if settings.one_off { Clients::One } else { Clients::OneAfterTheOther };
+    if settings.vhost_user {
+        let source = match socket {
+            Socket::Listening(listener) => Source::Listener(listener.into(), clients),
+            Socket::Connected(socket) => Source::Connected(socket.into()),
+        };
+        let (pairs, control) = vhost_user::links(source, settings.common.threads.into(), mtu)?;
+        let boxed = |pair| Box::new(pair) as Box<dyn Tap>;
+        return Ok((pairs.into_iter().map(boxed).collect(), Some(control)));
+    }
+    if settings.common.threads > 1 {
+        let what = "QEMU's stream socket has one queue, for one thread: --threads needs --vhost-user";
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+    }
+    let stream = match socket {
+        Socket::Listening(listener) => Stream::listening(listener, clients, mtu)?,
+        Socket::Connected(socket) => Stream::connected(socket, mtu)?,
+    };
+    Ok((vec![Box::new(stream)], None))
 }
 
-/// Runs the engine until it ends or a signal comes.
-fn serve(engine: Engine, signals: &mut Signals) -> Result<u8, NetError> {
-    let handle = engine.handle();
-    let done = signals.handle();
-    let engine = thread::Builder::new()
-        .name("engine".into())
-        .spawn(move || {
-            let result = engine.run();
-            done.close();
-            result
-        })
-        .because(|| "cannot start a thread".into())?;
-    if let Some(signal) = signals.forever().next() {
-        tracing::debug!("ended by signal {signal}");
-        handle.stop();
+/// Says how a guest gets there.
+fn tell(path: &Path, vhost_user: bool) {
+    let path = path.display();
+    tracing::info!("the guest's socket is {path}");
+    if vhost_user {
+        tracing::info!(
+            "QEMU connects by: -chardev socket,id=c,path={path} -netdev vhost-user,id=n,chardev=c \
+             -device virtio-net-pci,netdev=n, with shared memory: -object memory-backend-memfd,id=m,share=on,size=SIZE \
+             -numa node,memdev=m"
+        );
+    } else {
+        tracing::info!(
+            "QEMU connects by: -netdev stream,id=n,server=off,addr.type=unix,addr.path={path} \
+             -device virtio-net-pci,netdev=n"
+        );
     }
-    match engine.join() {
-        Ok(Ok(())) => Ok(0),
-        Ok(Err(error)) if is_goodbye(&error) => {
+}
+
+/// Starts what runs beside the waiting thread.
+fn start_threads(network: Network, control: Option<Control>, events: Sender<Event>) -> Result<(), NetError> {
+    let start = |name: &str, body: Box<dyn FnOnce() + Send>| {
+        thread::Builder::new().name(name.into()).spawn(body).because(|| "cannot start a thread".into())
+    };
+    if let Some(control) = control {
+        start("vhost-user", Box::new(|| control.run()))?;
+    }
+    let sender = events.clone();
+    // Whoever waits may have stopped.
+    start("net", Box::new(move || drop(sender.send(Event::Network(network.run())))))?;
+    let mut signals =
+        Signals::new([SIGTERM, SIGINT, SIGQUIT]).because(|| "cannot wait for signals".into())?;
+    let wait = move || {
+        if signals.forever().next().is_some() {
+            drop(events.send(Event::Signal));
+        }
+    };
+    start("signals", Box::new(wait))?;
+    Ok(())
+}
+
+/// Waits for the end, and returns the exit status.
+fn attend(events: &Receiver<Event>) -> Result<u8, NetError> {
+    match events.recv() {
+        Ok(Event::Network(Err(error))) if !is_goodbye(&error) => {
+            Err(error).because(|| "the network ended".into())
+        }
+        Ok(Event::Network(Err(error))) => {
             tracing::info!("{error}");
             Ok(0)
         }
-        Ok(result) => result.map(|()| 0).because(|| "cannot go on".into()),
-        Err(panic) => std::panic::resume_unwind(panic),
+        Ok(Event::Network(Ok(())) | Event::Signal) | Err(_) => Ok(0),
     }
 }
 

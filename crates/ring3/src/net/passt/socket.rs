@@ -22,6 +22,11 @@ impl Name {
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
+
+    /// Leaves the name alone: another process takes care of it.
+    pub(super) fn forget(self) {
+        std::mem::forget(self);
+    }
 }
 
 impl Drop for Name {
@@ -74,8 +79,12 @@ pub(super) fn listen(path: &Path) -> io::Result<(OwnedFd, Name)> {
     match present(path)? {
         Present::Nothing => {}
         Present::Stale => fs::remove_file(path)?,
-        Present::InUse => return Err(io::Error::new(io::ErrorKind::AddrInUse, "somebody listens there already")),
-        Present::NoSocket => return Err(io::Error::new(io::ErrorKind::AlreadyExists, "a file that is no socket is there")),
+        Present::InUse => {
+            return Err(io::Error::new(io::ErrorKind::AddrInUse, "somebody listens there already"));
+        }
+        Present::NoSocket => {
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, "a file that is no socket is there"));
+        }
     }
     let listener = UnixListener::bind(path)?;
     let name = Name { path: path.to_owned(), identity: identity(path)? };
