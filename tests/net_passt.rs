@@ -118,3 +118,31 @@ fn guests_of_qemu_one_after_the_other() {
     end.expect(0);
     assert!(!socket.exists(), "the socket is left behind");
 }
+
+#[test]
+fn guests_by_vhost_user() {
+    if guests().is_none() {
+        return;
+    }
+    let dir = temp_dir();
+    let socket = dir.path().join("socket");
+    let forward = free_port();
+    let passt = passt(&socket, &["--vhost-user", "--threads", "2", "-t", &format!("{forward}:7")]);
+    let chardev = format!("socket,id=c,path={}", socket.display());
+    let memory = ["-object", "memory-backend-memfd,id=m,size=256M,share=on", "-numa", "node,memdev=m"];
+    let link = ["-chardev", &chardev, "-netdev"];
+    let one = ["vhost-user,id=n,chardev=c", "-device", "virtio-net-pci,netdev=n,romfile="];
+    let two = [
+        "vhost-user,id=n,chardev=c,queues=2",
+        "-smp",
+        "2",
+        "-device",
+        "virtio-net-pci,netdev=n,mq=on,romfile=",
+    ];
+    talk(&[&memory[..], &link, &one].concat(), forward);
+    // The same process serves the next one, by two pairs of queues.
+    talk(&[&memory[..], &link, &two].concat(), forward);
+    passt.signal(Signal::TERM);
+    passt.finish(PATIENCE).expect(0);
+    assert!(!socket.exists(), "the socket is left behind");
+}
