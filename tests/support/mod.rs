@@ -14,6 +14,7 @@
 pub mod kernels;
 pub mod net;
 pub mod process;
+pub mod qemu;
 pub mod standin;
 
 use std::io::Write as _;
