@@ -2,3 +2,9 @@
 //!
 //! Each module here is one kind of link to a guest, and implements [`usernet::tap::Tap`]. They know nothing of flows,
 //! and the engine knows nothing of them.
+
+// `tun::ioctl` alone allows it.
+#![deny(unsafe_code)]
+
+pub mod tun;
+pub mod vnet;

@@ -6,6 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Instant;
 
 use crate::config::{Config, MacAddress};
+use crate::group::Guest;
 use crate::ndp;
 use crate::poller::Poller;
 use crate::stats::Stats;
@@ -61,6 +62,11 @@ impl Link {
             #[cfg(any(test, feature = "testing"))]
             contained: None,
         }
+    }
+
+    /// What is known of the guest.
+    pub(crate) fn guest(&self) -> Guest {
+        Guest { mac: self.guest_mac, v4: self.guest_v4, v6: self.guest_v6 }
     }
 
     pub(crate) fn abilities(&self) -> Abilities {

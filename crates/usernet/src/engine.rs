@@ -8,6 +8,7 @@
 //!    left of it goes to the protocol that it is for.
 //! 3. Queued sockets are read, a few datagrams each, while the guest takes what they give.
 //! 4. Timers.
+//! 5. The tap is told that these were all the frames for now ([`Tap::flush`]).
 //!
 //! If frames or queued sockets are left, the next turn does not wait. So a guest that sends without end cannot keep
 //! the host's sockets from being served, nor the other way round.
@@ -26,9 +27,11 @@ use std::time::{Duration, Instant};
 use rustix::event::epoll::EventFlags;
 use rustix::event::{EventfdFlags, eventfd};
 
+use crate::claims::Claims;
 use crate::config::{Config, Forward, MacAddress, Transport};
 use crate::context::{Context, Link};
 use crate::frame::IcmpError;
+use crate::group::{self, Group, Guest, Letter, Member};
 use crate::icmp::Ping;
 use crate::ndp::{self, Ndp};
 use crate::packet::{self, Addresses, Frame, IcmpView, Packet, UdpView};
@@ -54,18 +57,26 @@ enum Command {
     Stop,
 }
 
-/// A way to talk to an engine that runs on another thread.
-#[derive(Clone, Debug)]
-pub struct Handle {
+/// Where an engine is spoken to.
+#[derive(Debug)]
+struct Door {
     commands: Sender<Command>,
     wake: Arc<OwnedFd>,
+}
+
+/// A way to talk to the engines of a guest, which run on other threads.
+#[derive(Clone, Debug)]
+pub struct Handle {
+    engines: Arc<[Door]>,
 }
 
 impl Handle {
     /// Has [`Engine::run`] return. Does nothing if it has already.
     pub fn stop(&self) {
-        let _ = self.commands.send(Command::Stop);
-        self.wake();
+        for door in self.engines.iter() {
+            let _ = door.commands.send(Command::Stop);
+            group::wake(&door.wake);
+        }
     }
 
     /// Forwards one more port. Returns the forward as it is named from now on: with the port that the host chose,
@@ -75,7 +86,19 @@ impl Handle {
     /// As [`Engine::new`] has them for the port, `AlreadyExists` if it is forwarded already, or `BrokenPipe` if the
     /// engine has ended.
     pub fn add_forward(&self, forward: Forward) -> io::Result<Forward> {
-        self.ask(|reply| Command::Add(forward, reply))?
+        let mut bound = forward;
+        for (index, door) in self.engines.iter().enumerate() {
+            match ask(door, |reply| Command::Add(bound.clone(), reply)).and_then(|answer| answer) {
+                Ok(forward) => bound = forward,
+                Err(error) => {
+                    for door in &self.engines[..index] {
+                        let _ = ask(door, |reply| Command::Remove(bound.clone(), reply));
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        Ok(bound)
     }
 
     /// Ends the forwarding of a port, and with it the flows that came by it. Returns whether it was forwarded.
@@ -83,7 +106,11 @@ impl Handle {
     /// # Errors
     /// `BrokenPipe` if the engine has ended.
     pub fn remove_forward(&self, forward: Forward) -> io::Result<bool> {
-        self.ask(|reply| Command::Remove(forward, reply))
+        let mut removed = false;
+        for door in self.engines.iter() {
+            removed |= ask(door, |reply| Command::Remove(forward.clone(), reply))?;
+        }
+        Ok(removed)
     }
 
     /// The ports that are forwarded, in the order in which they were added.
@@ -91,28 +118,28 @@ impl Handle {
     /// # Errors
     /// `BrokenPipe` if the engine has ended.
     pub fn forwards(&self) -> io::Result<Vec<Forward>> {
-        self.ask(Command::List)
+        // All have the same.
+        self.engines.first().map_or(Ok(Vec::new()), |door| ask(door, Command::List))
     }
 
-    /// What the engine has counted.
+    /// What the engines have counted, together.
     ///
     /// # Errors
     /// `BrokenPipe` if the engine has ended.
     pub fn stats(&self) -> io::Result<Stats> {
-        self.ask(Command::Stats)
+        let mut sum = Stats::default();
+        for door in self.engines.iter() {
+            sum += ask(door, Command::Stats)?;
+        }
+        Ok(sum)
     }
+}
 
-    fn ask<T>(&self, command: impl FnOnce(Sender<T>) -> Command) -> io::Result<T> {
-        let (reply, answer) = channel();
-        self.commands.send(command(reply)).map_err(|_| io::ErrorKind::BrokenPipe)?;
-        self.wake();
-        answer.recv().map_err(|_| io::ErrorKind::BrokenPipe.into())
-    }
-
-    fn wake(&self) {
-        // It can only fail when the counter is full, and then it is readable already.
-        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
-    }
+fn ask<T>(door: &Door, command: impl FnOnce(Sender<T>) -> Command) -> io::Result<T> {
+    let (reply, answer) = channel();
+    door.commands.send(command(reply)).map_err(|_| io::ErrorKind::BrokenPipe)?;
+    group::wake(&door.wake);
+    answer.recv().map_err(|_| io::ErrorKind::BrokenPipe.into())
 }
 
 /// A guest's network: see above.
@@ -130,7 +157,12 @@ pub struct Engine {
     ndp: Ndp,
     deadline: Option<Instant>,
     handle: Handle,
+    wake: Arc<OwnedFd>,
     commands: Receiver<Command>,
+    /// Its place among several.
+    member: Option<Member>,
+    /// A frame that is another engine's, which has no room for it now.
+    undelivered: Option<(u16, Letter)>,
     stopped: bool,
     /// How much later the engine believes it is: for tests.
     ahead: Duration,
@@ -142,35 +174,80 @@ impl Engine {
     /// # Errors
     /// The host is out of descriptors, or a port cannot be listened to: the error then names it.
     pub fn new(config: Config, tap: Box<dyn Tap>) -> io::Result<Self> {
+        let mut engines = Self::several(config, vec![tap])?;
+        engines.pop().ok_or_else(|| io::ErrorKind::InvalidInput.into())
+    }
+
+    /// An engine for each of `taps`, which are the queues of one link, with the guest's forwarded ports open.
+    ///
+    /// # Errors
+    /// As [`Engine::new`].
+    pub(crate) fn several(config: Config, taps: Vec<Box<dyn Tap>>) -> io::Result<Vec<Self>> {
+        let mut doors = Vec::new();
+        let mut commands = Vec::new();
+        for _ in &taps {
+            let wake = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?);
+            let (sender, receiver) = channel();
+            doors.push(Door { commands: sender, wake });
+            commands.push(receiver);
+        }
+        let wakes: Vec<_> = doors.iter().map(|door| Arc::clone(&door.wake)).collect();
+        let group = (taps.len() > 1).then(|| Arc::new(Group::new(&wakes)));
+        let handle = Handle { engines: doors.into() };
+        let mut engines = Vec::new();
+        for (number, ((tap, commands), wake)) in taps.into_iter().zip(commands).zip(wakes).enumerate() {
+            // There are `group::MOST` at most.
+            let member = group.as_ref().map(|group| Member::new(Arc::clone(group), number as u16));
+            engines.push(Self::one(&config, tap, handle.clone(), wake, commands, member)?);
+        }
+        for mut forward in config.forwards {
+            for engine in &mut engines {
+                let listen = forward.listen;
+                // The first finds the port that the others share.
+                forward = engine.add_forward(forward).map_err(|error| {
+                    io::Error::new(error.kind(), format!("cannot listen on {listen}: {error}"))
+                })?;
+            }
+        }
+        Ok(engines)
+    }
+
+    fn one(
+        config: &Config,
+        tap: Box<dyn Tap>,
+        handle: Handle,
+        wake: Arc<OwnedFd>,
+        commands: Receiver<Command>,
+        member: Option<Member>,
+    ) -> io::Result<Self> {
         let poller = Poller::new()?;
         poller.add(tap.readiness(), Token::Tap, EventFlags::IN)?;
-        let wake = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?);
         poller.add(&wake, Token::Wake, EventFlags::IN)?;
-        let (sender, commands) = channel();
-        let mut engine = Self {
-            link: Link::new(tap, &config),
+        let shares = member.is_some();
+        let (tcp, udp, ping) = match &member {
+            Some(member) => (member.tcp(), member.udp(), member.ping()),
+            None => (Claims::alone(), Claims::alone(), Claims::alone()),
+        };
+        Ok(Self {
+            link: Link::new(tap, config),
             poller,
             frame: vec![0; LONGEST_FRAME],
             // The guest may have been faster.
             more_frames: true,
-            tcp: Tcp::new(),
-            udp: Udp::new(),
-            ping: Ping::new(),
+            tcp: Tcp::new(tcp, shares),
+            udp: Udp::new(udp, shares),
+            ping: Ping::new(ping),
             ndp: Ndp::default(),
             deadline: None,
-            handle: Handle { commands: sender, wake },
+            handle,
+            wake,
             commands,
+            member,
+            undelivered: None,
             stopped: false,
             ahead: Duration::ZERO,
             config: Config { forwards: Vec::new(), ..config.clone() },
-        };
-        for forward in config.forwards {
-            let listen = forward.listen;
-            engine.add_forward(forward).map_err(|error| {
-                io::Error::new(error.kind(), format!("cannot listen on {listen}: {error}"))
-            })?;
-        }
-        Ok(engine)
+        })
     }
 
     /// A way to talk to the engine from elsewhere.
@@ -201,13 +278,24 @@ impl Engine {
             busy = true;
             self.dispatch(ready, now);
         }
+        self.take_news();
         self.take_frames(now)?;
+        if let Some(member) = &mut self.member {
+            member.tell(self.link.guest());
+        }
         self.serve_sockets(now);
         self.serve_timers(now);
+        self.link.tap.flush()?;
         match self.link.lost.take() {
             Some(error) => Err(error),
             None => Ok(busy),
         }
+    }
+
+    /// The ports that are forwarded.
+    #[cfg(test)]
+    pub(crate) fn forwards(&self) -> &[Forward] {
+        &self.config.forwards
     }
 
     /// Has everything that leaves the host go to this port of its loopback.
@@ -256,8 +344,9 @@ impl Engine {
             }
             Token::Wake => {
                 // It can only fail when it is clear.
-                let _ = rustix::io::read(&self.handle.wake, &mut [0; 8]);
+                let _ = rustix::io::read(&self.wake, &mut [0; 8]);
                 self.obey();
+                self.take_letters(now);
             }
             Token::Tcp(number) => self.tcp.ready(&mut cx, number, ready.flags),
             Token::TcpListener(number) => self.tcp.accept(&mut cx, number),
@@ -334,16 +423,68 @@ impl Engine {
 
     /// Takes frames from the tap; whether there may be more.
     fn take_some(&mut self, buffer: &mut [u8], now: Instant) -> io::Result<bool> {
+        if let Some((to, letter)) = self.undelivered.take()
+            && !self.hand_over(to, letter)
+        {
+            return Ok(false);
+        }
         for _ in 0..FRAMES {
             let Some((length, offload)) = self.link.tap.receive(buffer)? else { return Ok(false) };
             self.link.stats.frames_in += 1;
             self.link.stats.bytes_in += length as u64;
-            match packet::parse(buffer.get(..length).unwrap_or_default(), offload) {
-                Ok(frame) => self.handle_frame(&frame, now),
+            let bytes = buffer.get(..length).unwrap_or_default();
+            match packet::parse(bytes, offload) {
+                Ok(frame) => match self.elsewhere(&frame) {
+                    None => self.handle_frame(&frame, now),
+                    Some(to) if self.hand_over(to, Letter { frame: bytes.to_vec(), offload }) => {}
+                    Some(_) => return Ok(false),
+                },
                 Err(why) => self.link.stats.refused(why),
             }
         }
         Ok(true)
+    }
+
+    /// The other engine that a frame is for.
+    fn elsewhere(&self, frame: &Frame<'_>) -> Option<u16> {
+        self.member.as_ref()?;
+        match &frame.packet {
+            Packet::Tcp(segment) => self.tcp.elsewhere(segment),
+            Packet::Udp(datagram) => self.udp.elsewhere(datagram),
+            Packet::Icmp(message) if is_refusal(message) => self.udp.refused_elsewhere(message.payload),
+            Packet::Icmp(message) => self.ping.elsewhere(message),
+            Packet::Arp(_) | Packet::Other(_) => None,
+        }
+    }
+
+    /// Gives another engine a frame that is for it. If that has no room, the frame is kept, and it is false.
+    fn hand_over(&mut self, to: u16, letter: Letter) -> bool {
+        let Some(member) = &self.member else { return true };
+        self.undelivered = member.hand_over(to, letter).err().map(|letter| (to, letter));
+        self.undelivered.is_none()
+    }
+
+    /// Takes what other engines have handed over.
+    fn take_letters(&mut self, now: Instant) {
+        let Some(member) = &self.member else { return };
+        for Letter { frame, offload } in member.letters() {
+            // Its owner until just now may have been this one: then it is as any frame that belongs to nothing.
+            match packet::parse(&frame, offload) {
+                Ok(frame) => self.handle_frame(&frame, now),
+                Err(why) => self.link.stats.refused(why),
+            }
+        }
+        // Whoever wakes us may have made room for what is undelivered.
+        self.more_frames |= self.undelivered.is_some();
+    }
+
+    /// Learns from the other engines what the guest was seen with.
+    fn take_news(&mut self) {
+        if let Some(member) = &mut self.member
+            && let Some(Guest { mac, v4, v6 }) = member.news()
+        {
+            (self.link.guest_mac, self.link.guest_v4, self.link.guest_v6) = (mac, v4, v6);
+        }
     }
 
     fn handle_frame(&mut self, frame: &Frame<'_>, now: Instant) {
@@ -353,7 +494,9 @@ impl Engine {
             return;
         }
         learn(&mut cx, frame);
-        self.ndp.guest_is_there(&cx);
+        if self.member.as_ref().is_none_or(Member::is_first) {
+            self.ndp.guest_is_there(&cx);
+        }
         let services = self.config.services;
         match &frame.packet {
             Packet::Arp(packet) => arp::packet(&mut cx, packet),

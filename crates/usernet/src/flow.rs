@@ -13,6 +13,8 @@ use std::collections::HashMap;
 use std::hash::Hash;
 use std::time::{Duration, Instant};
 
+use crate::claims::Claims;
+
 /// How long flows of each class may be idle: the shortest first.
 pub(crate) type Patience = [Duration; 2];
 
@@ -51,11 +53,12 @@ pub(crate) struct FlowTable<K, V> {
     lists: [List; 2],
     most: usize,
     patience: Patience,
+    claims: Claims<K>,
 }
 
 impl<K: Copy + Eq + Hash, V> FlowTable<K, V> {
     /// Room for `most` flows, taken as they come.
-    pub(crate) fn new(most: usize, patience: Patience) -> Self {
+    pub(crate) fn new(most: usize, patience: Patience, claims: Claims<K>) -> Self {
         Self {
             numbers: HashMap::new(),
             entries: Vec::new(),
@@ -63,6 +66,7 @@ impl<K: Copy + Eq + Hash, V> FlowTable<K, V> {
             lists: [List::default(); 2],
             most: most.max(1),
             patience,
+            claims,
         }
     }
 
@@ -87,14 +91,24 @@ impl<K: Copy + Eq + Hash, V> FlowTable<K, V> {
         Some((entry.key, &mut entry.value))
     }
 
-    /// Puts in a flow that was used now. The one that it takes the place of, if any, is returned: one with
-    /// the same key, or in a full table the oldest.
-    pub(crate) fn insert(&mut self, key: K, value: V, now: Instant) -> (u32, Option<V>) {
-        let gone = match self.find(&key) {
-            Some(number) => self.remove(number).map(|(_, value)| value),
-            None if self.is_full() => self.remove_oldest().map(|(_, value)| value),
-            None => None,
+    /// The other engine that has the flow with `key`.
+    pub(crate) fn elsewhere(&self, key: &K) -> Option<u16> {
+        if self.find(key).is_some() { None } else { self.claims.elsewhere(key) }
+    }
+
+    /// Puts in a flow that was used now, unless it is another engine's. The one that it takes the place of, if any, is
+    /// returned: one with the same key, or in a full table the oldest.
+    pub(crate) fn insert(&mut self, key: K, value: V, now: Instant) -> Option<(u32, Option<V>)> {
+        // The old one first, because its end gives up the claim.
+        let same = self.find(&key).and_then(|number| self.remove(number));
+        if !self.claims.claim(&key) {
+            return None;
+        }
+        let gone = match same {
+            None if self.is_full() => self.remove_oldest(),
+            same => same,
         };
+        let gone = gone.map(|(_, value)| value);
         let class = Class::OneWay;
         let entry = Entry { key, value, class, used: now, previous: None, next: None };
         let number = match self.free.pop() {
@@ -110,7 +124,7 @@ impl<K: Copy + Eq + Hash, V> FlowTable<K, V> {
         }
         self.numbers.insert(key, number);
         self.link(number, class);
-        (number, gone)
+        Some((number, gone))
     }
 
     /// Notes that the flow was used now, and its class from now on.
@@ -137,6 +151,7 @@ impl<K: Copy + Eq + Hash, V> FlowTable<K, V> {
         self.unlink(number);
         let entry = self.entries.get_mut(number as usize)?.take()?;
         self.numbers.remove(&entry.key);
+        self.claims.release(&entry.key);
         self.free.push(number);
         Some((entry.key, entry.value))
     }
@@ -221,13 +236,13 @@ mod tests {
     fn the_oldest_one_way_flow_goes_first() {
         let start = Instant::now();
         let at = |s| start + Duration::from_secs(s);
-        let mut table = FlowTable::new(3, PATIENCE);
-        let (a, _) = table.insert("a", 1, at(0));
+        let mut table = FlowTable::new(3, PATIENCE, Claims::alone());
+        let (a, _) = table.insert("a", 1, at(0)).unwrap();
         table.touch(a, Class::BothWays, at(0));
         table.insert("b", 2, at(1));
         table.insert("c", 3, at(2));
-        assert_eq!(table.insert("d", 4, at(3)).1, Some(2));
-        assert_eq!(table.insert("e", 5, at(4)).1, Some(3));
+        assert_eq!(table.insert("d", 4, at(3)).unwrap().1, Some(2));
+        assert_eq!(table.insert("e", 5, at(4)).unwrap().1, Some(3));
         assert!(table.find(&"a").is_some(), "a flow with answers outlives those without");
     }
 
@@ -235,8 +250,8 @@ mod tests {
     fn flows_end_when_their_classes_time_is_over() {
         let start = Instant::now();
         let at = |s| start + Duration::from_secs(s);
-        let mut table = FlowTable::new(10, PATIENCE);
-        let (a, _) = table.insert("a", 1, at(0));
+        let mut table = FlowTable::new(10, PATIENCE, Claims::alone());
+        let (a, _) = table.insert("a", 1, at(0)).unwrap();
         table.insert("b", 2, at(1));
         table.touch(a, Class::BothWays, at(5));
         assert_eq!(table.deadline(), Some(at(31)));
@@ -252,7 +267,7 @@ mod tests {
         #[test]
         fn it_is_what_a_vector_would_be(steps in proptest::collection::vec((0u8..4, 0u8..12), 0..300)) {
             let start = Instant::now();
-            let mut table = FlowTable::new(6, PATIENCE);
+            let mut table = FlowTable::new(6, PATIENCE, Claims::alone());
             let mut model: Vec<(u8, Class, Instant)> = Vec::new();
             for (second, (what, key)) in steps.into_iter().enumerate() {
                 let now = start + Duration::from_secs(second as u64);

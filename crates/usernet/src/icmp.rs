@@ -17,6 +17,7 @@ use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 
+use crate::claims::Claims;
 use crate::context::Context;
 use crate::flow::{Class, FlowTable, Patience};
 use crate::frame::{HOP_LIMIT, quoted_icmp};
@@ -37,10 +38,18 @@ const QUANTUM: usize = 8;
 /// Echo request and reply, of ICMP and of ICMPv6.
 const ECHO: [(u8, u8); 2] = [(8, 0), (128, 129)];
 
+/// The addresses of what the guest sends, and its identifier.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-struct Key {
+pub(crate) struct Key {
     addresses: Addresses,
     identifier: u16,
+}
+
+impl Key {
+    fn of(message: &IcmpView<'_>) -> Self {
+        let [a, b, _, _] = message.word;
+        Self { addresses: message.ip.addresses, identifier: u16::from_be_bytes([a, b]) }
+    }
 }
 
 #[derive(Debug)]
@@ -60,13 +69,18 @@ pub(crate) struct Ping {
 }
 
 impl Ping {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(claims: Claims<Key>) -> Self {
         Self {
-            flows: FlowTable::new(MOST_FLOWS, PATIENCE),
+            flows: FlowTable::new(MOST_FLOWS, PATIENCE, claims),
             queue: VecDeque::new(),
             buffer: vec![0; usize::from(u16::MAX)],
             told: false,
         }
+    }
+
+    /// The other engine whose flow this message of the guest's is.
+    pub(crate) fn elsewhere(&self, message: &IcmpView<'_>) -> Option<u16> {
+        self.flows.elsewhere(&Key::of(message))
     }
 
     /// How many flows there are.
@@ -99,8 +113,7 @@ impl Ping {
             cx.link.stats.dropped.address += 1;
             return;
         }
-        let [a, b, _, _] = message.word;
-        let key = Key { addresses, identifier: u16::from_be_bytes([a, b]) };
+        let key = Key::of(message);
         match self.find_or_open(cx, key) {
             Ok(number) => self.send(cx, number, message),
             Err(error) => {
@@ -122,8 +135,9 @@ impl Ping {
             }
             result => result?,
         };
-        let (number, evicted) =
-            self.flows.insert(key, Flow { fd, hop_limit: HOP_LIMIT, queued: false }, cx.now);
+        let flow = Flow { fd, hop_limit: HOP_LIMIT, queued: false };
+        // The guest's next message will find whose it is.
+        let (number, evicted) = self.flows.insert(key, flow, cx.now).ok_or(io::ErrorKind::AlreadyExists)?;
         cx.link.stats.evicted += u64::from(evicted.is_some());
         if let Some((_, flow)) = self.flows.get_mut(number)
             && let Err(error) = cx.poller.add(&flow.fd, Token::Ping(number), EventFlags::IN | EventFlags::ET)

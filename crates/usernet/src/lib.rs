@@ -12,6 +12,7 @@
 #![deny(unsafe_code)]
 
 mod arp;
+mod claims;
 pub mod config;
 mod context;
 mod dhcp;
@@ -19,9 +20,11 @@ mod dhcpv6;
 mod engine;
 mod flow;
 mod frame;
+mod group;
 mod host;
 mod icmp;
 mod ndp;
+mod network;
 mod packet;
 mod poller;
 mod socket;
@@ -36,5 +39,6 @@ mod tests;
 pub use config::Config;
 pub use engine::{Engine, Handle};
 pub use host::{ALONE, GATEWAY_MAC};
+pub use network::Network;
 mod udp;
 mod warn;

@@ -72,12 +72,14 @@ pub(crate) fn connected_udp(peer: SocketAddr, port: u16) -> io::Result<OwnedFd> 
     Ok(fd)
 }
 
-/// A UDP socket that takes datagrams from anybody to `address`. One for any address of IPv6 serves IPv4 too.
+/// A UDP socket that takes datagrams from anybody to `address`. One for any address of IPv6 serves IPv4 too. One that
+/// shares its port gets the datagrams of some peers, and others of this process those of the rest.
 ///
 /// # Errors
 /// The address is taken or not the host's, the port forbidden, or no descriptors.
-pub(crate) fn listening_udp(address: SocketAddr) -> io::Result<OwnedFd> {
+pub(crate) fn listening_udp(address: SocketAddr, shares_port: bool) -> io::Result<OwnedFd> {
     let fd = open(&address, None)?;
+    sockopt::set_socket_reuseport(&fd, shares_port)?;
     keep_errors(&fd, address.is_ipv6())?;
     if address.is_ipv6() {
         sockopt::set_ipv6_v6only(&fd, !address.ip().is_unspecified())?;

@@ -1,5 +1,7 @@
 //! What the engine counts.
 
+use std::ops::AddAssign;
+
 use crate::packet::Refused;
 
 /// Counters since the engine was made.
@@ -48,6 +50,35 @@ pub struct Dropped {
     pub disabled: u64,
     /// Datagrams that the host did not take.
     pub host: u64,
+}
+
+impl AddAssign for Stats {
+    fn add_assign(&mut self, other: Self) {
+        self.frames_in += other.frames_in;
+        self.bytes_in += other.bytes_in;
+        self.frames_out += other.frames_out;
+        self.bytes_out += other.bytes_out;
+        self.dropped += other.dropped;
+        self.overruns += other.overruns;
+        self.tcp_flows += other.tcp_flows;
+        self.udp_flows += other.udp_flows;
+        self.ping_flows += other.ping_flows;
+        self.evicted += other.evicted;
+    }
+}
+
+impl AddAssign for Dropped {
+    fn add_assign(&mut self, other: Self) {
+        self.malformed += other.malformed;
+        self.checksum += other.checksum;
+        self.fragment += other.fragment;
+        self.address += other.address;
+        self.unsupported += other.unsupported;
+        self.other_mac += other.other_mac;
+        self.multicast += other.multicast;
+        self.disabled += other.disabled;
+        self.host += other.host;
+    }
 }
 
 impl Stats {

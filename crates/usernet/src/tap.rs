@@ -54,9 +54,19 @@ pub trait Tap: Send {
     /// When the link is gone.
     fn receive(&mut self, buffer: &mut [u8]) -> io::Result<Option<(usize, Offload)>>;
 
-    /// Gives the guest a frame, the bytes of `header` and then of `payload`.
+    /// Gives the guest a frame, the bytes of `header` and then of `payload`. The guest need not notice it before
+    /// [`Self::flush`].
     ///
     /// # Errors
     /// When the link is gone.
     fn send(&mut self, header: &[u8], payload: &[u8], offload: Offload) -> io::Result<Sent>;
+
+    /// Lets the guest notice the frames that it was given. The engine calls it once for all frames of a turn, before it
+    /// waits.
+    ///
+    /// # Errors
+    /// When the link is gone.
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }

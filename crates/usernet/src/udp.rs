@@ -30,6 +30,7 @@ use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 
+use crate::claims::Claims;
 use crate::config::Forward;
 use crate::context::Context;
 use crate::flow::{Class, FlowTable, Patience};
@@ -56,12 +57,16 @@ const LONGEST: usize = 65535;
 
 /// The two ends of a flow, as the guest knows them.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-struct Key {
+pub(crate) struct Key {
     guest: SocketAddr,
     remote: SocketAddr,
 }
 
 impl Key {
+    fn of(datagram: &UdpView<'_>) -> Self {
+        Self { guest: datagram.source(), remote: datagram.destination() }
+    }
+
     /// The addresses of what the guest sends, and the ports.
     fn outbound(&self) -> Option<(Addresses, (u16, u16))> {
         let addresses = Addresses::new(self.guest.ip(), self.remote.ip())?;
@@ -118,17 +123,30 @@ pub(crate) struct Udp {
     next_listener: u32,
     queue: VecDeque<Source>,
     buffer: Vec<u8>,
+    shares_ports: bool,
 }
 
 impl Udp {
-    pub(crate) fn new() -> Self {
+    /// `shares_ports` says whether other engines listen on the same ports.
+    pub(crate) fn new(claims: Claims<Key>, shares_ports: bool) -> Self {
         Self {
-            flows: FlowTable::new(MOST_FLOWS, PATIENCE),
+            flows: FlowTable::new(MOST_FLOWS, PATIENCE, claims),
             listeners: HashMap::new(),
             next_listener: 0,
             queue: VecDeque::new(),
             buffer: vec![0; LONGEST],
+            shares_ports,
         }
+    }
+
+    /// The other engine whose flow this datagram of the guest's is.
+    pub(crate) fn elsewhere(&self, datagram: &UdpView<'_>) -> Option<u16> {
+        self.flows.elsewhere(&Key::of(datagram))
+    }
+
+    /// The other engine whose flow the guest refuses, of which it quotes the packet.
+    pub(crate) fn refused_elsewhere(&self, quoted: &[u8]) -> Option<u16> {
+        self.flows.elsewhere(&quoted_key(quoted)?)
     }
 
     /// How many flows there are.
@@ -141,7 +159,7 @@ impl Udp {
     /// # Errors
     /// The port is taken or forbidden, or there are no descriptors.
     pub(crate) fn listen(&mut self, cx: &Context<'_>, forward: &Forward) -> io::Result<SocketAddr> {
-        let fd = socket::listening_udp(forward.listen)?;
+        let fd = socket::listening_udp(forward.listen, self.shares_ports)?;
         let listen = SocketAddr::try_from(rustix::net::getsockname(&fd)?)?;
         let forward = Forward { listen, ..forward.clone() };
         let number = self.next_listener;
@@ -166,7 +184,7 @@ impl Udp {
 
     /// A datagram from the guest.
     pub(crate) fn datagram(&mut self, cx: &mut Context<'_>, datagram: &UdpView<'_>) {
-        let key = Key { guest: datagram.source(), remote: datagram.destination() };
+        let key = Key::of(datagram);
         let broadcast =
             matches!(key.remote.ip(), IpAddr::V4(a) if a.is_broadcast() || is_subnet_broadcast(cx, a));
         if key.remote.ip().is_multicast() || broadcast {
@@ -206,7 +224,8 @@ impl Udp {
             result => result?,
         };
         let flow = Flow { way: Way::Own(fd), hop_limit: HOP_LIMIT, queued: false, failed: false };
-        let number = self.insert(cx, key, flow);
+        // The guest's next datagram will find whose it is.
+        let number = self.insert(cx, key, flow).ok_or(io::ErrorKind::AlreadyExists)?;
         if let Some((_, Flow { way: Way::Own(fd), .. })) = self.flows.get_mut(number) {
             // Something may have come before it was watched: epoll tells.
             if let Err(error) = cx.poller.add(&*fd, Token::Udp(number), EventFlags::IN | EventFlags::ET) {
@@ -217,10 +236,11 @@ impl Udp {
         Ok(number)
     }
 
-    fn insert(&mut self, cx: &mut Context<'_>, key: Key, flow: Flow) -> u32 {
-        let (number, evicted) = self.flows.insert(key, flow, cx.now);
+    /// Adds a flow, unless another engine has just done so.
+    fn insert(&mut self, cx: &mut Context<'_>, key: Key, flow: Flow) -> Option<u32> {
+        let (number, evicted) = self.flows.insert(key, flow, cx.now)?;
         cx.link.stats.evicted += u64::from(evicted.is_some());
-        number
+        Some(number)
     }
 
     /// Sends a datagram of the guest's by its flow.

@@ -7,6 +7,7 @@ use etherparse::{EtherType, Ethernet2Header, IpNumber, Ipv4Header, Ipv6FlowLabel
 
 use super::options::Options;
 use super::seq::Seq;
+use super::view::TcpView;
 use crate::context::Context;
 use crate::tap::{Offload, Sent};
 
@@ -15,7 +16,7 @@ const HOP_LIMIT: u8 = 64;
 
 /// The two ends of a flow as the guest sees them.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub(super) struct Ends {
+pub(crate) struct Ends {
     pub(super) guest: IpAddr,
     pub(super) peer: IpAddr,
     pub(super) guest_port: u16,
@@ -23,6 +24,16 @@ pub(super) struct Ends {
 }
 
 impl Ends {
+    /// The ends of the flow that a segment of the guest's belongs to.
+    pub(super) fn of(view: &TcpView<'_>) -> Self {
+        Self {
+            guest: view.source,
+            peer: view.destination,
+            guest_port: view.source_port,
+            peer_port: view.destination_port,
+        }
+    }
+
     pub(super) fn is_ipv6(&self) -> bool {
         self.guest.is_ipv6()
     }

@@ -34,12 +34,17 @@ pub(super) struct Accepted {
 }
 
 /// All sockets that listen.
-#[derive(Default)]
 pub(super) struct Listeners {
     slots: Vec<Option<Listener>>,
+    /// Whether other engines listen on the same ports: the kernel spreads the connections (SO_REUSEPORT).
+    shares_ports: bool,
 }
 
 impl Listeners {
+    pub(super) fn new(shares_ports: bool) -> Self {
+        Self { slots: Vec::new(), shares_ports }
+    }
+
     /// Listens for `forward`. Returns where, which tells the port if the kernel was to choose it.
     pub(super) fn add(&mut self, poller: &Poller, forward: &Forward) -> io::Result<SocketAddr> {
         if forward.transport != Transport::Tcp {
@@ -49,6 +54,7 @@ impl Listeners {
         let socket =
             socket_with(family, SocketType::STREAM, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC, None)?;
         sockopt::set_socket_reuseaddr(&socket, true)?;
+        sockopt::set_socket_reuseport(&socket, self.shares_ports)?;
         if forward.listen.is_ipv6() {
             // "Any" of IPv6 means any of IPv4 too, whatever the system's default.
             sockopt::set_ipv6_v6only(&socket, forward.listen.ip() != Ipv6Addr::UNSPECIFIED)?;

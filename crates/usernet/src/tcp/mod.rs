@@ -62,12 +62,13 @@ use std::time::{Duration, Instant};
 use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 
+use crate::claims::Claims;
 use crate::config::Forward;
 use crate::context::Context;
 use crate::packet::Addresses;
 use crate::poller::{Poller, Token};
 use crate::tap::Sent;
-use emit::Ends;
+pub(crate) use emit::Ends;
 use flow::{EVENTS, Fate, Flow};
 use listen::{Accepted, Listeners};
 use seq::Seq;
@@ -107,21 +108,27 @@ pub(crate) struct Tcp {
 }
 
 impl Tcp {
-    pub(crate) fn new() -> Self {
-        Self::with_limits(LIMITS)
+    /// `shares_ports` says whether other engines listen on the same ports.
+    pub(crate) fn new(claims: Claims<Ends>, shares_ports: bool) -> Self {
+        Self::with_limits(LIMITS, claims, shares_ports)
     }
 
-    fn with_limits(limits: Limits) -> Self {
+    fn with_limits(limits: Limits, claims: Claims<Ends>, shares_ports: bool) -> Self {
         Self {
-            table: Table::new(limits.flows),
+            table: Table::new(limits.flows, claims),
             limits,
-            listeners: Listeners::default(),
+            listeners: Listeners::new(shares_ports),
             shared: Shared::new(limits.memory),
             work: VecDeque::new(),
             secret: RandomState::new(),
             epoch: Instant::now(),
             warned: None,
         }
+    }
+
+    /// The other engine whose flow this segment of the guest's is.
+    pub(crate) fn elsewhere(&self, view: &TcpView<'_>) -> Option<u16> {
+        self.table.elsewhere(&Ends::of(view))
     }
 
     /// How many flows there are.
@@ -131,12 +138,7 @@ impl Tcp {
 
     /// Takes in a segment of the guest's.
     pub(crate) fn segment(&mut self, cx: &mut Context<'_>, view: &TcpView<'_>) {
-        let ends = Ends {
-            guest: view.source,
-            peer: view.destination,
-            guest_port: view.source_port,
-            peer_port: view.destination_port,
-        };
+        let ends = Ends::of(view);
         let flags = view.flags;
         let begins = flags.syn && !flags.ack && !flags.rst && !flags.fin;
         if let Some(number) = self.table.find(&ends) {
@@ -279,19 +281,25 @@ impl Tcp {
         }
     }
 
-    /// The guest begins a connection.
+    /// The guest begins a connection. Another engine may have had the same SYN: then it is that one's.
     fn open(&mut self, cx: &mut Context<'_>, ends: Ends, view: &TcpView<'_>) {
+        if self.table.claim(&ends) && !self.begin(cx, ends, view) {
+            self.table.renounce(&ends);
+            self.refuse(cx, &ends, view);
+        }
+    }
+
+    /// Makes the flow that the guest asks for. Whether it could.
+    fn begin(&mut self, cx: &mut Context<'_>, ends: Ends, view: &TcpView<'_>) -> bool {
         // The addresses by which a host means itself are never taken literally.
         let addresses = Addresses::new(ends.guest, ends.peer);
         if is_group(ends.peer) || !addresses.is_some_and(|addresses| addresses.plausible()) {
-            self.refuse(cx, &ends, view);
-            return;
+            return false;
         }
         let to = cx.outside(SocketAddr::new(ends.peer, ends.peer_port));
         if !self.make_room(cx) {
             self.warn(cx.now, "too many TCP flows", Errno::NOBUFS);
-            self.refuse(cx, &ends, view);
-            return;
+            return false;
         }
         let mut connected = flow::connect(to);
         if let Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) = connected
@@ -308,19 +316,18 @@ impl Tcp {
                     self.warn(cx.now, "no socket for a connection of the guest's", error);
                 }
                 tracing::debug!(%to, %error, "cannot connect");
-                self.refuse(cx, &ends, view);
-                return;
+                return false;
             }
         };
         let iss = self.initial_sequence(&ends, cx.now);
         let number = self.table.next_number();
-        if self.watch(cx, &socket, number) {
-            self.table.add(Flow::outward(cx, &self.shared, ends, number, socket, iss, view));
-            // It may be connected already.
-            self.enqueue(number, true);
-        } else {
-            self.refuse(cx, &ends, view);
+        if !self.watch(cx, &socket, number) {
+            return false;
         }
+        self.table.add(Flow::outward(cx, &self.shared, ends, number, socket, iss, view));
+        // It may be connected already.
+        self.enqueue(number, true);
+        true
     }
 
     /// A connection to the host leads to the guest.
@@ -335,7 +342,7 @@ impl Tcp {
         let mut ends = Ends { guest, peer: peer.ip(), guest_port, peer_port: peer.port() };
         // Several peers may look the same to the guest.
         let mut attempts = 0;
-        while self.table.find(&ends).is_some() {
+        while self.table.find(&ends).is_some() || !self.table.claim(&ends) {
             let hash = self.secret.hash_one((&ends, attempts)) as u16;
             ends.peer_port = hash % (u16::MAX - 1024) + 1024;
             attempts += 1;
@@ -353,6 +360,8 @@ impl Tcp {
                 flow.send_syn(cx);
                 Fate::Stays
             });
+        } else {
+            self.table.renounce(&ends);
         }
     }
 

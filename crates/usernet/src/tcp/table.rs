@@ -6,6 +6,7 @@ use std::collections::{HashMap, VecDeque};
 
 use super::emit::Ends;
 use super::flow::Flow;
+use crate::claims::Claims;
 
 /// All flows.
 pub(super) struct Table {
@@ -16,10 +17,11 @@ pub(super) struct Table {
     half_open: VecDeque<(u32, Ends)>,
     half_open_count: usize,
     limit: usize,
+    claims: Claims<Ends>,
 }
 
 impl Table {
-    pub(super) fn new(limit: usize) -> Self {
+    pub(super) fn new(limit: usize, claims: Claims<Ends>) -> Self {
         Self {
             slots: Vec::new(),
             vacant: Vec::new(),
@@ -27,6 +29,7 @@ impl Table {
             half_open: VecDeque::new(),
             half_open_count: 0,
             limit,
+            claims,
         }
     }
 
@@ -54,6 +57,21 @@ impl Table {
     /// The number that the next flow gets.
     pub(super) fn next_number(&self) -> u32 {
         self.vacant.last().copied().unwrap_or(self.slots.len() as u32)
+    }
+
+    /// The other engine that has the flow with these ends.
+    pub(super) fn elsewhere(&self, ends: &Ends) -> Option<u16> {
+        if self.find(ends).is_some() { None } else { self.claims.elsewhere(ends) }
+    }
+
+    /// Takes the flow with these ends for this engine, before it is made. Whether it is this one's now.
+    pub(super) fn claim(&self, ends: &Ends) -> bool {
+        self.claims.claim(ends)
+    }
+
+    /// Gives up a flow that was claimed and not made.
+    pub(super) fn renounce(&self, ends: &Ends) {
+        self.claims.release(ends);
     }
 
     /// Adds a flow that is half-open under [`Self::next_number`].
@@ -85,6 +103,7 @@ impl Table {
         let flow = self.slots.get_mut(number as usize)?.take()?;
         self.vacant.push(number);
         self.by_ends.remove(&flow.ends);
+        self.claims.release(&flow.ends);
         if flow.is_half_open() {
             self.opened();
         }

@@ -5,6 +5,7 @@ mod engine;
 mod hostile;
 mod icmp;
 mod link;
+mod several;
 mod tcp;
 mod translation;
 mod udp;

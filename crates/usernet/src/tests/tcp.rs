@@ -9,7 +9,7 @@ use crate::config::{Config, Forward, Transport};
 use crate::testing::{GATEWAY_MAC, GATEWAY_V4, GUEST_MAC, GUEST_V4, Net, config};
 
 /// A segment as a guest sends it.
-fn segment(port: u16, to: u16, set: impl FnOnce(&mut TcpHeader), payload: &[u8]) -> Vec<u8> {
+pub(super) fn segment(port: u16, to: u16, set: impl FnOnce(&mut TcpHeader), payload: &[u8]) -> Vec<u8> {
     let mut header = TcpHeader::new(port, to, 0, 65535);
     set(&mut header);
     let mut frame = Vec::new();
@@ -21,7 +21,7 @@ fn segment(port: u16, to: u16, set: impl FnOnce(&mut TcpHeader), payload: &[u8])
     frame
 }
 
-fn as_tcp(frame: &[u8]) -> Option<(TcpHeader, Vec<u8>)> {
+pub(super) fn as_tcp(frame: &[u8]) -> Option<(TcpHeader, Vec<u8>)> {
     match SlicedPacket::from_ethernet(frame).unwrap().transport? {
         TransportSlice::Tcp(tcp) => Some((tcp.to_header(), tcp.payload().to_vec())),
         _ => None,

@@ -169,7 +169,7 @@ fn forwards_come_and_go() {
     let thread = std::thread::spawn(move || engine.run());
     assert_eq!(handle.forwards().unwrap(), []);
     assert_eq!(handle.add_forward(forward.clone()).unwrap(), forward);
-    assert_eq!(handle.forwards().unwrap(), [forward.clone()]);
+    assert_eq!(handle.forwards().unwrap(), std::slice::from_ref(&forward));
     assert_eq!(handle.add_forward(forward.clone()).unwrap_err().kind(), std::io::ErrorKind::AlreadyExists);
     let same_port = Forward { guest_port: 8, ..forward.clone() };
     assert_eq!(handle.add_forward(same_port).unwrap_err().kind(), std::io::ErrorKind::AddrInUse);

@@ -1,5 +1,6 @@
 //! Guests that do not mean well.
 
+use crate::claims::Claims;
 use std::time::Duration;
 
 use etherparse::{IpNumber, Ipv4Header, TcpHeader};
@@ -140,7 +141,7 @@ fn segments_of_a_connection_that_stands() {
 #[test]
 fn flood_of_syns_is_bounded_and_passes() {
     let mut sim = Sim::new(Setup::default());
-    sim.tcp = Tcp::with_limits(Limits { flows: 100, half_open: 20, memory: 1 << 20 });
+    sim.tcp = Tcp::with_limits(Limits { flows: 100, half_open: 20, memory: 1 << 20 }, Claims::alone(), false);
     let (_listener, port) = listener(false);
     for n in 0..5000u16 {
         let packet = packet([10, 0, 2, 2], n, port, 5, 0, SYN, &[], &[]);
@@ -158,7 +159,7 @@ fn flood_of_syns_is_bounded_and_passes() {
 #[test]
 fn full_table_refuses_and_recovers() {
     let mut sim = Sim::new(Setup::default());
-    sim.tcp = Tcp::with_limits(Limits { flows: 3, half_open: 3, memory: 1 << 20 });
+    sim.tcp = Tcp::with_limits(Limits { flows: 3, half_open: 3, memory: 1 << 20 }, Claims::alone(), false);
     let (listener, port) = listener(false);
     let mut streams = Vec::new();
     let handles: Vec<_> = (0..3).map(|_| sim.connect(port, false, 1000)).collect();

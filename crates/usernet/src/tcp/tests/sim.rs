@@ -16,6 +16,7 @@ use smoltcp::wire::{HardwareAddress, IpCidr};
 use super::super::Tcp;
 use super::super::view::{TcpFlags, TcpView};
 use super::network;
+use crate::claims::Claims;
 use crate::config::Config;
 use crate::context::{Context, Link};
 use crate::poller::{Events, Poller, Token};
@@ -271,7 +272,7 @@ impl Sim {
         interface.routes_mut().add_default_ipv4_route(Ipv4Addr::new(10, 0, 2, 2)).unwrap();
         let now = Instant::now();
         Self {
-            tcp: Tcp::new(),
+            tcp: Tcp::new(Claims::alone(), false),
             config: network(),
             link: Link::new(tap, &network()),
             poller: Poller::new().unwrap(),
