@@ -14,6 +14,7 @@
 pub mod kernels;
 pub mod process;
 pub mod standin;
+pub mod world;
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
