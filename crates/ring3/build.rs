@@ -4,9 +4,14 @@
 //! A nested cargo builds each into a target directory below `OUT_DIR`: a second cargo on the outer target
 //! directory would wait for the lock that the outer one holds. What the outer cargo put into the environment
 //! for its own compiler runs (flags, wrappers such as clippy's, coverage, profile overrides) is taken out.
+//!
+//! And collects the tags beside system calls, of which the filters of user-mode networking are made.
 
+use std::collections::BTreeSet;
 use std::env;
 use std::ffi::OsString;
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
 
@@ -46,12 +51,74 @@ fn main() {
         let binary = build(program);
         println!("cargo::rustc-env={}={}", program.variable, binary.display());
     }
+    collect_tags();
+}
+
+/// Where system calls are tagged, below the workspace's `crates`.
+const TAGGED: [&str; 3] = ["usernet/src", "taps/src", "ring3/src/net"];
+
+/// How a tag begins, after the comment's slashes.
+const TAG: &str = "syscalls";
+
+/// Writes `syscall_tags.rs`: a table of modes, names and numbers, from comments as `ring3::net::isolation::calls` describes
+/// them.
+fn collect_tags() {
+    let crates = path("CARGO_MANIFEST_DIR").join("..");
+    let mut tags = BTreeSet::new();
+    for directory in TAGGED.map(|directory| crates.join(directory)) {
+        println!("cargo::rerun-if-changed={}", directory.display());
+        tags_below(&directory, &mut tags);
+    }
+    let mut text = String::from("/// What the tags say: a mode, or \"\" for all; a call's name; its number.\n");
+    text += "const TAGS: &[(&str, &str, c_long)] = &[\n";
+    for (mode, name) in tags {
+        text += &format!("    ({mode:?}, {name:?}, libc::SYS_{name}),\n");
+    }
+    text += "];\n";
+    let file = path("OUT_DIR").join("syscall_tags.rs");
+    fs::write(&file, text).unwrap_or_else(|error| fail(&format!("cannot write {}: {error}", file.display())));
+}
+
+fn tags_below(directory: &Path, tags: &mut BTreeSet<(String, String)>) {
+    let mut read = || -> io::Result<()> {
+        for entry in fs::read_dir(directory)? {
+            let entry = entry?.path();
+            if entry.is_dir() {
+                tags_below(&entry, tags);
+            } else if entry.extension().is_some_and(|extension| extension == "rs") {
+                fs::read_to_string(&entry)?.lines().for_each(|line| tags.extend(tags_of(line)));
+            }
+        }
+        Ok(())
+    };
+    read().unwrap_or_else(|error| fail(&format!("cannot read {}: {error}", directory.display())));
+}
+
+/// The modes and names that a line tags.
+fn tags_of(line: &str) -> Vec<(String, String)> {
+    let tag = line.trim_start().strip_prefix("// ").and_then(|comment| comment.strip_prefix(TAG));
+    let Some((modes, names)) = tag.and_then(|tag| tag.split_once(':')) else { return Vec::new() };
+    let modes = match modes {
+        "" => vec![""],
+        _ => match modes.strip_prefix('(').and_then(|modes| modes.strip_suffix(')')) {
+            Some(modes) => modes.split(' ').collect(),
+            None => return Vec::new(),
+        },
+    };
+    let names: Vec<&str> = names.split_whitespace().collect();
+    modes
+        .iter()
+        .flat_map(|mode| names.iter().map(|name| ((*mode).to_owned(), (*name).to_owned())))
+        .collect()
+}
+
+/// A path that cargo tells by a variable.
+fn path(name: &str) -> PathBuf {
+    PathBuf::from(env::var_os(name).unwrap_or_else(|| fail(&format!("{name} is not set"))))
 }
 
 /// Builds a program; returns the file.
 fn build(program: &Program) -> PathBuf {
-    let path =
-        |name: &str| PathBuf::from(env::var_os(name).unwrap_or_else(|| fail(&format!("{name} is not set"))));
     let workspace = path("CARGO_MANIFEST_DIR").join("../..");
     let package = program.package;
     let target_dir = path("OUT_DIR").join(package);

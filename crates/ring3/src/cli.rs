@@ -8,6 +8,8 @@ use std::time::Duration;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::net::options::PastaArgs;
+
 const EXIT_STATUS: &str = "\
 Exit status:
   The command's own; 128+N when signal N ended it; 124 when --timeout ended the
@@ -94,6 +96,8 @@ pub enum Task {
         #[command(subcommand)]
         task: PvmTask,
     },
+    /// Give a network namespace the host's network
+    Pasta(Box<PastaArgs>),
     /// Print a completion script for a shell
     ///
     /// For example: ring3 completions bash > ~/.local/share/bash-completion/completions/ring3

@@ -2,8 +2,12 @@
 //! at boot ([`initramfs`]), one run from start to exit status ([`run`]), and the guest that tests the PVM guest
 //! ABI ([`pvm_guest`]).
 
+// `net::isolation::background` alone allows it.
+#![deny(unsafe_code)]
+
 pub mod cli;
 pub mod initramfs;
 pub mod kernel;
+pub mod net;
 pub mod pvm_guest;
 pub mod run;

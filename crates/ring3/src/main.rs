@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory, Parser};
 use ring3::cli::{Cli, KernelTask, PvmTask, Task};
-use ring3::{kernel, pvm_guest, run};
+use ring3::{kernel, net, pvm_guest, run};
 
 /// ring3's own failures; the numbers of a run are in `ring3 run --help`.
 const FAILED: u8 = 125;
@@ -20,6 +20,12 @@ fn main() -> ExitCode {
         Task::Run(args) => {
             start_log();
             run::run(&args, run::vm::launch).map_err(Into::into)
+        }
+        Task::Pasta(args) => {
+            start_log();
+            return front_end(net::PastaSettings::try_from(*args).map_err(Into::into), |settings| {
+                net::pasta::run(&settings)
+            });
         }
         Task::Kernel { task } => kernels(task).map(|()| 0),
         Task::Pvm { task: PvmTask::Selftest(args) } => {
@@ -40,6 +46,20 @@ fn main() -> ExitCode {
         Err(error) => {
             complain(&*error);
             ExitCode::from(FAILED)
+        }
+    }
+}
+
+/// Runs a network front end, whose own failures have the status that upstream gives them.
+fn front_end<S>(
+    settings: Result<S, Failure>,
+    run: impl FnOnce(S) -> Result<u8, net::NetError>,
+) -> ExitCode {
+    match settings.and_then(|settings| run(settings).map_err(Into::into)) {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            complain(&*error);
+            ExitCode::FAILURE
         }
     }
 }

@@ -9,6 +9,7 @@ use crate::config::{Config, MacAddress};
 use crate::group::Guest;
 use crate::ndp;
 use crate::poller::Poller;
+use crate::splice::Bypass;
 use crate::stats::Stats;
 use crate::tap::{Abilities, Offload, Sent, Tap};
 use crate::warn::Warnings;
@@ -32,6 +33,8 @@ pub(crate) struct Link {
     pub(crate) lost: Option<io::Error>,
     pub(crate) stats: Stats,
     pub(crate) warnings: Warnings,
+    /// Takes what comes from the host's loopback to forwarded ports.
+    pub(crate) bypass: Option<Bypass>,
     identification: u32,
     /// A port of the host's loopback to which everything goes, so that tests with any frames stay on the host.
     #[cfg(any(test, feature = "testing"))]
@@ -58,6 +61,7 @@ impl Link {
             lost: None,
             stats: Stats::default(),
             warnings: Warnings::default(),
+            bypass: None,
             identification: 0,
             #[cfg(any(test, feature = "testing"))]
             contained: None,

@@ -36,6 +36,7 @@ use crate::icmp::Ping;
 use crate::ndp::{self, Ndp};
 use crate::packet::{self, Addresses, Frame, IcmpView, Packet, UdpView};
 use crate::poller::{Events, Poller, Ready, Token};
+use crate::splice::Bypass;
 use crate::stats::Stats;
 use crate::tap::{LONGEST_FRAME, Tap};
 use crate::tcp::Tcp;
@@ -256,6 +257,11 @@ impl Engine {
         self.handle.clone()
     }
 
+    /// Has what comes from the host's loopback to forwarded ports go by `bypass`, without frames.
+    pub fn set_bypass(&mut self, bypass: Bypass) {
+        self.link.bypass = Some(bypass);
+    }
+
     /// Serves the guest until [`Handle::stop`].
     ///
     /// # Errors
@@ -398,6 +404,9 @@ impl Engine {
             Transport::Udp => self.udp.unlisten(forward),
         };
         self.config.forwards.retain(|other| other != forward);
+        if let (Transport::Udp, Some(bypass)) = (forward.transport, &self.link.bypass) {
+            bypass.forget_closed();
+        }
         removed
     }
 

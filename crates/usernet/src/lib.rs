@@ -28,6 +28,7 @@ mod network;
 mod packet;
 mod poller;
 mod socket;
+pub mod splice;
 pub mod stats;
 pub mod tap;
 mod tcp;
@@ -38,7 +39,7 @@ mod tests;
 
 pub use config::Config;
 pub use engine::{Engine, Handle};
-pub use host::{ALONE, GATEWAY_MAC};
+pub use host::{ALONE, ALONE_V6, GATEWAY_MAC, HostNetwork, Interface, Template};
 pub use network::Network;
 mod udp;
 mod warn;

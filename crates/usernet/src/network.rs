@@ -12,6 +12,7 @@ use std::thread;
 use crate::config::Config;
 use crate::engine::{Engine, Handle};
 use crate::group;
+use crate::splice::Bypass;
 use crate::tap::Tap;
 
 /// The engines of one guest.
@@ -40,6 +41,13 @@ impl Network {
     #[must_use]
     pub fn handle(&self) -> Handle {
         self.first.handle()
+    }
+
+    /// Has what comes from the host's loopback to forwarded ports go by `bypass`, without frames.
+    pub fn set_bypass(&mut self, bypass: &Bypass) {
+        for engine in std::iter::once(&mut self.first).chain(&mut self.others) {
+            engine.set_bypass(bypass.clone());
+        }
     }
 
     /// Serves the guest, on this thread and one for each further queue, until [`Handle::stop`].

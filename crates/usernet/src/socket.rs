@@ -9,7 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::libc;
-use nix::sys::socket::sockopt::{Ipv4PacketInfo, Ipv4RecvErr, Ipv6RecvErr, Ipv6RecvPacketInfo};
+use nix::sys::socket::sockopt::{BindToDevice, Ipv4PacketInfo, Ipv4RecvErr, Ipv6RecvErr, Ipv6RecvPacketInfo};
 use nix::sys::socket::{
     ControlMessage, ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, sendmsg, setsockopt,
 };
@@ -83,12 +83,31 @@ pub(crate) fn listening_udp(address: SocketAddr, shares_port: bool) -> io::Resul
     keep_errors(&fd, address.is_ipv6())?;
     if address.is_ipv6() {
         sockopt::set_ipv6_v6only(&fd, !address.ip().is_unspecified())?;
+    }
+    keep_destinations(&fd, address.is_ipv6())?;
+    bind(&fd, &address)?;
+    Ok(fd)
+}
+
+/// Has [`receive`] tell which address a datagram came to.
+///
+/// # Errors
+/// None for a datagram socket of this family.
+pub(crate) fn keep_destinations(fd: &OwnedFd, v6: bool) -> io::Result<()> {
+    if v6 {
         setsockopt(fd.as_raw_fd(), Ipv6RecvPacketInfo, &true)?;
     } else {
         setsockopt(fd.as_raw_fd(), Ipv4PacketInfo, &true)?;
     }
-    bind(&fd, &address)?;
-    Ok(fd)
+    Ok(())
+}
+
+/// Has the socket be reached by `interface` alone.
+///
+/// # Errors
+/// There is no such interface, or it is not allowed (before Linux 5.7 to the unprivileged).
+pub(crate) fn bind_to_interface(fd: &OwnedFd, interface: &str) -> io::Result<()> {
+    Ok(setsockopt(fd.as_raw_fd(), BindToDevice, &interface.into())?)
 }
 
 /// A ping socket (icmp(7)) connected to `target`, and the identifier that its messages have: `identifier` if nobody

@@ -23,6 +23,7 @@ use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use etherparse::{IpNumber, Ipv4HeaderSlice, Ipv6HeaderSlice};
@@ -37,7 +38,7 @@ use crate::flow::{Class, FlowTable, Patience};
 use crate::frame::{HOP_LIMIT, IcmpError, quoted_udp};
 use crate::packet::{Addresses, UdpView};
 use crate::poller::Token;
-use crate::socket;
+use crate::socket::{self, Received};
 
 /// How long flows may be idle: without an answer as long as a resolver's patience, with one as long as
 /// RFC 4787 4.3 asks of translators at least, and some.
@@ -97,7 +98,7 @@ struct Flow {
 #[derive(Debug)]
 struct Listener {
     forward: Forward,
-    fd: OwnedFd,
+    fd: Arc<OwnedFd>,
     queued: bool,
     failed: bool,
 }
@@ -165,6 +166,7 @@ impl Udp {
         let number = self.next_listener;
         self.next_listener = number.wrapping_add(1);
         cx.poller.add(&fd, Token::UdpListener(number), EventFlags::IN | EventFlags::ET)?;
+        let fd = Arc::new(fd);
         self.listeners.insert(number, Listener { forward, fd, queued: false, failed: false });
         Ok(listen)
     }
@@ -415,6 +417,10 @@ impl Udp {
             }
             match socket::receive(&listener.fd, &mut self.buffer) {
                 Ok(received) => {
+                    let payload = self.buffer.get(..received.length).unwrap_or_default();
+                    if bypass(cx, listener, &received, payload) {
+                        continue;
+                    }
                     // A guest without that family has nobody there.
                     let Some(key) = key_of(cx, received.peer, guest_port) else { continue };
                     self.note_peer(cx, key, number, received.peer, received.local);
@@ -465,6 +471,15 @@ impl Udp {
         while self.flows.remove_expired(now).is_some() {}
         self.flows.deadline()
     }
+}
+
+/// Gives a datagram to the bypass, if it is for that. Whether it was.
+fn bypass(cx: &Context<'_>, listener: &Listener, received: &Received, payload: &[u8]) -> bool {
+    let (Some(bypass), Some(local)) = (&cx.link.bypass, received.local) else { return false };
+    let local = SocketAddr::new(local, listener.forward.listen.port());
+    let guest = cx.guest_address(received.peer.ip().to_canonical());
+    let port = listener.forward.guest_port;
+    bypass.datagram(&listener.fd, (received.peer, local), guest, port, payload)
 }
 
 /// The flow of `peer`, as the host knows it, with the guest's `port`.

@@ -183,7 +183,11 @@ impl Tcp {
         loop {
             match self.listeners.accept(number, cx.now) {
                 Ok(None) => return,
-                Ok(Some(accepted)) => self.adopt(cx, accepted),
+                Ok(Some(accepted)) => {
+                    if let Some(accepted) = bypass(cx, accepted) {
+                        self.adopt(cx, accepted);
+                    }
+                }
                 Err(error) => {
                     self.evict_half_open(cx);
                     self.warn(cx.now, "cannot accept connections now", error);
@@ -416,6 +420,15 @@ impl Tcp {
             tracing::warn!(%error, flows = self.flows(), "{what}");
         }
     }
+}
+
+/// Gives a connection to the bypass, if it is for that.
+fn bypass(cx: &Context<'_>, accepted: Accepted) -> Option<Accepted> {
+    let Some(bypass) = &cx.link.bypass else { return Some(accepted) };
+    let Accepted { socket, peer, guest_port } = accepted;
+    let guest = cx.guest_address(peer.ip().to_canonical());
+    let socket = bypass.connection(socket, peer, guest, guest_port)?;
+    Some(Accepted { socket, peer, guest_port })
 }
 
 /// Whether an address is everybody's: there are no connections to those.

@@ -20,15 +20,15 @@ use seccompiler::{
 };
 
 /// A condition on one argument: its bits under `mask` are `value`.
-struct Arg {
+pub(crate) struct Arg {
     /// Its number, from 0.
-    index: u8,
-    mask: u64,
-    value: u64,
+    pub(crate) index: u8,
+    pub(crate) mask: u64,
+    pub(crate) value: u64,
 }
 
 /// An argument of type `int`, whose upper half the kernel ignores.
-const INT: u64 = 0xffff_ffff;
+pub(crate) const INT: u64 = 0xffff_ffff;
 /// A pointer or a `long`.
 const LONG: u64 = u64::MAX;
 
@@ -132,7 +132,7 @@ fn allowed(pid: u32) -> Vec<Call> {
 }
 
 /// No part of ring3 that still runs, and no library below it, makes these calls.
-const FATAL: [c_long; 63] = [
+pub(crate) const FATAL: [c_long; 63] = [
     // Other programs and processes.
     libc::SYS_execve,
     libc::SYS_execveat,
@@ -231,7 +231,8 @@ fn allowed_program(pid: u32) -> Result<BpfProgram, BackendError> {
     program(rules, unknown, SeccompAction::Allow)
 }
 
-fn conditions(args: &[Arg]) -> Result<Vec<SeccompCondition>, BackendError> {
+/// The conditions for a rule.
+pub(crate) fn conditions(args: &[Arg]) -> Result<Vec<SeccompCondition>, BackendError> {
     let condition = |arg: &Arg| {
         let len = if arg.mask > INT { SeccompCmpArgLen::Qword } else { SeccompCmpArgLen::Dword };
         SeccompCondition::new(arg.index, len, SeccompCmpOp::MaskedEq(arg.mask), arg.value)
@@ -239,7 +240,8 @@ fn conditions(args: &[Arg]) -> Result<Vec<SeccompCondition>, BackendError> {
     args.iter().map(condition).collect()
 }
 
-fn program(
+/// A filter that does `listed` at the calls that `rules` has, and `otherwise` at others.
+pub(crate) fn program(
     rules: BTreeMap<i64, Vec<SeccompRule>>,
     otherwise: SeccompAction,
     listed: SeccompAction,

@@ -19,7 +19,7 @@
 //!
 //! `docs/isolation.md` has the threat model.
 
-mod calls;
+pub(crate) mod calls;
 mod descriptors;
 mod files;
 

@@ -1,0 +1,245 @@
+//! Spliced TCP connections: an accepted socket, a socket that connects on the other side, and bytes between them.
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use rustix::event::epoll::EventFlags;
+use rustix::io::Errno;
+use rustix::net::{connect, sockopt};
+
+use crate::config::Transport;
+use crate::poller::{Poller, Token};
+
+use super::pipes::Pipes;
+use super::relay::{Direction, State};
+use super::sockets::{Kind, Sockets};
+
+/// Bytes copied at once where no pipe can be used.
+const SCRATCH: usize = 64 << 10;
+
+/// What a socket is watched for: changes only, so that a side that cannot go on wakes nobody.
+const EVENTS: EventFlags = EventFlags::IN.union(EventFlags::OUT).union(EventFlags::PRI).union(EventFlags::ET);
+
+/// Whether a connection is still there.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Fate {
+    /// It waits for events.
+    Waits,
+    /// It can go on at once.
+    Again,
+    /// Both directions have ended.
+    Over,
+    /// One side was reset, and the other is to be.
+    Reset,
+}
+
+/// A connection. Its ends are numbered: 0 was accepted, 1 connects. Direction `n` has end `n` as its source.
+#[derive(Debug)]
+struct Connection {
+    ends: [OwnedFd; 2],
+    directions: [Direction; 2],
+    queued: bool,
+}
+
+/// All spliced connections.
+#[derive(Debug)]
+pub(super) struct Tcp {
+    connections: Vec<Option<Connection>>,
+    free: Vec<u32>,
+    /// Connections that can go on.
+    work: VecDeque<u32>,
+    pipes: Pipes,
+    scratch: Vec<u8>,
+    most: usize,
+    bytes: u64,
+}
+
+impl Tcp {
+    /// With room for so many connections.
+    pub(super) fn new(most: usize) -> Self {
+        Self {
+            connections: Vec::new(),
+            free: Vec::new(),
+            work: VecDeque::new(),
+            pipes: Pipes::new(),
+            scratch: vec![0; SCRATCH],
+            most,
+            bytes: 0,
+        }
+    }
+
+    /// How many connections there are.
+    pub(super) fn len(&self) -> usize {
+        self.connections.len() - self.free.len()
+    }
+
+    /// How many bytes were moved.
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Whether a connection can go on.
+    pub(super) fn has_work(&self) -> bool {
+        !self.work.is_empty()
+    }
+
+    /// Connects `accepted` with `target`, by a socket of `there`. If that is not possible `accepted` is reset.
+    ///
+    /// # Errors
+    /// Why it was not possible: there are too many connections, or no descriptors, or nobody at the target.
+    pub(super) fn open(
+        &mut self,
+        poller: &Poller,
+        there: &dyn Sockets,
+        accepted: OwnedFd,
+        target: SocketAddr,
+    ) -> Result<(), Errno> {
+        let opened = self.connect(poller, there, &accepted, target);
+        match opened {
+            Ok((number, socket)) => {
+                let connection = Connection {
+                    ends: [accepted, socket],
+                    directions: [Direction::new(), Direction::new()],
+                    queued: false,
+                };
+                if let Some(place) = self.connections.get_mut(number as usize) {
+                    *place = Some(connection);
+                }
+                Ok(())
+            }
+            Err(error) => {
+                reset(accepted);
+                Err(error)
+            }
+        }
+    }
+
+    /// A number for a connection, and its second socket, with both sockets watched.
+    fn connect(
+        &mut self,
+        poller: &Poller,
+        there: &dyn Sockets,
+        accepted: &OwnedFd,
+        target: SocketAddr,
+    ) -> Result<(u32, OwnedFd), Errno> {
+        if self.len() >= self.most {
+            return Err(Errno::NOBUFS);
+        }
+        let kind = Kind::of(Transport::Tcp, target);
+        let socket = there
+            .socket(kind)
+            .or_else(|_| {
+                self.pipes.shrink();
+                there.socket(kind)
+            })
+            .map_err(|error| errno(&error))?;
+        // Whoever writes has waited already if it wanted to (RFC 1122 4.2.3.4): what it wrote goes on at once.
+        let _ = sockopt::set_tcp_nodelay(accepted, true);
+        let _ = sockopt::set_tcp_nodelay(&socket, true);
+        match connect(&socket, &target) {
+            Ok(()) | Err(Errno::INPROGRESS) => {}
+            Err(error) => return Err(error),
+        }
+        let number = self.free.last().copied().unwrap_or(self.connections.len() as u32);
+        for (end, fd) in [(0, accepted), (1, &socket)] {
+            poller.add(fd, Token::Tcp(number << 1 | end), EVENTS).map_err(|error| errno(&error))?;
+        }
+        if self.free.pop().is_none() {
+            self.connections.push(None);
+        }
+        Ok((number, socket))
+    }
+
+    /// A socket is ready. For what is a hint: it may be for a connection that had the number before.
+    pub(super) fn ready(&mut self, token: u32, flags: EventFlags) {
+        let (number, end) = (token >> 1, (token & 1) as usize);
+        let Some(Some(connection)) = self.connections.get_mut(number as usize) else { return };
+        let failed = flags.intersects(EventFlags::ERR | EventFlags::HUP);
+        if failed || flags.contains(EventFlags::IN) {
+            connection.directions[end].source_ready();
+        }
+        if flags.contains(EventFlags::PRI) {
+            connection.directions[end].copy_from(&connection.ends[end]);
+        }
+        if failed || flags.contains(EventFlags::OUT) {
+            connection.directions[1 - end].sink_ready();
+        }
+        if !std::mem::replace(&mut connection.queued, true) {
+            self.work.push_back(number);
+        }
+    }
+
+    /// Lets each connection that can go on do so for one turn.
+    pub(super) fn turn(&mut self) {
+        for _ in 0..self.work.len() {
+            let Some(number) = self.work.pop_front() else { return };
+            let Some(place) = self.connections.get_mut(number as usize) else { continue };
+            let Some(connection) = place else { continue };
+            connection.queued = false;
+            match connection.turn(&mut self.pipes, &mut self.scratch, &mut self.bytes) {
+                Fate::Waits => {}
+                Fate::Again => {
+                    connection.queued = true;
+                    self.work.push_back(number);
+                }
+                fate => {
+                    let Some(mut connection) = place.take() else { continue };
+                    for direction in &mut connection.directions {
+                        direction.release(&mut self.pipes);
+                    }
+                    if fate == Fate::Reset {
+                        connection.ends.into_iter().for_each(reset);
+                    }
+                    self.free.push(number);
+                }
+            }
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn set_most_pipes(&mut self, most: usize) {
+        self.pipes = Pipes::with_most(most);
+    }
+}
+
+impl Connection {
+    fn turn(&mut self, pipes: &mut Pipes, scratch: &mut [u8], moved: &mut u64) -> Fate {
+        let mut again = false;
+        for number in [0, 1] {
+            let other = 1 - number;
+            let direction = &mut self.directions[number];
+            let turn = direction.turn(&self.ends[number], &self.ends[other], pipes, scratch, moved);
+            if direction.state() == State::Reset {
+                return Fate::Reset;
+            }
+            again |= turn.again;
+            if turn.sink_is_gone {
+                let back = &mut self.directions[other];
+                if back.state() == State::Done {
+                    return Fate::Reset;
+                }
+                back.source_gone();
+                again = true;
+            }
+        }
+        if self.directions.iter().all(|direction| direction.state() == State::Done) {
+            Fate::Over
+        } else if again {
+            Fate::Again
+        } else {
+            Fate::Waits
+        }
+    }
+}
+
+/// Closes a socket so that its peer sees a reset.
+pub(super) fn reset(socket: OwnedFd) {
+    // Refused by no TCP socket; without it the peer sees an orderly end.
+    let _ = sockopt::set_socket_linger(&socket, Some(Duration::ZERO));
+}
+
+fn errno(error: &std::io::Error) -> Errno {
+    Errno::from_io_error(error).unwrap_or(Errno::IO)
+}
