@@ -159,7 +159,7 @@ pub fn pasta(namespace: &Namespace, options: &str) -> Command {
             command
         }
     };
-    command.args(["--foreground", "--netns-only", "--runas", "0", "--ns-ifname", "eth0", "--netns"]);
+    command.args(["--foreground", "--netns-only", "--ns-ifname", "eth0", "--netns"]);
     command.arg(namespace.path()).args(options.split_whitespace());
     command
 }

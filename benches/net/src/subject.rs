@@ -104,7 +104,7 @@ impl<'a> Link<'a> {
             ),
             // The namespaces are in the user namespace where we are root already.
             _ => format!(
-                "--foreground --quiet --config-net --netns-only --runas 0 --mtu {mtu} --tcp-ports {PORT_IN} \
+                "--foreground --quiet --config-net --netns-only --mtu {mtu} --tcp-ports {PORT_IN} \
                  --udp-ports {PORT_IN} --tcp-ns none --udp-ns none --netns {}",
                 guest.path()
             ),
