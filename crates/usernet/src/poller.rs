@@ -88,6 +88,7 @@ impl Poller {
         Ok(Self { epoll: epoll::create(CreateFlags::CLOEXEC)? })
     }
 
+    // syscalls: epoll_ctl
     /// Watches `fd`.
     pub(crate) fn add(&self, fd: impl AsFd, token: Token, flags: EventFlags) -> io::Result<()> {
         Ok(epoll::add(&self.epoll, fd, token.data(), flags)?)
@@ -98,6 +99,7 @@ impl Poller {
         Ok(epoll::modify(&self.epoll, fd, token.data(), flags)?)
     }
 
+    // syscalls: epoll_wait epoll_pwait epoll_pwait2
     /// Waits until something is ready or `timeout` is over. A signal ends the wait too.
     pub(crate) fn wait(&self, events: &mut Events, timeout: Option<Duration>) -> io::Result<()> {
         let timeout = timeout.map(|t| Timespec {

@@ -29,6 +29,7 @@ const MOST_STRAY: usize = 64;
 
 fn open(of: &SocketAddr, protocol: Option<Protocol>) -> io::Result<OwnedFd> {
     let family = if of.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    // syscalls: socket bind connect setsockopt getsockname
     Ok(socket_with(family, SocketType::DGRAM, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, protocol)?)
 }
 
@@ -150,6 +151,7 @@ pub(crate) struct Received {
 pub(crate) fn receive(fd: &OwnedFd, buffer: &mut [u8]) -> io::Result<Received> {
     let mut control = Vec::with_capacity(CONTROL);
     let mut parts = [IoSliceMut::new(buffer)];
+    // syscalls: recvmsg
     let message =
         recvmsg::<SockaddrStorage>(fd.as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::MSG_DONTWAIT)?;
     let local = message.cmsgs().find_map(|message| match message {
@@ -193,6 +195,7 @@ pub(crate) fn send(
     };
     let peer = SockaddrStorage::from(peer);
     let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+    // syscalls: sendmsg
     Ok(sendmsg(fd.as_raw_fd(), &parts, from.as_slice(), flags, Some(&peer))?)
 }
 
@@ -224,6 +227,7 @@ pub(crate) fn next_error(fd: &OwnedFd, buffer: &mut [u8]) -> Option<NetworkError
     let mut control = Vec::with_capacity(CONTROL);
     let mut parts = [IoSliceMut::new(buffer)];
     let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_ERRQUEUE;
+    // syscalls: recvmsg
     let message = recvmsg::<SockaddrStorage>(fd.as_raw_fd(), &mut parts, Some(&mut control), flags).ok()?;
     let destination = message.address.as_ref().and_then(to_std);
     let (extended, offender) = message.cmsgs().find_map(|message| match message {

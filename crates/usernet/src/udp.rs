@@ -161,6 +161,7 @@ impl Udp {
     /// The port is taken or forbidden, or there are no descriptors.
     pub(crate) fn listen(&mut self, cx: &Context<'_>, forward: &Forward) -> io::Result<SocketAddr> {
         let fd = socket::listening_udp(forward.listen, self.shares_ports)?;
+        // syscalls: getsockname
         let listen = SocketAddr::try_from(rustix::net::getsockname(&fd)?)?;
         let forward = Forward { listen, ..forward.clone() };
         let number = self.next_listener;
@@ -257,6 +258,7 @@ impl Udp {
                     socket::set_hop_limit(fd, datagram.ip.addresses.is_v6(), hops);
                 }
                 let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+                // syscalls: sendto
                 let mut result = rustix::net::send(fd, datagram.payload, flags);
                 if matches!(result, Err(error) if is_pending(error)) {
                     // The error of an earlier datagram, which took this one's place.
@@ -382,6 +384,7 @@ impl Udp {
                 }
                 continue;
             }
+            // syscalls: recvfrom
             match rustix::net::recv(fd, &mut self.buffer[..], RecvFlags::DONTWAIT) {
                 Ok((length, _)) => {
                     self.flows.touch(number, Class::BothWays, cx.now);

@@ -51,6 +51,7 @@ impl Bypass {
         if !peer.ip().to_canonical().is_loopback() {
             return Some(socket);
         }
+        // syscalls(pasta): getsockname
         let local = rustix::net::getsockname(&socket).ok().and_then(|local| SocketAddr::try_from(local).ok());
         let Some(target) = local.and_then(|local| self.target(peer, local, guest, port)) else {
             return Some(socket);

@@ -79,6 +79,7 @@ impl Listeners {
         }
         let bound = sides[forward.from]
             .bind(forward.transport, forward.listen, forward.interface.as_deref())
+            // syscalls(pasta): getsockname
             .and_then(|socket| Ok((SocketAddr::try_from(getsockname(&socket)?)?, socket)));
         let (listen, socket) = bound.map_err(named)?;
         let vacant = self.slots.iter().position(Option::is_none).unwrap_or_else(|| {
@@ -169,6 +170,7 @@ impl Listeners {
 impl Listener {
     fn accept(&mut self, now: Instant) -> Result<Taken, Errno> {
         loop {
+            // syscalls(pasta): accept4
             match acceptfrom_with(&self.socket, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC) {
                 Ok((socket, peer)) => {
                     let ends = peer.map(SocketAddr::try_from).zip(Some(getsockname(&socket)?.try_into()));

@@ -54,6 +54,7 @@ impl Pipes {
         if self.made >= self.most {
             return None;
         }
+        // syscalls(pasta): pipe2 fcntl
         let (read, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).ok()?;
         // Refused to a user who has too many: then it stays as it is.
         let large = self.large < LARGE && fcntl_setpipe_size(&write, SIZE).is_ok();

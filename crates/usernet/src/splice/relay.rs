@@ -176,6 +176,7 @@ impl Direction {
                 self.pipe = pipes.take();
             }
             let Some(pipe) = &self.pipe else { return self.copy(source, sink, scratch) };
+            // syscalls(pasta): splice
             match retry_on_intr(|| splice(source, None, &pipe.write, None, MOST, flags())) {
                 Ok(0) => self.copy_from(source),
                 Ok(n) => self.pending += n,
@@ -205,6 +206,7 @@ impl Direction {
 
     /// Copies some bytes.
     fn copy(&mut self, source: &OwnedFd, sink: &OwnedFd, scratch: &mut [u8]) -> Result<usize, Errno> {
+        // syscalls(pasta): recvfrom sendto
         match retry_on_intr(|| recv(source, &mut *scratch, RecvFlags::PEEK | RecvFlags::DONTWAIT)) {
             Ok((0, _)) => {
                 self.end = Some(if self.source_is_gone { End::Reset } else { End::Orderly });
@@ -246,6 +248,7 @@ impl Direction {
         match self.end {
             Some(End::Orderly) => {
                 self.state = State::Done;
+                // syscalls(pasta): shutdown
                 shutdown(sink, Shutdown::Write)
             }
             Some(End::Reset) => {

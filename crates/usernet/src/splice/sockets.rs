@@ -78,6 +78,7 @@ impl Sockets for Here {
             Transport::Tcp => SocketType::STREAM,
             Transport::Udp => SocketType::DGRAM,
         };
+        // syscalls(pasta): socket setsockopt
         Ok(socket_with(family, socket_type, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC, None)?)
     }
 
@@ -98,6 +99,7 @@ impl Sockets for Here {
         match transport {
             Transport::Tcp => {
                 sockopt::set_socket_reuseaddr(&fd, true)?;
+                // syscalls(pasta): bind listen
                 bind(&fd, &address)?;
                 listen(&fd, BACKLOG)?;
             }

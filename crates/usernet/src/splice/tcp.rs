@@ -138,6 +138,7 @@ impl Tcp {
         // Whoever writes has waited already if it wanted to (RFC 1122 4.2.3.4): what it wrote goes on at once.
         let _ = sockopt::set_tcp_nodelay(accepted, true);
         let _ = sockopt::set_tcp_nodelay(&socket, true);
+        // syscalls(pasta): connect
         match connect(&socket, &target) {
             Ok(()) | Err(Errno::INPROGRESS) => {}
             Err(error) => return Err(error),

@@ -195,6 +195,7 @@ impl Udp {
         now: Instant,
     ) -> io::Result<u32> {
         let far = sides[key.side.other()].socket(Kind::of(Transport::Udp, arrival.target))?;
+        // syscalls(pasta): connect
         connect(&far, &arrival.target)?;
         let near = connected_beside(&*sides[key.side], &arrival.listener, arrival.local, arrival.peer);
         let listener = Arc::downgrade(&arrival.listener);
@@ -250,6 +251,7 @@ impl Udp {
                     None => return true,
                 },
             };
+            // syscalls(pasta): recvfrom
             match recv(fd, &mut self.buffer[..], RecvFlags::DONTWAIT) {
                 Ok((length, _)) => {
                     let payload = self.buffer.get(..length).unwrap_or_default();
@@ -295,6 +297,7 @@ impl Flow {
         let fd = if which == FAR { Some(&self.far) } else { self.near.as_ref() };
         let once = || -> io::Result<usize> {
             if let Some(fd) = fd {
+                // syscalls(pasta): sendto
                 return Ok(send(fd, payload, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)?);
             }
             let listener = self.listener.upgrade().ok_or(io::ErrorKind::BrokenPipe)?;
@@ -331,6 +334,7 @@ fn connected_beside(
     }
     sockopt::set_socket_reuseaddr(&fd, true).ok()?;
     sockopt::set_socket_reuseaddr(listener, true).ok()?;
+    // syscalls(pasta): bind connect
     let bound = bind(&fd, &local);
     // Refused by no socket.
     let _ = sockopt::set_socket_reuseaddr(listener, false);

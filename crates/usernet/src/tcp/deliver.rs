@@ -49,6 +49,7 @@ impl Flow {
         }
         while acked > 0 {
             let want = shared.scratch.len().min(acked as usize);
+            // syscalls: recvfrom
             match recv(socket, &mut shared.scratch[..want], RecvFlags::TRUNC | RecvFlags::DONTWAIT) {
                 Ok((_, n @ 1..)) => {
                     self.head = self.head.plus(n as u32);

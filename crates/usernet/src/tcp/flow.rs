@@ -380,6 +380,7 @@ impl Flow {
             && !self.keep_alive
         {
             self.keep_alive = true;
+            // syscalls: setsockopt
             let _ = sockopt::set_socket_keepalive(socket, true);
             let _ = sockopt::set_tcp_keepidle(socket, KEEP_ALIVE_IDLE);
         }
@@ -414,6 +415,7 @@ impl Flow {
     /// Whether the host's socket has connected; answers the guest if so, or if it never will.
     pub(super) fn connected(&mut self, cx: &mut Context<'_>, shared: &mut Shared) -> Fate {
         let Some(socket) = &self.socket else { return Fate::Gone };
+        // syscalls: getsockopt
         match sockopt::socket_error(socket) {
             Ok(Ok(())) => {}
             Ok(Err(error)) | Err(error) => {
@@ -422,6 +424,7 @@ impl Flow {
                 return Fate::Gone;
             }
         }
+        // syscalls: getpeername
         if rustix::net::getpeername(socket).is_err() {
             return Fate::Stays;
         }
@@ -552,6 +555,7 @@ impl Flow {
             self.shut = true;
             if let Some(socket) = &self.socket {
                 // A connection that is broken is told by reading.
+                // syscalls: shutdown
                 let _ = shutdown(socket, Shutdown::Write);
             }
         }
@@ -744,6 +748,7 @@ impl Flow {
 /// Gives bytes to the host's socket: how many it took. One that has failed takes everything, to no end.
 fn write(socket: Option<&OwnedFd>, failed: bool, bytes: &[u8]) -> Result<usize, Errno> {
     match socket {
+        // syscalls: sendto
         Some(socket) if !failed => match send(socket, bytes, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
             Err(Errno::AGAIN | Errno::INTR | Errno::NOBUFS | Errno::NOMEM) => Ok(0),
             result => result,
@@ -763,6 +768,7 @@ pub(super) fn connect(to: SocketAddr) -> Result<OwnedFd, Errno> {
     use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
     let family = if to.is_ipv6() { AddressFamily::INET6 } else { AddressFamily::INET };
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    // syscalls: socket connect
     let socket = socket_with(family, SocketType::STREAM, flags, None)?;
     prepare(&socket);
     match rustix::net::connect(&socket, &to) {

@@ -21,6 +21,7 @@ pub(super) fn set_peek_offset(socket: impl AsFd, offset: u32) -> io::Result<()> 
     // SAFETY: needed for the system call. The pointer and the length describe `offset`, which outlives the call, and
     // the kernel only reads it.
     let result = unsafe {
+        // syscalls: setsockopt
         libc::setsockopt(
             socket.as_fd().as_raw_fd(),
             libc::SOL_SOCKET,
@@ -64,6 +65,7 @@ pub(super) fn send_buffer(socket: impl AsFd) -> io::Result<SendBuffer> {
     // SAFETY: needed for the system call. The pointer and the length describe `words`, which outlives the call and is
     // borrowed by nothing else; the kernel writes at most `length` bytes, and any bytes are valid words.
     let result = unsafe {
+        // syscalls: getsockopt
         libc::getsockopt(
             socket.as_fd().as_raw_fd(),
             libc::SOL_SOCKET,

@@ -53,12 +53,14 @@ impl Listeners {
         let family = if forward.listen.is_ipv6() { AddressFamily::INET6 } else { AddressFamily::INET };
         let socket =
             socket_with(family, SocketType::STREAM, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC, None)?;
+        // syscalls: setsockopt
         sockopt::set_socket_reuseaddr(&socket, true)?;
         sockopt::set_socket_reuseport(&socket, self.shares_ports)?;
         if forward.listen.is_ipv6() {
             // "Any" of IPv6 means any of IPv4 too, whatever the system's default.
             sockopt::set_ipv6_v6only(&socket, forward.listen.ip() != Ipv6Addr::UNSPECIFIED)?;
         }
+        // syscalls: bind listen getsockname
         bind(&socket, &forward.listen)?;
         listen(&socket, BACKLOG)?;
         let bound = SocketAddr::try_from(rustix::net::getsockname(&socket)?)?;
@@ -86,6 +88,7 @@ impl Listeners {
     pub(super) fn accept(&mut self, number: u32, now: Instant) -> Result<Option<Accepted>, Errno> {
         let Some(Some(listener)) = self.slots.get_mut(number as usize) else { return Ok(None) };
         loop {
+            // syscalls: accept4
             match acceptfrom_with(&listener.socket, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC) {
                 Ok((socket, peer)) => {
                     let Some(Ok(peer)) = peer.map(SocketAddr::try_from) else { continue };
