@@ -6,6 +6,7 @@ mod support;
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::process::Command;
+use std::time::Duration;
 
 use support::Noise;
 use support::process::Running;
@@ -18,19 +19,22 @@ const IN: u16 = 5201;
 /// The host's service, on its loopback.
 const OUT: u16 = 5301;
 
+/// What a single call may take. A test that waits this long has found a stall.
+const STALL: Duration = Duration::from_secs(30);
+
 /// A listener for both families.
 fn listen(port: u16) -> TcpListener {
     TcpListener::bind(("::", port)).unwrap()
 }
 
 fn patient(stream: TcpStream) -> TcpStream {
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
-    stream.set_write_timeout(Some(PATIENCE)).unwrap();
+    stream.set_read_timeout(Some(STALL)).unwrap();
+    stream.set_write_timeout(Some(STALL)).unwrap();
     stream
 }
 
 fn connect(to: SocketAddr) -> TcpStream {
-    patient(TcpStream::connect_timeout(&to, PATIENCE).unwrap())
+    patient(TcpStream::connect_timeout(&to, STALL).unwrap())
 }
 
 fn accept(listener: &TcpListener) -> TcpStream {
@@ -327,13 +331,13 @@ fn closed_ports_refuse() {
     inside("closed_ports_refuse", |world| {
         let guest = forwarding(world);
         let refused = |to: SocketAddr| {
-            let error = TcpStream::connect_timeout(&to, PATIENCE).unwrap_err();
+            let error = TcpStream::connect_timeout(&to, STALL).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{to}");
         };
         let unreachable = |to: SocketAddr| {
             let socket = UdpSocket::bind((if to.is_ipv4() { "0.0.0.0" } else { "::" }, 0)).unwrap();
             socket.connect(to).unwrap();
-            socket.set_read_timeout(Some(PATIENCE)).unwrap();
+            socket.set_read_timeout(Some(STALL)).unwrap();
             socket.send(b"anyone?").unwrap();
             let error = socket.recv(&mut [0; 64]).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "UDP {to}");

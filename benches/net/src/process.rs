@@ -1,6 +1,7 @@
 //! Child processes that end with their owner, and what the kernel accounts to them.
 
 use std::fs;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use crate::Failure;
@@ -11,7 +12,16 @@ pub(crate) struct Guarded(pub(crate) Child);
 impl Guarded {
     /// Starts a command that says nothing.
     pub(crate) fn quiet(command: &mut Command) -> Result<Self, Failure> {
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        Self::start(command.stderr(Stdio::null()))
+    }
+
+    /// Starts a command whose complaints go to a file.
+    pub(crate) fn logged(command: &mut Command, log: &Path) -> Result<Self, Failure> {
+        Self::start(command.stderr(fs::File::create(log)?))
+    }
+
+    fn start(command: &mut Command) -> Result<Self, Failure> {
+        command.stdin(Stdio::null()).stdout(Stdio::null());
         let child =
             command.spawn().map_err(|e| format!("cannot start {}: {e}", command.get_program().display()))?;
         Ok(Self(child))

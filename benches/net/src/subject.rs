@@ -113,11 +113,13 @@ impl<'a> Link<'a> {
         let mut words = pinned.into_iter().flatten().chain(program);
         let mut command = world.host.command(words.next().unwrap_or_default());
         command.args(words).args(arguments.split_whitespace());
-        let mut engine = Guarded::quiet(&mut command)?;
-        guest.wait_for_routes(true).map_err(|error| match engine.check() {
-            Err(ended) => ended,
-            Ok(()) => error,
-        })?;
+        let log = std::env::temp_dir().join(format!("bench-net-{}.log", std::process::id()));
+        let mut engine = Guarded::logged(&mut command, &log)?;
+        let ready = guest.wait_for_routes(true).map_err(|error| engine.check().err().unwrap_or(error));
+        let said = fs::read_to_string(&log).unwrap_or_default();
+        // It stays open where it is written to.
+        let _ = fs::remove_file(&log);
+        ready.map_err(|error| format!("{error}: {}", said.trim()))?;
         if subject == Subject::Slirp {
             forward(&socket, "tcp")?;
             forward(&socket, "udp")?;

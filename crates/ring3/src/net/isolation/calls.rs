@@ -115,7 +115,9 @@ fn conditions(name: &str, command: Option<Pid>) -> Option<Vec<Vec<Arg>>> {
             })
             .collect(),
         "tgkill" => one_of(0, &[u64::from(std::process::id())]),
-        "kill" => one_of(0, &command.map(|pid| pid.as_raw_nonzero().get() as u64).into_iter().collect::<Vec<_>>()),
+        "kill" => {
+            one_of(0, &command.map(|pid| pid.as_raw_nonzero().get() as u64).into_iter().collect::<Vec<_>>())
+        }
         _ => return None,
     })
 }

@@ -69,9 +69,10 @@ pub fn run(settings: &PastaSettings) -> Result<u8, NetError> {
         .because(|| "cannot take after the host's network".into())?;
     let config = common.config().because(|| "cannot make the namespace's network".into())?;
     let ifname = settings.ifname.clone().unwrap_or_else(|| name_after(&host));
-    let pid_file = common.pid_file.as_ref().map(|path| {
-        File::create(path).because(|| format!("cannot write the PID file {}", path.display()))
-    });
+    let pid_file = common
+        .pid_file
+        .as_ref()
+        .map(|path| File::create(path).because(|| format!("cannot write the PID file {}", path.display())));
     let mut pid_file = pid_file.transpose()?;
     let found = Found::find(&settings.target)?;
     let watch = watched(settings)?;
