@@ -6,5 +6,10 @@
 // `tun::ioctl` alone allows it.
 #![deny(unsafe_code)]
 
+pub mod pcap;
+pub mod ring;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod tun;
+pub mod vhost_net;
 pub mod vnet;
