@@ -4,7 +4,7 @@
 mod support;
 
 use std::io::{ErrorKind, Read as _, Write as _};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::process::Command;
 use std::time::Duration;
 
@@ -457,6 +457,33 @@ fn a_restart_finds_its_ports_free() {
             again.signal(rustix::process::Signal::TERM);
             again.finish(PATIENCE);
         }
+    });
+}
+
+#[test]
+fn a_new_address_of_the_host_serves_at_once() {
+    inside("a_new_address_of_the_host_serves_at_once", |world| {
+        let guest = forwarding(world);
+        wait_for_forward(IN);
+        // The gateway's own address means the host's loopback in the guest.
+        let beyond = Ipv4Addr::new(192, 0, 2, 3);
+        world.neighbour.ip(&format!("address add {beyond}/24 dev eth0"));
+        let outside = world.neighbour.run(|| listen(OUT));
+        let within = guest.namespace.run(|| listen(IN));
+        for last in [2, 9] {
+            let host = Ipv4Addr::new(192, 0, 2, last);
+            if host != HOST.0 {
+                world.ip(&format!("address delete {}/24 dev eth0", HOST.0));
+                world.ip(&format!("address add {host}/24 dev eth0"));
+                world.ip(&format!("route add default via {}", GATEWAY.0));
+            }
+            let _out = guest.namespace.run(|| connect(at(beyond, OUT)));
+            let (_, from) = outside.accept().unwrap();
+            assert_eq!(from.ip().to_canonical(), host);
+            let _into = world.neighbour.run(|| connect(at(host, IN)));
+            accept(&within).write_all(b"still here").unwrap();
+        }
+        guest.finish();
     });
 }
 
