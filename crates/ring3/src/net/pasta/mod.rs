@@ -54,7 +54,8 @@ pub fn run(settings: &PastaSettings) -> Result<u8, NetError> {
     let common = &settings.common;
     let host = HostNetwork::of(&common.network.template())
         .because(|| "cannot take after the host's network".into())?;
-    let config = common.config().because(|| "cannot make the namespace's network".into())?;
+    // Without forwards: which are there, and who serves them, is decided by `serve`.
+    let config = common.network.config().because(|| "cannot make the namespace's network".into())?;
     let ifname = settings.ifname.clone().unwrap_or_else(|| name_after(&host));
     let pid_file = common
         .pid_file
