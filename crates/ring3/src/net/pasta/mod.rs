@@ -31,6 +31,7 @@ use std::fs::File;
 
 use usernet::HostNetwork;
 
+use super::attendants::Prepared;
 use super::isolation::{self, Mode, background, user};
 use super::options::PastaSettings;
 use super::options::settings::{Splice, Target};
@@ -61,6 +62,7 @@ pub fn run(settings: &PastaSettings) -> Result<u8, NetError> {
         .as_ref()
         .map(|path| File::create(path).because(|| format!("cannot write the PID file {}", path.display())));
     let mut pid_file = pid_file.transpose()?;
+    let prepared = Prepared::open(common)?;
     let found = Found::find(&settings.target)?;
     let watch = watched(settings)?;
     let opener = user::is_root().then(Opener::start).transpose()?;
@@ -88,7 +90,7 @@ pub fn run(settings: &PastaSettings) -> Result<u8, NetError> {
     })?;
     let tables = Tables { host: open_tables()?, guest };
     isolation::enclose(common.chroot_fallback)?;
-    let serving = Serving::start(settings, config, queues, namespace, tables, watch)?;
+    let serving = Serving::start(settings, config, queues, namespace, tables, watch, prepared)?;
     isolation::seal(Mode::Pasta, command.as_ref().map(Command::pid))?;
 
     background::write_pid(pid_file, std::process::id().cast_signed())
