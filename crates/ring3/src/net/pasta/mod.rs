@@ -32,6 +32,7 @@ use std::fs::File;
 use usernet::HostNetwork;
 use usernet::follow::Follower;
 
+use super::attendants::Prepared;
 use super::isolation::{self, Mode, background, user};
 use super::options::PastaSettings;
 use super::options::settings::{Splice, Target};
@@ -65,6 +66,7 @@ pub fn run(settings: &PastaSettings) -> Result<u8, NetError> {
         .as_ref()
         .map(|path| File::create(path).because(|| format!("cannot write the PID file {}", path.display())));
     let mut pid_file = pid_file.transpose()?;
+    let prepared = Prepared::open(common)?;
     let found = Found::find(&settings.target)?;
     let watch = watched(settings)?;
     let opener = user::is_root().then(Opener::start).transpose()?;
@@ -92,7 +94,7 @@ pub fn run(settings: &PastaSettings) -> Result<u8, NetError> {
     })?;
     let tables = Tables { host: open_tables()?, guest };
     isolation::enclose(common.chroot_fallback)?;
-    let serving = Serving::start(settings, config, queues, namespace, tables, watch)?;
+    let serving = Serving::start(settings, config, queues, namespace, tables, watch, prepared)?;
     let _following = serving.follow(follower, (host, template), common.network.clone())?;
     isolation::seal(Mode::Pasta, command.as_ref().map(Command::pid))?;
 
