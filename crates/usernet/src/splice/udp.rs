@@ -334,7 +334,7 @@ fn connected_beside(
     }
     sockopt::set_socket_reuseaddr(&fd, true).ok()?;
     sockopt::set_socket_reuseaddr(listener, true).ok()?;
-    // syscalls(pasta): bind connect
+    // syscalls(pasta): bind connect setsockopt getsockopt
     let bound = bind(&fd, &local);
     // Refused by no socket.
     let _ = sockopt::set_socket_reuseaddr(listener, false);
