@@ -6,9 +6,12 @@ use std::process::ExitCode;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory, Parser};
-use ring3::cli::{Cli, KernelTask, PvmTask, Task};
+use ring3::cli::{Cli, KernelTask, NetPortsArgs, NetTask, NetworkArgs, PvmTask, Task};
 use ring3::net::command::{self, CommandError, Invocation};
+use ring3::net::control::{Request, client};
+use ring3::net::options::ports::PortSpec;
 use ring3::{kernel, pvm_guest, run};
+use usernet::config::Transport;
 
 /// ring3's own failures; the numbers of a run are in `ring3 run --help`.
 const FAILED: u8 = 125;
@@ -42,6 +45,7 @@ fn main() -> ExitCode {
         // `Invocation::of` finds them first; they are in `Cli` for its help, man pages and completions.
         Task::Pasta(args) => return finish_net("pasta", command::serve_pasta(*args)),
         Task::Passt(args) => return finish_net("passt", command::serve_passt(*args)),
+        Task::Net { task } => control_net(task).map(|()| 0),
         Task::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "ring3", &mut io::stdout());
             Ok(0)
@@ -121,6 +125,29 @@ fn answer_or_complain(error: &clap::Error) -> ExitCode {
         eprintln!("To run it as a command, put -- before it: ring3 run -- {argument}");
     }
     ExitCode::from(FAILED)
+}
+
+/// Asks a running network for something, and prints what it says.
+fn control_net(task: NetTask) -> Result<(), Failure> {
+    let (network, requests) = match task {
+        NetTask::List { network } => (network, vec![Request::List]),
+        NetTask::Add { ports } => net_requests(ports, Request::Add),
+        NetTask::Remove { ports } => net_requests(ports, Request::Remove),
+    };
+    let lines = client::ask(&client::socket(network.socket)?, &requests)?;
+    let mut out = io::stdout().lock();
+    for line in lines {
+        writeln!(out, "{line}")?;
+    }
+    Ok(())
+}
+
+fn net_requests(
+    ports: NetPortsArgs,
+    request: impl Fn(Transport, PortSpec) -> Request,
+) -> (NetworkArgs, Vec<Request>) {
+    let transport = if ports.udp { Transport::Udp } else { Transport::Tcp };
+    (ports.network, ports.specs.into_iter().map(|spec| request(transport, spec)).collect())
 }
 
 fn kernels(task: KernelTask) -> Result<(), Failure> {

@@ -11,7 +11,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Command, CommandFactory, FromArgMatches};
 
 use super::options::{BadOptions, PasstArgs, PasstSettings, PastaArgs, PastaSettings};
-use super::{NetError, passt, pasta};
+use super::{NetError, log, passt, pasta};
 
 /// What a vhost-user back end of QEMU's tells of itself (docs/interop/vhost-user.json): libvirt asks before it starts one.
 const CAPABILITIES: &str = "{\n  \"type\": \"net\"\n}\n";
@@ -126,6 +126,7 @@ impl Invocation {
 /// As [`Invocation::run`].
 pub fn serve_pasta(args: PastaArgs) -> Result<u8, CommandError> {
     let settings = PastaSettings::try_from(args)?;
+    log::start(&settings.common.log, settings.common.foreground, FrontEnd::Pasta.name())?;
     Ok(pasta::run(&settings)?)
 }
 
@@ -140,6 +141,7 @@ pub fn serve_passt(args: PasstArgs) -> Result<u8, CommandError> {
         return Ok(0);
     }
     let settings = PasstSettings::try_from(args)?;
+    log::start(&settings.common.log, settings.common.foreground, FrontEnd::Passt.name())?;
     Ok(passt::run(&settings)?)
 }
 

@@ -9,6 +9,7 @@ mod check;
 pub mod network;
 pub mod ports;
 pub mod settings;
+pub mod table;
 pub mod values;
 
 pub use args::{PasstArgs, PastaArgs, Vhost};
