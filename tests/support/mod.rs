@@ -12,9 +12,11 @@
 #![allow(dead_code, unreachable_pub, reason = "each test program is a crate that uses a part")]
 
 pub mod kernels;
+pub mod net;
 pub mod process;
 pub mod qemu;
 pub mod standin;
+pub mod world;
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};

@@ -2,10 +2,14 @@
 //!
 //! The engine is crate `usernet`, the links to a guest are crate `taps`; here they are put together.
 
+pub mod command;
+pub mod control;
 pub mod isolation;
+pub mod log;
 pub mod options;
 pub mod passt;
 pub mod pasta;
+pub mod stats;
 
 use std::io;
 
@@ -13,7 +17,6 @@ use usernet::Handle;
 use usernet::config::Forward;
 
 use options::settings::Forwards;
-pub use options::{PasstSettings, PastaSettings};
 
 /// What could not be done, and the kernel's word on it.
 #[derive(Debug, thiserror::Error)]
