@@ -14,6 +14,7 @@ pub mod values;
 
 pub use args::{PasstArgs, PastaArgs, Vhost};
 pub use check::BadOptions;
+pub(super) use check::ephemeral_ports;
 pub use settings::{Common, PasstSettings, PastaSettings};
 
 #[cfg(test)]

@@ -19,20 +19,24 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 use signal_hook::consts::{SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::iterator::Signals;
+use taps::pcap::{Capture, Recorded};
 use taps::stream::{Clients, Stream};
 use taps::vhost_user::{self, Control, Source};
 use usernet::Network;
 use usernet::tap::Tap;
 
+use super::control::{ControlSocket, Controlled};
 use super::isolation::{self, Mode, background, user};
-use super::options::PasstSettings;
 use super::options::settings::GuestSocket;
+use super::options::{PasstSettings, ephemeral_ports};
+use super::stats::Printer;
 use super::{Because, NetError, add_best_effort};
 use keeper::Keeper;
 
@@ -63,12 +67,23 @@ pub fn run(settings: &PasstSettings) -> Result<u8, NetError> {
     let mtu = if config.mtu == 0 { MTU } else { config.mtu };
     let (taps, control) =
         links(settings, socket, mtu).because(|| "cannot make a link to the guest".into())?;
+    let capture = common
+        .pcap
+        .as_ref()
+        .map(|path| Capture::create(path).because(|| format!("cannot record to {}", path.display())))
+        .transpose()?;
+    let taps = match &capture {
+        Some(capture) => taps.into_iter().map(|tap| recorded(tap, capture)).collect(),
+        None => taps,
+    };
+    let control_socket = common.control.as_deref().map(ControlSocket::bind).transpose()?;
     let network = Network::new(config, taps).because(|| "cannot start the network".into())?;
     let handle = network.handle();
     if let Some(keeper) = &keeper {
         tell(keeper.path(), settings.vhost_user);
     }
 
+    let ephemeral = ephemeral_ports();
     user::leave_root(common.runas, false)?;
     user::own_namespace()?;
     let background = (!common.foreground).then(|| background::split(pid_file.take())).transpose()?;
@@ -77,6 +92,11 @@ pub fn run(settings: &PasstSettings) -> Result<u8, NetError> {
     let (sender, events) = channel();
     start_threads(network, control, sender)?;
     add_best_effort(&handle, &common.forwards())?;
+    let printer = common.stats.map(|delay| Printer::start(handle.clone(), delay)).transpose();
+    let _printer = printer.because(|| "cannot start a thread".into())?;
+    let controlled = Controlled { handle: handle.clone(), v6: common.network.families[1], ephemeral };
+    let served = control_socket.map(|socket| socket.serve(controlled)).transpose();
+    let _served = served.because(|| "cannot serve the control socket".into())?;
     isolation::seal(if settings.vhost_user { Mode::VhostUser } else { Mode::Passt }, None)?;
 
     background::write_pid(pid_file, std::process::id() as i32)
@@ -85,6 +105,10 @@ pub fn run(settings: &PasstSettings) -> Result<u8, NetError> {
     let result = attend(&events);
     handle.stop();
     result
+}
+
+fn recorded(tap: Box<dyn Tap>, capture: &Arc<Capture>) -> Box<dyn Tap> {
+    Box::new(Recorded::new(tap, capture.clone()))
 }
 
 /// A socket, as it comes.
