@@ -69,7 +69,8 @@ fn collect_tags() {
         println!("cargo::rerun-if-changed={}", directory.display());
         tags_below(&directory, &mut tags);
     }
-    let mut text = String::from("/// What the tags say: a mode, or \"\" for all; a call's name; its number.\n");
+    let mut text =
+        String::from("/// What the tags say: a mode, or \"\" for all; a call's name; its number.\n");
     text += "const TAGS: &[(&str, &str, c_long)] = &[\n";
     for (mode, name) in tags {
         text += &format!("    ({mode:?}, {name:?}, libc::SYS_{name}),\n");
@@ -106,10 +107,7 @@ fn tags_of(line: &str) -> Vec<(String, String)> {
         },
     };
     let names: Vec<&str> = names.split_whitespace().collect();
-    modes
-        .iter()
-        .flat_map(|mode| names.iter().map(|name| ((*mode).to_owned(), (*name).to_owned())))
-        .collect()
+    modes.iter().flat_map(|mode| names.iter().map(|name| ((*mode).to_owned(), (*name).to_owned()))).collect()
 }
 
 /// A path that cargo tells by a variable.

@@ -51,10 +51,7 @@ fn main() -> ExitCode {
 }
 
 /// Runs a network front end, whose own failures have the status that upstream gives them.
-fn front_end<S>(
-    settings: Result<S, Failure>,
-    run: impl FnOnce(S) -> Result<u8, net::NetError>,
-) -> ExitCode {
+fn front_end<S>(settings: Result<S, Failure>, run: impl FnOnce(S) -> Result<u8, net::NetError>) -> ExitCode {
     match settings.and_then(|settings| run(settings).map_err(Into::into)) {
         Ok(status) => ExitCode::from(status),
         Err(error) => {

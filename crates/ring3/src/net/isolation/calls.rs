@@ -105,6 +105,8 @@ fn conditions(name: &str, command: Option<Pid>) -> Option<Vec<Vec<Arg>>> {
                 libc::F_GETPIPE_SZ as u64,
             ],
         ),
+        // Nothing but the end of vhost-net's work.
+        "ioctl" => one_of(1, &[taps::vhost_net::stop_request()]),
         "openat" => vec![vec![is(2, CHANGING, 0)]],
         // No local sockets, and no raw ones.
         "socket" => [libc::AF_INET, libc::AF_INET6]
@@ -115,7 +117,9 @@ fn conditions(name: &str, command: Option<Pid>) -> Option<Vec<Vec<Arg>>> {
             })
             .collect(),
         "tgkill" => one_of(0, &[u64::from(std::process::id())]),
-        "kill" => one_of(0, &command.map(|pid| pid.as_raw_nonzero().get() as u64).into_iter().collect::<Vec<_>>()),
+        "kill" => {
+            one_of(0, &command.map(|pid| pid.as_raw_nonzero().get() as u64).into_iter().collect::<Vec<_>>())
+        }
         _ => return None,
     })
 }

@@ -59,5 +59,7 @@ pub fn drop_capabilities(keep_low_ports: bool) -> Result<(), NetError> {
 /// # Errors
 /// The kernel does not do it.
 pub fn seal(mode: Mode, command: Option<Pid>) -> Result<(), NetError> {
-    calls::filter(mode, command).map_err(std::io::Error::other).because(|| "cannot filter system calls".into())
+    calls::filter(mode, command)
+        .map_err(std::io::Error::other)
+        .because(|| "cannot filter system calls".into())
 }

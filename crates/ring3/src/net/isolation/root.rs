@@ -22,7 +22,8 @@ pub(super) fn empty(chroot_fallback: bool) -> Result<(), NetError> {
     // Nothing of what follows is for others to see, and nothing of what others mount is for us.
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
         .because(|| "cannot make mounts private".into())?;
-    let place = mount_nothing().because(|| format!("cannot mount an empty file system at {}", PLACES.join(", ")))?;
+    let place =
+        mount_nothing().because(|| format!("cannot mount an empty file system at {}", PLACES.join(", ")))?;
     chdir(place).because(|| format!("cannot enter the empty file system at {place}"))?;
     match pivot_root(".", ".") {
         Ok(()) => {}
@@ -32,9 +33,11 @@ pub(super) fn empty(chroot_fallback: bool) -> Result<(), NetError> {
         }
         Err(error) => {
             return Err(error).because(|| match error {
-                Errno::INVAL => "cannot replace the root directory, as where it is an initramfs: --chroot-fallback \
+                Errno::INVAL => {
+                    "cannot replace the root directory, as where it is an initramfs: --chroot-fallback \
                                  does with less"
-                    .into(),
+                        .into()
+                }
                 _ => "cannot replace the root directory".into(),
             });
         }

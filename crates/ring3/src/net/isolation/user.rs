@@ -40,7 +40,8 @@ pub fn leave_root(runas: Option<Identity>, keep: bool) -> Result<(), NetError> {
     };
     let Identity { uid, gid } = identity;
     set_keep_capabilities(keep).because(|| "cannot keep capabilities".into())?;
-    let denied = || format!("cannot become user {uid}, group {gid}: that takes root, or CAP_SETUID and CAP_SETGID");
+    let denied =
+        || format!("cannot become user {uid}, group {gid}: that takes root, or CAP_SETUID and CAP_SETGID");
     setgroups(&[]).map_err(io::Error::from).because(denied)?;
     setgid(Gid::from_raw(gid)).map_err(io::Error::from).because(denied)?;
     setuid(Uid::from_raw(uid)).map_err(io::Error::from).because(denied)?;
@@ -87,7 +88,8 @@ pub fn own_namespace() -> Result<(), NetError> {
 /// It cannot be opened, or is not owned by this user.
 pub fn join_namespace(path: &Path) -> Result<(), NetError> {
     let name = || format!("cannot open the user namespace {}", path.display());
-    let present = open("/proc/self/ns/user", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).because(name)?;
+    let present =
+        open("/proc/self/ns/user", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).because(name)?;
     let wanted = open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).because(name)?;
     let identity = |fd| fstat(fd).map(|stat| (stat.st_dev, stat.st_ino)).because(name);
     // Joining where one is already is an error (setns(2)).

@@ -110,9 +110,7 @@ fn mount_proc() -> rustix::io::Result<()> {
 fn become_command(command: &[OsString], pid_namespace: bool) -> Result<Infallible, (String, i32)> {
     // The process identifiers that are seen are those of its namespace. Where the host hides parts of /proc, as in
     // a container, the kernel does not allow it.
-    if pid_namespace
-        && let Err(error) = mount_proc()
-    {
+    if pid_namespace && let Err(error) = mount_proc() {
         tracing::debug!("no /proc of the namespace's own: {error}");
     }
     // Its user may ping, as the engine lets it.

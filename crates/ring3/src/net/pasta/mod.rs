@@ -25,20 +25,21 @@ mod opener;
 mod watch;
 
 use std::fs::File;
+use std::io;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
 use rustix::process::Signal;
 use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::iterator::Signals;
-use taps::tun::Tun;
+use taps::vhost_net::{self, Device};
 use usernet::config::Forward;
 use usernet::tap::Tap;
 use usernet::{Handle, HostNetwork, Network};
 
 use super::isolation::{self, Mode, background, user};
-use super::options::PastaSettings;
 use super::options::settings::{Forwards, Target};
+use super::options::{PastaSettings, Vhost};
 use super::{Because, NetError};
 use command::Command;
 use link::Link;
@@ -69,13 +70,19 @@ pub fn run(settings: &PastaSettings) -> Result<u8, NetError> {
         .because(|| "cannot take after the host's network".into())?;
     let config = common.config().because(|| "cannot make the namespace's network".into())?;
     let ifname = settings.ifname.clone().unwrap_or_else(|| name_after(&host));
-    let pid_file = common.pid_file.as_ref().map(|path| {
-        File::create(path).because(|| format!("cannot write the PID file {}", path.display()))
-    });
+    let pid_file = common
+        .pid_file
+        .as_ref()
+        .map(|path| File::create(path).because(|| format!("cannot write the PID file {}", path.display())));
     let mut pid_file = pid_file.transpose()?;
     let found = Found::find(&settings.target)?;
     let watch = watched(settings)?;
     let opener = user::is_root().then(Opener::start).transpose()?;
+    let devices = (0..common.threads).map(|_| Device::open(mode_of(settings.vhost)));
+    let devices: Vec<Device> = devices
+        .collect::<Result<_, _>>()
+        .map_err(io::Error::other)
+        .because(|| "cannot use vhost-net".into())?;
 
     // Whoever makes no user namespace needs root's rights over the network namespace a while longer.
     let keep = !matches!(settings.target, Target::Command { netns_only: false, .. });
@@ -97,8 +104,10 @@ pub fn run(settings: &PastaSettings) -> Result<u8, NetError> {
     // It would keep the namespace for longer than the tap device does.
     drop(namespace);
 
-    let network = Network::new(config, queues.into_iter().map(boxed).collect())
-        .because(|| "cannot start the network".into())?;
+    let taps = queues.into_iter().zip(devices).map(|(queue, device)| device.serve(queue));
+    let taps: Vec<Box<dyn Tap>> =
+        taps.collect::<Result<_, _>>().map_err(io::Error::other).because(|| "cannot use vhost-net".into())?;
+    let network = Network::new(config, taps).because(|| "cannot start the network".into())?;
     let handle = network.handle();
     isolation::enclose(common.chroot_fallback)?;
     isolation::drop_capabilities(false)?;
@@ -122,8 +131,12 @@ fn name_after(host: &HostNetwork) -> String {
     interface.map_or_else(|| IFNAME.to_owned(), |interface| interface.name.clone())
 }
 
-fn boxed(queue: Tun) -> Box<dyn Tap> {
-    Box::new(queue)
+fn mode_of(vhost: Vhost) -> vhost_net::Mode {
+    match vhost {
+        Vhost::On => vhost_net::Mode::On,
+        Vhost::Off => vhost_net::Mode::Off,
+        Vhost::Auto => vhost_net::Mode::Auto,
+    }
 }
 
 /// The watch over the name of the namespace, if its end is the process's.

@@ -32,8 +32,9 @@ impl Opener {
     /// Starts it.
     pub(super) fn start() -> Result<Self, NetError> {
         const STACK: usize = 256 << 10;
-        let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
-            .because(|| "cannot make a pair of sockets".into())?;
+        let (ours, theirs) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+                .because(|| "cannot make a pair of sockets".into())?;
         let (mut ours, theirs) = (Some(ours), theirs);
         let mut stack = vec![0; STACK];
         let body = || {

@@ -45,7 +45,8 @@ impl Watch {
         };
         let directory = open(parent, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
         let events = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
-        let what = WatchFlags::DELETE | WatchFlags::MOVED_FROM | WatchFlags::DELETE_SELF | WatchFlags::MOVE_SELF;
+        let what =
+            WatchFlags::DELETE | WatchFlags::MOVED_FROM | WatchFlags::DELETE_SELF | WatchFlags::MOVE_SELF;
         inotify::add_watch(&events, parent, what)?;
         Ok(Self::Name { events, directory, name: name.to_owned() })
     }
@@ -104,7 +105,10 @@ mod tests {
 
     #[test]
     fn paths_of_processes() {
-        assert_eq!(process_of(Path::new("/proc/17/ns/net")).map(Pid::as_raw_nonzero).map(|n| n.get()), Some(17));
+        assert_eq!(
+            process_of(Path::new("/proc/17/ns/net")).map(Pid::as_raw_nonzero).map(|n| n.get()),
+            Some(17)
+        );
         for other in ["/proc/self/ns/net", "/run/netns/17", "proc/17", "/proc", "/proc/0/ns/net"] {
             assert_eq!(process_of(Path::new(other)), None, "{other}");
         }
@@ -128,7 +132,8 @@ mod tests {
 
     #[test]
     fn a_process_that_ends_is_noticed() {
-        let mut child = std::process::Command::new("cat").stdin(std::process::Stdio::piped()).spawn().unwrap();
+        let mut child =
+            std::process::Command::new("cat").stdin(std::process::Stdio::piped()).spawn().unwrap();
         let watch = Watch::begin(Path::new(&format!("/proc/{}/ns/net", child.id()))).unwrap();
         assert!(watch.exists().unwrap());
         drop(child.stdin.take());
