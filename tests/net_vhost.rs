@@ -70,7 +70,38 @@ fn the_guests_side() {
     let megabytes: usize = std::env::var(MEGABYTES).unwrap().parse().unwrap();
     let vhost = carries_everything(Mode::On, megabytes);
     let plain = carries_everything(Mode::Off, megabytes / 4);
+    pasta_uses_it();
     println!("vhost-net: {vhost:.0?} MB/s; read and write: {plain:.0?} MB/s");
+}
+
+/// Where a command in `ring3 pasta`'s namespace finds this test's server.
+const SERVER: &str = "RING3_TEST_SERVER";
+
+/// The whole way, with the process isolated as it always is.
+fn pasta_uses_it() {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let server = SocketAddr::new(HOST_V4.into(), listener.local_addr().unwrap().port());
+    let this = std::env::current_exe().unwrap();
+    let sender = std::thread::spawn(move || send(&mut listener.accept().unwrap().0, 4));
+    let status = Command::new(env!("CARGO_BIN_EXE_ring3"))
+        .args(["pasta", "--vhost", "on", "--config-net", "--map-host-loopback"])
+        .arg(HOST_V4.to_string())
+        .arg("--")
+        .arg(this)
+        .args(["--ignored", "--exact", "a_commands_side", "--nocapture", "--test-threads=1"])
+        .env(SERVER, server.to_string())
+        .status()
+        .unwrap();
+    assert!(status.success(), "{status}");
+    sender.join().unwrap();
+    println!("PASS pasta");
+}
+
+#[test]
+#[ignore = "runs in a namespace of another test"]
+fn a_commands_side() {
+    let server: SocketAddr = std::env::var(SERVER).unwrap().parse().unwrap();
+    receive(&mut TcpStream::connect(server).unwrap(), 4);
 }
 
 /// `auto` does without vhost-net, `on` says why it cannot.
