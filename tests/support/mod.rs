@@ -12,6 +12,7 @@
 #![allow(dead_code, unreachable_pub, reason = "each test program is a crate that uses a part")]
 
 pub mod kernels;
+pub mod net;
 pub mod process;
 pub mod standin;
 

@@ -17,7 +17,8 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 /// What a run may take on a slow, busy machine. A test that waits this long has found a hang.
 pub const PATIENCE: Duration = Duration::from_secs(240);
 
-const RING3: &str = env!("CARGO_BIN_EXE_ring3");
+/// The program under test.
+pub const RING3: &str = env!("CARGO_BIN_EXE_ring3");
 /// `nobody` and `nogroup` of Debian.
 const NOBODY: u32 = 65534;
 

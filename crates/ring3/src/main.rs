@@ -1,17 +1,30 @@
 //! The `ring3` program: reads the command line and turns every outcome into an exit status.
 
+use std::ffi::OsString;
 use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory, Parser};
-use ring3::cli::{Cli, KernelTask, PvmTask, Task};
-use ring3::{kernel, net, pvm_guest, run};
+use ring3::cli::{Cli, KernelTask, NetPortsArgs, NetTask, NetworkArgs, PvmTask, Task};
+use ring3::net::command::{self, CommandError, Invocation};
+use ring3::net::control::{Request, client};
+use ring3::net::options::ports::PortSpec;
+use ring3::{kernel, pvm_guest, run};
+use usernet::config::Transport;
 
 /// ring3's own failures; the numbers of a run are in `ring3 run --help`.
 const FAILED: u8 = 125;
 
+/// Those of `pasta` and `passt`, which upstream's callers know.
+const NET_FAILED: u8 = 1;
+
 fn main() -> ExitCode {
+    let words: Vec<OsString> = std::env::args_os().collect();
+    if let Some(invocation) = Invocation::of(&words) {
+        let name = invocation.front_end.name();
+        return finish_net(name, invocation.run());
+    }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return answer_or_complain(&error),
@@ -21,12 +34,6 @@ fn main() -> ExitCode {
             start_log();
             run::run(&args, run::vm::launch).map_err(Into::into)
         }
-        Task::Pasta(args) => {
-            start_log();
-            return front_end(net::PastaSettings::try_from(*args).map_err(Into::into), |settings| {
-                net::pasta::run(&settings)
-            });
-        }
         Task::Kernel { task } => kernels(task).map(|()| 0),
         Task::Pvm { task: PvmTask::Selftest(args) } => {
             start_log();
@@ -35,6 +42,10 @@ fn main() -> ExitCode {
         Task::Pvm { task: PvmTask::Guest { output } } => {
             pvm_guest::write(&output).map(|()| 0).map_err(Into::into)
         }
+        // `Invocation::of` finds them first; they are in `Cli` for its help, man pages and completions.
+        Task::Pasta(args) => return finish_net("pasta", command::serve_pasta(*args)),
+        Task::Passt(args) => return finish_net("passt", command::serve_passt(*args)),
+        Task::Net { task } => control_net(task).map(|()| 0),
         Task::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "ring3", &mut io::stdout());
             Ok(0)
@@ -44,19 +55,29 @@ fn main() -> ExitCode {
     match result {
         Ok(status) => ExitCode::from(status),
         Err(error) => {
-            complain(&*error);
+            complain("ring3", &*error);
             ExitCode::from(FAILED)
         }
     }
 }
 
-/// Runs a network front end, whose own failures have the status that upstream gives them.
-fn front_end<S>(settings: Result<S, Failure>, run: impl FnOnce(S) -> Result<u8, net::NetError>) -> ExitCode {
-    match settings.and_then(|settings| run(settings).map_err(Into::into)) {
+/// The exit status of `pasta` or `passt`.
+fn finish_net(name: &str, result: Result<u8, CommandError>) -> ExitCode {
+    match result {
         Ok(status) => ExitCode::from(status),
+        Err(CommandError::Usage(error)) if !error.use_stderr() => {
+            // Nobody may be reading.
+            let _ = error.print();
+            ExitCode::SUCCESS
+        }
+        Err(CommandError::Usage(error)) => {
+            let text = error.render().to_string();
+            eprint!("{name}: {}", text.strip_prefix("error: ").unwrap_or(&text));
+            ExitCode::from(NET_FAILED)
+        }
         Err(error) => {
-            complain(&*error);
-            ExitCode::FAILURE
+            complain(name, &error);
+            ExitCode::from(NET_FAILED)
         }
     }
 }
@@ -74,8 +95,8 @@ fn start_log() {
 type Failure = Box<dyn std::error::Error>;
 
 /// One line for what went wrong, then one for each cause.
-fn complain(error: &dyn std::error::Error) {
-    eprintln!("ring3: {error}");
+fn complain(name: &str, error: &dyn std::error::Error) {
+    eprintln!("{name}: {error}");
     let mut cause = error.source();
     while let Some(error) = cause {
         eprintln!("  because: {error}");
@@ -104,6 +125,29 @@ fn answer_or_complain(error: &clap::Error) -> ExitCode {
         eprintln!("To run it as a command, put -- before it: ring3 run -- {argument}");
     }
     ExitCode::from(FAILED)
+}
+
+/// Asks a running network for something, and prints what it says.
+fn control_net(task: NetTask) -> Result<(), Failure> {
+    let (network, requests) = match task {
+        NetTask::List { network } => (network, vec![Request::List]),
+        NetTask::Add { ports } => net_requests(ports, Request::Add),
+        NetTask::Remove { ports } => net_requests(ports, Request::Remove),
+    };
+    let lines = client::ask(&client::socket(network.socket)?, &requests)?;
+    let mut out = io::stdout().lock();
+    for line in lines {
+        writeln!(out, "{line}")?;
+    }
+    Ok(())
+}
+
+fn net_requests(
+    ports: NetPortsArgs,
+    request: impl Fn(Transport, PortSpec) -> Request,
+) -> (NetworkArgs, Vec<Request>) {
+    let transport = if ports.udp { Transport::Udp } else { Transport::Tcp };
+    (ports.network, ports.specs.into_iter().map(|spec| request(transport, spec)).collect())
 }
 
 fn kernels(task: KernelTask) -> Result<(), Failure> {

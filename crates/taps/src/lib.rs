@@ -6,6 +6,7 @@
 // `tun::ioctl` alone allows it.
 #![deny(unsafe_code)]
 
+pub mod pcap;
 pub mod ring;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;

@@ -2,8 +2,8 @@
 //!
 //! Whoever the guest asks for is answered for, since its packets to anybody come here anyway; not its own
 //! addresses, or it would believe that somebody else has them. Nor is a probe answered (RFC 5227 2.1.1: the
-//! sender's address is 0.0.0.0), in which the guest asks whether an address is free for it, except for the
-//! gateway's own.
+//! sender's address is 0.0.0.0), in which the guest asks whether an address is free for it, except for the gateway's
+//! own and those that stand for the host.
 
 use etherparse::{ArpEthIpv4Packet, ArpOperation, EtherType};
 
@@ -17,7 +17,7 @@ pub(crate) fn packet(cx: &mut Context<'_>, packet: &ArpEthIpv4Packet) {
     }
     let (sender, target) = (packet.sender_ipv4_addr(), packet.target_ipv4_addr());
     let guests_own = target == sender || target == family.guest || Some(target) == cx.link.guest_v4;
-    let ours = target == family.gateway || Some(target) == family.host_loopback;
+    let ours = [Some(family.gateway), family.host_loopback, family.host_global].contains(&Some(target));
     let may_be_guests = guests_own || sender.is_unspecified();
     if target.is_unspecified() || (may_be_guests && !ours) {
         return;

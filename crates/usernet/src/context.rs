@@ -5,10 +5,11 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Instant;
 
-use crate::config::{Config, MacAddress};
+use crate::config::{Config, Family, MacAddress, Outbound};
 use crate::group::Guest;
 use crate::ndp;
 use crate::poller::Poller;
+use crate::socket::Binding;
 use crate::splice::Bypass;
 use crate::stats::Stats;
 use crate::tap::{Abilities, Offload, Sent, Tap};
@@ -66,6 +67,12 @@ impl Link {
             #[cfg(any(test, feature = "testing"))]
             contained: None,
         }
+    }
+
+    /// The guest's network is another. It goes on by the address that it was seen with, if it had one.
+    pub(crate) fn reconfigured(&mut self, config: &Config) {
+        self.guest_v4 = self.guest_v4.or(config.ipv4.map(|family| family.guest));
+        self.guest_v6 = self.guest_v6.or(config.ipv6.map(|family| family.guest));
     }
 
     /// What is known of the guest.
@@ -144,10 +151,11 @@ pub(crate) struct Context<'a> {
 }
 
 /// Ports of a resolver: DNS, and DNS over TLS (RFC 7858).
-const RESOLVER_PORTS: [u16; 2] = [53, 853];
+pub(crate) const RESOLVER_PORTS: [u16; 2] = [53, 853];
 
 impl Context<'_> {
-    /// Where the host's socket goes for what the guest calls `destination`: a resolver, the host's loopback, or the same.
+    /// Where the host's socket goes for what the guest calls `destination`: a resolver, the host's loopback, its own
+    /// address, or the same.
     pub(crate) fn outside(&self, destination: SocketAddr) -> SocketAddr {
         let ip = destination.ip();
         #[cfg(any(test, feature = "testing"))]
@@ -159,10 +167,41 @@ impl Context<'_> {
         {
             return SocketAddr::new(*resolver, destination.port());
         }
-        if self.is_host_loopback(ip) {
-            SocketAddr::new(loopback(ip), destination.port())
-        } else {
-            destination
+        let ip = if self.is_host_loopback(ip) { loopback(ip) } else { self.host_global(ip).unwrap_or(ip) };
+        SocketAddr::new(ip, destination.port())
+    }
+
+    /// What the host's socket that goes to `peer` is bound to: nothing, if that is the host itself. It would not be found
+    /// from there.
+    pub(crate) fn binding(&self, peer: IpAddr) -> Binding<'_> {
+        let Outbound { address_v4, address_v6, interface_v4, interface_v6 } = &self.config.outbound;
+        let (own, address, interface) = match peer {
+            IpAddr::V4(peer) => (
+                self.config.ipv4.is_some_and(|family| family.guest == peer),
+                address_v4.map(IpAddr::from),
+                interface_v4,
+            ),
+            IpAddr::V6(peer) => (
+                self.config.ipv6.is_some_and(|family| family.guest == peer),
+                address_v6.map(IpAddr::from),
+                interface_v6,
+            ),
+        };
+        if own || peer.is_loopback() {
+            return Binding::default();
+        }
+        Binding { address, interface: interface.as_deref() }
+    }
+
+    /// The host's own address, if `address` stands for it.
+    fn host_global(&self, address: IpAddr) -> Option<IpAddr> {
+        match address {
+            IpAddr::V4(a) => {
+                self.config.ipv4.filter(|family| family.host_global == Some(a)).map(|f| f.guest.into())
+            }
+            IpAddr::V6(a) => {
+                self.config.ipv6.filter(|family| family.host_global == Some(a)).map(|f| f.guest.into())
+            }
         }
     }
 
@@ -174,43 +213,61 @@ impl Context<'_> {
         }
     }
 
-    /// Whether `address` is the engine's own: it stands for the host's loopback or a resolver, or is the router's on the
-    /// link.
+    /// Whether `address` is the engine's own: it stands for the host or a resolver, or is the router's on the link.
     pub(crate) fn is_ours(&self, address: IpAddr) -> bool {
         let router = self.config.ipv6.is_some_and(|family| address == ndp::link_local(&family));
         router
             || self.is_host_loopback(address)
+            || self.host_global(address).is_some()
             || self.config.dns_forward.iter().any(|(inside, _)| *inside == address)
     }
 
-    /// How the guest is told about a peer that the host knows as `source`: the host's loopback, and the guest's own
-    /// address, which the host has too, become the address that stands for the loopback, or else the gateway's.
+    /// How the guest is told about a peer that the host knows as `source`. The host itself goes by the addresses that
+    /// stand for it: its own address, which the guest has too, by that for it if there is one; everything else that the
+    /// guest would take for itself or its link by that for the loopback, or else the gateway's.
     pub(crate) fn inside(&self, source: SocketAddr) -> SocketAddr {
         let ip = source.ip().to_canonical();
         let stand_in = match ip {
-            IpAddr::V4(a) => self
-                .config
-                .ipv4
-                .filter(|family| {
-                    a.is_loopback()
-                        || a.is_unspecified()
-                        || a == family.guest
-                        || Some(a) == self.link.guest_v4
-                })
-                .map(|family| family.host_loopback.unwrap_or(family.gateway).into()),
-            IpAddr::V6(a) => self
-                .config
-                .ipv6
-                .filter(|family| {
-                    a.is_loopback()
-                        || a.is_unspecified()
-                        || a.is_unicast_link_local()
-                        || a == family.guest
-                        || Some(a) == self.link.guest_v6
-                })
-                .map(|family| family.host_loopback.unwrap_or(family.gateway).into()),
+            IpAddr::V4(a) => self.config.ipv4.and_then(|family| {
+                let own = a == family.guest;
+                let hidden = a.is_loopback() || a.is_unspecified() || Some(a) == self.link.guest_v4;
+                family
+                    .host_global
+                    .filter(|_| own)
+                    .or((own || hidden).then(|| stand_in(&family)))
+                    .map(IpAddr::from)
+            }),
+            IpAddr::V6(a) => self.config.ipv6.and_then(|family| {
+                let own = a == family.guest;
+                let hidden = a.is_loopback()
+                    || a.is_unspecified()
+                    || a.is_unicast_link_local()
+                    || Some(a) == self.link.guest_v6;
+                family
+                    .host_global
+                    .filter(|_| own)
+                    .or((own || hidden).then(|| stand_in(&family)))
+                    .map(IpAddr::from)
+            }),
         };
         SocketAddr::new(stand_in.unwrap_or(ip), source.port())
+    }
+
+    /// Where something goes that comes from `peer` (as the host knows it) by a forwarded port that leads to `target`,
+    /// or to the guest's own address: the address, and whom the guest is told it comes from. A peer of another family
+    /// than the address goes by the one that stands for the host. `None` if the guest has no address.
+    pub(crate) fn arrival(&self, peer: SocketAddr, target: Option<IpAddr>) -> Option<(IpAddr, SocketAddr)> {
+        let peer = self.inside(peer);
+        let address = target
+            .or_else(|| self.guest_address(peer.ip()))
+            .or(self.link.guest_v4.map(IpAddr::V4))
+            .or(self.link.guest_v6.map(IpAddr::V6))?;
+        let told = match address {
+            _ if address.is_ipv4() == peer.is_ipv4() => peer.ip(),
+            IpAddr::V4(_) => stand_in(&self.config.ipv4?).into(),
+            IpAddr::V6(_) => stand_in(&self.config.ipv6?).into(),
+        };
+        Some((address, SocketAddr::new(told, peer.port())))
     }
 
     /// The guest's address to which something from `peer` (as the guest knows it) is sent; `None` if the guest does not
@@ -229,4 +286,9 @@ fn loopback(like: IpAddr) -> IpAddr {
         IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
         IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
     }
+}
+
+/// The address by which the guest is told of the host.
+fn stand_in<A: Copy>(family: &Family<A>) -> A {
+    family.host_loopback.unwrap_or(family.gateway)
 }

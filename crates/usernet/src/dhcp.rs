@@ -1,4 +1,7 @@
-//! A DHCP server with one lease (RFC 2131): the guest's own address, which is nobody else's, for good.
+//! A DHCP server with one lease (RFC 2131): the guest's own address, which is nobody else's.
+//!
+//! The lease ends only so that the guest asks again, and learns what has changed. One of the address that is given while
+//! the host has no network is short, because that is expected to change.
 //!
 //! There is no state. A guest is offered its address whatever it asks for; asks it for another one, it is told no,
 //! and asks again. A client that wants the rapid commit (RFC 4039) has its lease at once. The gateway is the server.
@@ -15,6 +18,7 @@ use ipnet::Ipv4Net;
 
 use crate::config::{Config, Family};
 use crate::context::Context;
+use crate::host::ALONE;
 use crate::packet::{Addresses, UdpView};
 
 /// The server's port.
@@ -22,8 +26,10 @@ pub(crate) const SERVER: u16 = 67;
 /// The client's.
 const CLIENT: u16 = 68;
 
-/// How long a lease is: infinite (RFC 2131 3.3).
-const LEASE: u32 = u32::MAX;
+/// How long a lease is in seconds. A client renews it after half of that (RFC 2131 4.4.5).
+const LEASE: u32 = 3600;
+/// And on a host without a network.
+const LEASE_ALONE: u32 = 60;
 
 /// The least length of a BOOTP message (RFC 951 3), which some clients insist on.
 const SHORTEST: usize = 300;
@@ -139,7 +145,8 @@ fn answer(config: &Config, family: &Family<Ipv4Addr>, request: &Message) -> Opti
         return Some(reply);
     }
     if !options.has_msg_type(MessageType::Inform) {
-        told.insert(DhcpOption::AddressLeaseTime(LEASE));
+        let lease = if family.guest == ALONE.0 { LEASE_ALONE } else { LEASE };
+        told.insert(DhcpOption::AddressLeaseTime(lease));
         if rapid && options.has_msg_type(MessageType::Discover) {
             told.insert(DhcpOption::RapidCommit);
         }

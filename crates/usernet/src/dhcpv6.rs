@@ -1,4 +1,5 @@
-//! A DHCPv6 server with one address (RFC 8415): the guest's own, for good.
+//! A DHCPv6 server with one address (RFC 8415): the guest's own. Its lifetimes are there for the guest to ask again, and to
+//! learn what has changed.
 //!
 //! Without state, as DHCP is: every request is answered from the configuration alone. Temporary addresses are not
 //! given out, prefixes are not delegated, relays are not listened to: there is none between a guest and its link.
@@ -14,6 +15,7 @@ use dhcproto::{Decodable, Encodable, Name};
 use crate::config::{Config, Family};
 use crate::context::Context;
 use crate::dhcp::LONGEST_REQUEST;
+use crate::host::ALONE_V6;
 use crate::ndp;
 use crate::packet::{Addresses, UdpView};
 
@@ -25,8 +27,10 @@ const CLIENT: u16 = 546;
 /// All servers of the link (RFC 8415 7.1).
 pub(crate) const SERVERS: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 1, 2);
 
-/// An address is the guest's for good.
-const FOREVER: u32 = u32::MAX;
+/// How long an address is preferred and valid, in seconds. A client renews it after half of the first (RFC 8415 14.2).
+const LIFETIMES: (u32, u32) = (3600, 7200);
+/// And on a host without a network.
+const LIFETIMES_ALONE: (u32, u32) = (60, 120);
 
 /// The option of the client's name (RFC 4704), which `dhcproto` leaves to its users.
 const CLIENT_FQDN: u16 = 39;
@@ -172,18 +176,19 @@ fn addresses_of(option: &DhcpOption) -> Vec<Ipv6Addr> {
 
 /// The address of one association.
 fn assign(family: &Family<Ipv6Addr>, kind: MessageType, asked: &IANA) -> IANA {
-    let lease = |addr, life| {
-        DhcpOption::IAAddr(IAAddr { addr, preferred_life: life, valid_life: life, opts: DhcpOptions::new() })
+    let lease = |addr, (preferred_life, valid_life)| {
+        DhcpOption::IAAddr(IAAddr { addr, preferred_life, valid_life, opts: DhcpOptions::new() })
     };
+    let lifetimes = if family.guest == ALONE_V6.0 { LIFETIMES_ALONE } else { LIFETIMES };
     let wrong = addresses_of(&DhcpOption::IANA(asked.clone())).into_iter().filter(|a| *a != family.guest);
     let mut opts = DhcpOptions::new();
     match kind {
         // Solicited addresses are no more than hints.
-        MessageType::Solicit => opts.insert(lease(family.guest, FOREVER)),
+        MessageType::Solicit => opts.insert(lease(family.guest, lifetimes)),
         MessageType::Request if wrong.clone().next().is_some() => opts.insert(status(Status::NotOnLink)),
         _ => {
-            opts.insert(lease(family.guest, FOREVER));
-            wrong.for_each(|addr| opts.insert(lease(addr, 0)));
+            opts.insert(lease(family.guest, lifetimes));
+            wrong.for_each(|addr| opts.insert(lease(addr, (0, 0))));
         }
     }
     // No time at which to ask again: the client's choice (21.4).

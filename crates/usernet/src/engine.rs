@@ -16,6 +16,15 @@
 //! When the tap is full nothing more is read for the guest: data stays in the host's sockets, whose peers are slowed
 //! down or, with UDP, whose buffers overflow. The tap becomes ready again by itself.
 //!
+//! **Multicast and broadcast** do not cross, in either direction: a socket of the host's that joined a group would need an
+//! interface to do so on, and would hear what was meant for the host. Neighbour discovery and DHCP, which stay on the
+//! link, are answered; everything else to a group or to everybody is dropped, counted (`multicast` in
+//! [`Dropped`](crate::stats::Dropped)) and answered with nothing, as RFC 1122 3.2.2 has it. IGMP and MLD reports are not
+//! acted upon.
+//!
+//! **Fragments** from the guest are not put together: the first of a packet is answered with "reassembly time exceeded", the
+//! others with nothing. Datagrams from the host that are too long for the link are cut into fragments.
+//!
 //! Others talk to the engine by a [`Handle`]: a queue of commands, and an eventfd that wakes the loop.
 
 use std::io;
@@ -30,6 +39,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use crate::claims::Claims;
 use crate::config::{Config, Forward, MacAddress, Transport};
 use crate::context::{Context, Link};
+use crate::forward::explained;
 use crate::frame::IcmpError;
 use crate::group::{self, Group, Guest, Letter, Member};
 use crate::icmp::Ping;
@@ -55,6 +65,7 @@ enum Command {
     Remove(Forward, Sender<bool>),
     List(Sender<Vec<Forward>>),
     Stats(Sender<Stats>),
+    Reconfigure(Box<Config>, Sender<()>),
     Stop,
 }
 
@@ -121,6 +132,20 @@ impl Handle {
     pub fn forwards(&self) -> io::Result<Vec<Forward>> {
         // All have the same.
         self.engines.first().map_or(Ok(Vec::new()), |door| ask(door, Command::List))
+    }
+
+    /// Gives the guest another network while it runs: addresses, gateways, resolvers, names, MTU, services, and what
+    /// outbound sockets are bound to. The Ethernet addresses and the forwarded ports stay as they are, and flows go on.
+    ///
+    /// The guest learns of IPv6 by a router advertisement at once, and of IPv4 when it renews its lease.
+    ///
+    /// # Errors
+    /// `BrokenPipe` if the engine has ended.
+    pub fn reconfigure(&self, config: Config) -> io::Result<()> {
+        for door in self.engines.iter() {
+            ask(door, |reply| Command::Reconfigure(Box::new(config.clone()), reply))?;
+        }
+        Ok(())
     }
 
     /// What the engines have counted, together.
@@ -203,11 +228,8 @@ impl Engine {
         }
         for mut forward in config.forwards {
             for engine in &mut engines {
-                let listen = forward.listen;
                 // The first finds the port that the others share.
-                forward = engine.add_forward(forward).map_err(|error| {
-                    io::Error::new(error.kind(), format!("cannot listen on {listen}: {error}"))
-                })?;
+                forward = engine.add_forward(forward)?;
             }
         }
         Ok(engines)
@@ -378,21 +400,37 @@ impl Engine {
                 Command::Stats(reply) => {
                     let _ = reply.send(self.stats());
                 }
+                Command::Reconfigure(config, reply) => {
+                    self.reconfigure(*config);
+                    let _ = reply.send(());
+                }
                 Command::Stop => self.stopped = true,
             }
         }
     }
 
+    pub(crate) fn reconfigure(&mut self, config: Config) {
+        let forwards = std::mem::take(&mut self.config.forwards);
+        let Config { guest_mac, gateway_mac, .. } = self.config;
+        let config = Config { guest_mac, gateway_mac, forwards, ..config };
+        let old = std::mem::replace(&mut self.config, config);
+        self.link.reconfigured(&self.config);
+        self.udp.reconfigured(&old, &self.config);
+        self.ndp.reconfigured(&old, &self.config, self.now());
+    }
+
     pub(crate) fn add_forward(&mut self, forward: Forward) -> io::Result<Forward> {
         if self.config.forwards.contains(&forward) {
-            return Err(io::ErrorKind::AlreadyExists.into());
+            let error = format!("{:?} {} is forwarded already", forward.transport, forward.listen);
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, error));
         }
         let now = self.now();
         let cx = Context { config: &self.config, link: &mut self.link, poller: &self.poller, now };
         let listen = match forward.transport {
-            Transport::Tcp => self.tcp.listen(cx.poller, &forward)?,
-            Transport::Udp => self.udp.listen(&cx, &forward)?,
+            Transport::Tcp => self.tcp.listen(&cx, &forward),
+            Transport::Udp => self.udp.listen(&cx, &forward),
         };
+        let listen = listen.map_err(|error| explained(&forward, &error))?;
         let forward = Forward { listen, ..forward };
         self.config.forwards.push(forward.clone());
         Ok(forward)
@@ -462,7 +500,7 @@ impl Engine {
             Packet::Udp(datagram) => self.udp.elsewhere(datagram),
             Packet::Icmp(message) if is_refusal(message) => self.udp.refused_elsewhere(message.payload),
             Packet::Icmp(message) => self.ping.elsewhere(message),
-            Packet::Arp(_) | Packet::Other(_) => None,
+            Packet::Arp(_) | Packet::Fragment(_) | Packet::Other(_) => None,
         }
     }
 
@@ -518,6 +556,14 @@ impl Engine {
             Packet::Icmp(message) if is_solicitation(message) => ndp::packet(&mut cx, message),
             Packet::Icmp(message) if is_refusal(message) => self.udp.refused_by_guest(message.payload),
             Packet::Icmp(message) => self.ping.packet(&mut cx, message),
+            Packet::Fragment(ip) => {
+                cx.link.stats.dropped.fragment += 1;
+                // What a host says that waited for the others in vain (RFC 792, RFC 4443 3.3), without the wait.
+                if !is_group(&ip.addresses) {
+                    let error = IcmpError::not_reassembled(ip.addresses.is_v6());
+                    cx.send_icmp_error(error, ip.addresses.destination(), ip.addresses, ip.bytes);
+                }
+            }
             Packet::Other(ip) => {
                 cx.link.stats.dropped.unsupported += 1;
                 // Nothing is answered to what was not for one host alone (RFC 1122 3.2.2).
@@ -571,13 +617,14 @@ fn learn(cx: &mut Context<'_>, frame: &Frame<'_>) {
         },
         Packet::Udp(datagram) => datagram.ip.addresses,
         Packet::Icmp(message) => message.ip.addresses,
-        Packet::Arp(_) | Packet::Other(_) => return,
+        Packet::Arp(_) | Packet::Fragment(_) | Packet::Other(_) => return,
     };
     match addresses {
         Addresses::V4 { source, .. } => {
             if let Some(family) = cx.config.ipv4
                 && !source.is_unspecified()
                 && source != family.gateway
+                && !cx.is_ours(source.into())
             {
                 cx.link.guest_v4 = Some(source);
             }
@@ -587,6 +634,7 @@ fn learn(cx: &mut Context<'_>, frame: &Frame<'_>) {
                 && !source.is_unspecified()
                 && !source.is_unicast_link_local()
                 && source != family.gateway
+                && !cx.is_ours(source.into())
             {
                 cx.link.guest_v6 = Some(source);
             }

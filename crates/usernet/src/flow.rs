@@ -174,9 +174,9 @@ impl<K: Copy + Eq + Hash, V> FlowTable<K, V> {
     }
 
     /// Takes out all flows for which `doomed` says so.
-    pub(crate) fn remove_if(&mut self, mut doomed: impl FnMut(&V) -> bool) {
+    pub(crate) fn remove_if(&mut self, mut doomed: impl FnMut(&K, &V) -> bool) {
         for number in 0..self.entries.len() as u32 {
-            if self.entry(number).is_some_and(|entry| doomed(&entry.value)) {
+            if self.entry(number).is_some_and(|entry| doomed(&entry.key, &entry.value)) {
                 self.remove(number);
             }
         }

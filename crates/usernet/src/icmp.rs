@@ -128,10 +128,10 @@ impl Ping {
             return Ok(number);
         }
         let target = cx.outside(SocketAddr::new(key.addresses.destination(), 0)).ip();
-        let (fd, _) = match socket::ping(target, key.identifier) {
+        let (fd, _) = match socket::ping(target, key.identifier, &cx.binding(target)) {
             Err(error) if is_exhausted(&error) && self.flows.remove_oldest().is_some() => {
                 cx.link.stats.evicted += 1;
-                socket::ping(target, key.identifier)?
+                socket::ping(target, key.identifier, &cx.binding(target))?
             }
             result => result?,
         };

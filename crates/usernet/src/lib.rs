@@ -19,6 +19,8 @@ mod dhcp;
 mod dhcpv6;
 mod engine;
 mod flow;
+pub mod follow;
+mod forward;
 mod frame;
 mod group;
 mod host;

@@ -6,12 +6,13 @@
 //!
 //! Router advertisements carry the MTU, the prefix, from which the guest may make itself an address, resolvers
 //! (RDNSS) and search domains (DNSSL, both RFC 8106). They are sent when the guest asks, once it is first heard of, and
-//! then every few minutes.
+//! then every few minutes. When its network changes it is told at once: first that what was advertised is not so any
+//! more, then what is.
 
 use std::net::{IpAddr, Ipv6Addr};
 use std::time::{Duration, Instant};
 
-use crate::config::{Family, Services};
+use crate::config::{Config, Family, Services};
 use crate::context::Context;
 use crate::frame::ON_LINK;
 use crate::packet::{Addresses, IcmpView};
@@ -33,8 +34,11 @@ const ROUTER_LIFETIME: u16 = 65535;
 /// Resolvers and search domains are valid for three intervals (RFC 8106 5.1).
 const DNS_LIFETIME: u32 = 900;
 
-/// An address from the prefix is the guest's for good.
-const FOREVER: u32 = u32::MAX;
+/// How long a prefix is valid, and addresses from it are preferred: until the guest is told otherwise.
+const FOREVER: (u32, u32) = (u32::MAX, u32::MAX);
+
+/// And of a prefix that is another now. No advertisement ends an address earlier than after two hours (RFC 4862 5.5.3 e).
+const DEPRECATED: (u32, u32) = (7200, 0);
 
 /// The prefix of autoconfiguration, which has no other length on Ethernet (RFC 2464 4).
 const PREFIX_LENGTH: u8 = 64;
@@ -42,20 +46,38 @@ const PREFIX_LENGTH: u8 = 64;
 /// When the guest is told next without having asked.
 #[derive(Debug, Default)]
 pub(crate) struct Ndp {
+    /// Whether there is somebody to tell.
+    heard: bool,
     next: Option<Instant>,
+    /// What was advertised and is not so any more.
+    farewell: Option<Advertisement>,
 }
 
 impl Ndp {
     /// The guest was heard of.
     pub(crate) fn guest_is_there(&mut self, cx: &Context<'_>) {
         let Services { ndp, ra, .. } = cx.config.services;
+        self.heard = true;
         if self.next.is_none() && ndp && ra && cx.config.ipv6.is_some() {
             self.next = Some(cx.now);
         }
     }
 
+    /// The guest's network is another.
+    pub(crate) fn reconfigured(&mut self, old: &Config, new: &Config, now: Instant) {
+        let Services { ndp, ra, .. } = new.services;
+        if !(self.heard && ndp && ra) {
+            return;
+        }
+        self.farewell = Advertisement::of(old).and_then(|old| old.without(Advertisement::of(new).as_ref()));
+        self.next = new.ipv6.map(|_| now);
+    }
+
     /// Advertises when it is time, and says when it is again.
     pub(crate) fn timers(&mut self, cx: &mut Context<'_>) -> Option<Instant> {
+        if let Some(farewell) = self.farewell.take() {
+            farewell.send(cx, ALL_NODES);
+        }
         if self.next? <= cx.now {
             advertise(cx, ALL_NODES);
             self.next = Some(cx.now + ADVERTISEMENT_INTERVAL);
@@ -87,8 +109,8 @@ pub(crate) fn packet(cx: &mut Context<'_>, message: &IcmpView<'_>) {
 fn solicitation(cx: &mut Context<'_>, source: Ipv6Addr, target: Ipv6Addr) {
     let Some(family) = cx.config.ipv6 else { return };
     let guests_own = target == source || target == family.guest || Some(target) == cx.link.guest_v6;
-    let ours =
-        target == family.gateway || Some(target) == family.host_loopback || target == link_local(&family);
+    let ours = [Some(family.gateway), family.host_loopback, family.host_global].contains(&Some(target))
+        || target == link_local(&family);
     let may_be_guests = guests_own || source.is_unspecified();
     if target.is_multicast() || target.is_unspecified() || (may_be_guests && !ours) {
         return;
@@ -119,59 +141,110 @@ pub(crate) fn link_local(family: &Family<Ipv6Addr>) -> Ipv6Addr {
 }
 
 fn advertise(cx: &mut Context<'_>, to: Ipv6Addr) {
-    let Some(family) = cx.config.ipv6 else { return };
-    const MANAGED: u8 = 0x80;
-    const OTHER: u8 = 0x40;
-    const HOPS: u8 = 64;
-    let flags = if cx.config.services.dhcpv6 { MANAGED | OTHER } else { 0 };
-    let [a, b] = ROUTER_LIFETIME.to_be_bytes();
-    // Reachable time and retransmission timer: not ours to say.
-    let mut body = vec![0; 8];
-    // Our link-layer address.
-    body.extend([1, 1]);
-    body.extend(cx.config.gateway_mac);
-    if cx.config.mtu != 0 {
-        body.extend([5, 1, 0, 0]);
-        body.extend(u32::from(cx.config.mtu).to_be_bytes());
+    if let Some(advertisement) = Advertisement::of(cx.config) {
+        advertisement.send(cx, to);
     }
-    prefix_option(&mut body, family.guest);
-    resolver_option(&mut body, &cx.config.dns);
-    search_option(&mut body, &cx.config.search);
-    let addresses = Addresses::V6 { source: link_local(&family), destination: to };
-    cx.send_icmp(addresses, ON_LINK, (ROUTER_ADVERTISEMENT, 0), [HOPS, flags, a, b], &body);
 }
 
-fn prefix_option(body: &mut Vec<u8>, guest: Ipv6Addr) {
+/// What an advertisement says.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct Advertisement {
+    router: Ipv6Addr,
+    /// How long it is one, in seconds.
+    lifetime: u16,
+    flags: u8,
+    mtu: u16,
+    /// A prefix, and for how many seconds it is valid and preferred.
+    prefix: Option<(Ipv6Addr, (u32, u32))>,
+    resolvers: Vec<Ipv6Addr>,
+    search: Vec<String>,
+    /// How long these two are valid, in seconds.
+    dns_lifetime: u32,
+}
+
+impl Advertisement {
+    /// Of the guest's network; `None` if it has no IPv6.
+    fn of(config: &Config) -> Option<Self> {
+        const MANAGED: u8 = 0x80;
+        const OTHER: u8 = 0x40;
+        let family = config.ipv6?;
+        let prefix = family.guest.to_bits() & (u128::MAX << (128 - u32::from(PREFIX_LENGTH)));
+        let v6 = |address: &IpAddr| if let IpAddr::V6(address) = address { Some(*address) } else { None };
+        Some(Self {
+            router: link_local(&family),
+            lifetime: ROUTER_LIFETIME,
+            flags: if config.services.dhcpv6 { MANAGED | OTHER } else { 0 },
+            mtu: config.mtu,
+            prefix: Some((Ipv6Addr::from_bits(prefix), FOREVER)),
+            resolvers: config.dns.iter().filter_map(v6).collect(),
+            search: config.search.clone(),
+            dns_lifetime: DNS_LIFETIME,
+        })
+    }
+
+    /// That what is not in `new` is not so any more, if there is anything.
+    fn without(mut self, new: Option<&Self>) -> Option<Self> {
+        let old = self.clone();
+        if new.is_none_or(|new| new.router != self.router) {
+            self.lifetime = 0;
+        }
+        self.prefix = self.prefix.filter(|_| new.is_none_or(|new| new.prefix != old.prefix));
+        self.prefix = self.prefix.map(|(prefix, _)| (prefix, DEPRECATED));
+        self.resolvers.retain(|resolver| new.is_none_or(|new| !new.resolvers.contains(resolver)));
+        self.search.retain(|domain| new.is_none_or(|new| !new.search.contains(domain)));
+        self.dns_lifetime = 0;
+        let empty = self.prefix.is_none() && self.resolvers.is_empty() && self.search.is_empty();
+        (self.lifetime == 0 || !empty).then_some(self)
+    }
+
+    fn send(&self, cx: &mut Context<'_>, to: Ipv6Addr) {
+        const HOPS: u8 = 64;
+        let [a, b] = self.lifetime.to_be_bytes();
+        // Reachable time and retransmission timer: not ours to say.
+        let mut body = vec![0; 8];
+        // Our link-layer address.
+        body.extend([1, 1]);
+        body.extend(cx.config.gateway_mac);
+        if self.mtu != 0 {
+            body.extend([5, 1, 0, 0]);
+            body.extend(u32::from(self.mtu).to_be_bytes());
+        }
+        if let Some((prefix, lifetimes)) = self.prefix {
+            prefix_option(&mut body, prefix, lifetimes);
+        }
+        resolver_option(&mut body, &self.resolvers, self.dns_lifetime);
+        search_option(&mut body, &self.search, self.dns_lifetime);
+        let addresses = Addresses::V6 { source: self.router, destination: to };
+        cx.send_icmp(addresses, ON_LINK, (ROUTER_ADVERTISEMENT, 0), [HOPS, self.flags, a, b], &body);
+    }
+}
+
+fn prefix_option(body: &mut Vec<u8>, prefix: Ipv6Addr, (valid, preferred): (u32, u32)) {
     const ON_LINK_AND_AUTONOMOUS: u8 = 0xc0;
-    let prefix = guest.to_bits() & (u128::MAX << (128 - u32::from(PREFIX_LENGTH)));
     body.extend([3, 4, PREFIX_LENGTH, ON_LINK_AND_AUTONOMOUS]);
-    body.extend(FOREVER.to_be_bytes());
-    body.extend(FOREVER.to_be_bytes());
+    body.extend(valid.to_be_bytes());
+    body.extend(preferred.to_be_bytes());
     body.extend([0; 4]);
-    body.extend(prefix.to_be_bytes());
+    body.extend(prefix.octets());
 }
 
 /// RFC 8106 5.1.
-fn resolver_option(body: &mut Vec<u8>, resolvers: &[IpAddr]) {
+fn resolver_option(body: &mut Vec<u8>, resolvers: &[Ipv6Addr], lifetime: u32) {
     // The option's length is one byte, in units of 8 bytes.
     const MOST: usize = 127;
-    let resolvers: Vec<Ipv6Addr> = resolvers
-        .iter()
-        .filter_map(|r| if let IpAddr::V6(r) = r { Some(*r) } else { None })
-        .take(MOST)
-        .collect();
+    let resolvers = resolvers.get(..MOST).unwrap_or(resolvers);
     if resolvers.is_empty() {
         return;
     }
     body.extend([25, 1 + 2 * resolvers.len() as u8, 0, 0]);
-    body.extend(DNS_LIFETIME.to_be_bytes());
+    body.extend(lifetime.to_be_bytes());
     for resolver in resolvers {
         body.extend(resolver.octets());
     }
 }
 
 /// RFC 8106 5.2.
-fn search_option(body: &mut Vec<u8>, domains: &[String]) {
+fn search_option(body: &mut Vec<u8>, domains: &[String], lifetime: u32) {
     // With the longest names, an advertisement stays below the least MTU.
     const MOST: usize = 768;
     let mut names = Vec::new();
@@ -187,7 +260,7 @@ fn search_option(body: &mut Vec<u8>, domains: &[String]) {
     }
     names.resize(names.len().next_multiple_of(8), 0);
     body.extend([31, 1 + (names.len() / 8) as u8, 0, 0]);
-    body.extend(DNS_LIFETIME.to_be_bytes());
+    body.extend(lifetime.to_be_bytes());
     body.extend(names);
 }
 

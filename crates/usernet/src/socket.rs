@@ -1,4 +1,4 @@
-//! The host's datagram sockets.
+//! The host's sockets: what those of every protocol are bound to, and all of the datagram ones.
 //!
 //! Opening, and what needs control messages: which address a datagram came to ([`receive`]) and goes from
 //! ([`send`]), and why one did not get through ([`next_error`]; ip(7) IP_RECVERR). rustix has no types for those
@@ -19,10 +19,14 @@ use rustix::net::{
     socket_with, sockopt,
 };
 
+use crate::config::Forward;
 use crate::frame::IcmpError;
 
 /// Room for the control messages asked for here.
 const CONTROL: usize = 256;
+
+/// What a socket's buffers are to hold, in bytes.
+const BUFFER: usize = 1 << 20;
 
 /// Datagrams thrown away at most that arrived before a socket was connected.
 const MOST_STRAY: usize = 64;
@@ -30,12 +34,74 @@ const MOST_STRAY: usize = 64;
 fn open(of: &SocketAddr, protocol: Option<Protocol>) -> io::Result<OwnedFd> {
     let family = if of.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     // syscalls: socket bind connect setsockopt getsockname
-    Ok(socket_with(family, SocketType::DGRAM, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, protocol)?)
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let fd = socket_with(family, SocketType::DGRAM, flags, protocol)?;
+    // As much as the host allows (net.core.rmem_max): a burst must last until the engine comes round to it.
+    let _ = sockopt::set_socket_recv_buffer_size(&fd, BUFFER);
+    let _ = sockopt::set_socket_send_buffer_size(&fd, BUFFER);
+    Ok(fd)
 }
 
 /// Any address of `like`'s family.
 fn unspecified(like: &SocketAddr) -> IpAddr {
     if like.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() }
+}
+
+/// What the host's end of an outbound socket is bound to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(crate) struct Binding<'a> {
+    /// Its address; of the peer's family.
+    pub(crate) address: Option<IpAddr>,
+    /// The interface that its packets leave and come by.
+    pub(crate) interface: Option<&'a str>,
+}
+
+impl Binding<'_> {
+    /// Binds the socket's interface.
+    ///
+    /// # Errors
+    /// `ENODEV` if there is no such interface, `EPERM` before Linux 5.7.
+    pub(crate) fn bind_interface(&self, fd: &OwnedFd) -> Result<(), Errno> {
+        self.interface.map_or(Ok(()), |interface| bind_interface(fd, interface))
+    }
+
+    /// The address to bind to before connecting to `peer`: any, if it does not matter.
+    fn address_for(&self, peer: &SocketAddr) -> IpAddr {
+        self.address.unwrap_or_else(|| unspecified(peer))
+    }
+}
+
+/// Has the socket be reached by `interface` alone.
+///
+/// # Errors
+/// `ENODEV` if there is no such interface, `EPERM` before Linux 5.7.
+pub(crate) fn bind_interface(fd: &OwnedFd, interface: &str) -> Result<(), Errno> {
+    setsockopt(fd.as_raw_fd(), BindToDevice, &interface.into())
+        .map_err(|error| Errno::from_raw_os_error(error as i32))
+}
+
+/// Binds a socket that is to listen for `forward`. One for any address of IPv6 serves IPv4 too, whatever the system's
+/// default. `freebind` allows an address that the host does not have (yet).
+///
+/// # Errors
+/// The address is taken or not the host's, the port forbidden, or there is no such interface.
+pub(crate) fn bind_forward(fd: &OwnedFd, forward: &Forward, freebind: bool) -> io::Result<()> {
+    let address = forward.listen;
+    if address.is_ipv6() {
+        sockopt::set_ipv6_v6only(fd, !address.ip().is_unspecified())?;
+    }
+    if freebind {
+        if address.is_ipv6() {
+            sockopt::set_ipv6_freebind(fd, true)
+        } else {
+            sockopt::set_ip_freebind(fd, true)
+        }?;
+    }
+    if let Some(interface) = &forward.interface {
+        bind_interface(fd, interface)?;
+    }
+    // syscalls: bind
+    Ok(bind(fd, &address)?)
 }
 
 /// Has the errors of datagrams kept, with their reasons.
@@ -48,21 +114,27 @@ fn keep_errors(fd: &OwnedFd, v6: bool) -> io::Result<()> {
     Ok(())
 }
 
-/// A UDP socket connected to `peer`, from the guest's own `port` if the host has it free.
+/// A UDP socket bound as `binding` says and connected to `peer`, from the guest's own `port` if the host has it free.
 ///
 /// The port may be shared with other flows of the same guest port (SO_REUSEADDR): connected sockets are told apart by
 /// their peers. What arrived before it was connected may be somebody else's, and is thrown away.
 ///
 /// # Errors
-/// No descriptors, or no way to `peer`.
-pub(crate) fn connected_udp(peer: SocketAddr, port: u16) -> io::Result<OwnedFd> {
+/// No descriptors, no way to `peer`, or nothing to bind to.
+pub(crate) fn connected_udp(peer: SocketAddr, port: u16, binding: &Binding<'_>) -> io::Result<OwnedFd> {
     let fd = open(&peer, None)?;
     keep_errors(&fd, peer.is_ipv6())?;
+    binding.bind_interface(&fd)?;
+    let address = binding.address_for(&peer);
     // To the host itself, the guest's port may be the very one that it wants to talk to.
+    let mut bound = false;
     if !peer.ip().is_loopback() && port != peer.port() {
         sockopt::set_socket_reuseaddr(&fd, true)?;
         // Taken or forbidden: then the kernel chooses.
-        let _ = bind(&fd, &SocketAddr::new(unspecified(&peer), port));
+        bound = bind(&fd, &SocketAddr::new(address, port)).is_ok();
+    }
+    if !bound && !address.is_unspecified() {
+        bind(&fd, &SocketAddr::new(address, 0))?;
     }
     connect(&fd, &peer)?;
     for _ in 0..MOST_STRAY {
@@ -73,20 +145,18 @@ pub(crate) fn connected_udp(peer: SocketAddr, port: u16) -> io::Result<OwnedFd> 
     Ok(fd)
 }
 
-/// A UDP socket that takes datagrams from anybody to `address`. One for any address of IPv6 serves IPv4 too. One that
-/// shares its port gets the datagrams of some peers, and others of this process those of the rest.
+/// A UDP socket that takes datagrams from anybody to where `forward` listens. One that shares its port gets the datagrams
+/// of some peers, and others of this process those of the rest.
 ///
 /// # Errors
-/// The address is taken or not the host's, the port forbidden, or no descriptors.
-pub(crate) fn listening_udp(address: SocketAddr, shares_port: bool) -> io::Result<OwnedFd> {
+/// As [`bind_forward`], or no descriptors.
+pub(crate) fn listening_udp(forward: &Forward, freebind: bool, shares_port: bool) -> io::Result<OwnedFd> {
+    let address = forward.listen;
     let fd = open(&address, None)?;
     sockopt::set_socket_reuseport(&fd, shares_port)?;
     keep_errors(&fd, address.is_ipv6())?;
-    if address.is_ipv6() {
-        sockopt::set_ipv6_v6only(&fd, !address.ip().is_unspecified())?;
-    }
     keep_destinations(&fd, address.is_ipv6())?;
-    bind(&fd, &address)?;
+    bind_forward(&fd, forward, freebind)?;
     Ok(fd)
 }
 
@@ -103,24 +173,21 @@ pub(crate) fn keep_destinations(fd: &OwnedFd, v6: bool) -> io::Result<()> {
     Ok(())
 }
 
-/// Has the socket be reached by `interface` alone.
+/// A ping socket (icmp(7)) bound as `binding` says and connected to `target`, and the identifier that its messages have:
+/// `identifier` if nobody else on the host uses it.
 ///
 /// # Errors
-/// There is no such interface, or it is not allowed (before Linux 5.7 to the unprivileged).
-pub(crate) fn bind_to_interface(fd: &OwnedFd, interface: &str) -> io::Result<()> {
-    Ok(setsockopt(fd.as_raw_fd(), BindToDevice, &interface.into())?)
-}
-
-/// A ping socket (icmp(7)) connected to `target`, and the identifier that its messages have: `identifier` if nobody
-/// else on the host uses it.
-///
-/// # Errors
-/// `PermissionDenied` if `net.ipv4.ping_group_range` does not hold a group of this process.
-pub(crate) fn ping(target: IpAddr, identifier: u16) -> io::Result<(OwnedFd, u16)> {
+/// `PermissionDenied` if `net.ipv4.ping_group_range` does not hold a group of this process; no descriptors, no way to
+/// `target`, or nothing to bind to.
+pub(crate) fn ping(target: IpAddr, identifier: u16, binding: &Binding<'_>) -> io::Result<(OwnedFd, u16)> {
     let target = SocketAddr::new(target, 0);
     let fd = open(&target, Some(if target.is_ipv6() { ipproto::ICMPV6 } else { ipproto::ICMP }))?;
     keep_errors(&fd, target.is_ipv6())?;
-    let _ = bind(&fd, &SocketAddr::new(unspecified(&target), identifier));
+    binding.bind_interface(&fd)?;
+    let address = binding.address_for(&target);
+    if bind(&fd, &SocketAddr::new(address, identifier)).is_err() && !address.is_unspecified() {
+        bind(&fd, &SocketAddr::new(address, 0))?;
+    }
     connect(&fd, &target)?;
     let own = SocketAddr::try_from(getsockname(&fd)?)?;
     Ok((fd, own.port()))
@@ -165,17 +232,20 @@ pub(crate) fn receive(fd: &OwnedFd, buffer: &mut [u8]) -> io::Result<Received> {
     Ok(Received { length: message.bytes, peer, local })
 }
 
-/// Sends a datagram from a listening socket to `peer`, as the host's address `local`.
+/// Sends a datagram, or several if `length` says how long each but the last is (`UDP_SEGMENT` in udp(7)); to `peer` by a socket
+/// that is not connected, as the host's address `local`.
 ///
 /// # Errors
-/// As send(2).
+/// As send(2); `EINVAL`, `EIO` and others if these cannot be sent together.
+// syscalls: sendmsg
 pub(crate) fn send(
     fd: &OwnedFd,
-    payload: &[u8],
+    bytes: &[u8],
+    length: Option<u16>,
     local: Option<IpAddr>,
-    peer: SocketAddr,
+    peer: Option<SocketAddr>,
 ) -> io::Result<usize> {
-    let parts = [IoSlice::new(payload)];
+    let parts = [IoSlice::new(bytes)];
     let (v4, v6);
     let from = match local {
         Some(IpAddr::V4(local)) => {
@@ -193,10 +263,11 @@ pub(crate) fn send(
         }
         None => None,
     };
-    let peer = SockaddrStorage::from(peer);
+    let lengths = length.as_ref().map(ControlMessage::UdpGsoSegments);
+    let control: Vec<ControlMessage<'_>> = from.into_iter().chain(lengths).collect();
+    let peer = peer.map(SockaddrStorage::from);
     let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-    // syscalls: sendmsg
-    Ok(sendmsg(fd.as_raw_fd(), &parts, from.as_slice(), flags, Some(&peer))?)
+    Ok(sendmsg(fd.as_raw_fd(), &parts, &control, flags, peer.as_ref())?)
 }
 
 fn to_std(address: &SockaddrStorage) -> Option<SocketAddr> {
@@ -255,7 +326,9 @@ pub(crate) fn local_error(v6: bool, error: Errno, mtu: u32) -> IcmpError {
     match error {
         Errno::MSGSIZE => IcmpError::too_big(v6, mtu),
         Errno::CONNREFUSED => IcmpError::port_unreachable(v6),
-        Errno::NETUNREACH | Errno::ADDRNOTAVAIL | Errno::AFNOSUPPORT => IcmpError::net_unreachable(v6),
+        Errno::NETUNREACH | Errno::NETDOWN | Errno::ADDRNOTAVAIL | Errno::AFNOSUPPORT | Errno::NODEV => {
+            IcmpError::net_unreachable(v6)
+        }
         Errno::PERM | Errno::ACCESS => IcmpError::prohibited(v6),
         _ => IcmpError::host_unreachable(v6),
     }

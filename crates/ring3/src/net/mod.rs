@@ -2,13 +2,16 @@
 //!
 //! The engine is crate `usernet`, the links to a guest are crate `taps`; here they are put together.
 
+pub mod command;
+pub mod control;
 pub mod isolation;
+pub mod log;
 pub mod options;
+pub mod passt;
 pub mod pasta;
+pub mod stats;
 
 use std::io;
-
-pub use options::{PasstSettings, PastaSettings};
 
 /// What could not be done, and the kernel's word on it.
 #[derive(Debug, thiserror::Error)]

@@ -14,12 +14,11 @@
 //! - A resolver that the guest could not reach under its own address, on the host's loopback or on the very address
 //!   that the guest takes over, is offered as the gateway's, and forwarded.
 
-mod netlink;
-mod resolv;
+pub(crate) mod netlink;
+pub(crate) mod resolv;
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::path::Path;
 
 use netlink_packet_route::address::{AddressHeaderFlags, AddressMessage};
 use netlink_packet_route::route::RouteMessage;
@@ -27,7 +26,7 @@ use rustix::net::SocketFlags;
 
 use crate::config::{Config, Family, Outbound, Services};
 use netlink::{Hop, Netlink, Tables, hops, is_default, is_of, metric, own_address};
-use resolv::Resolvers;
+use resolv::{ResolvConf, Resolvers};
 
 /// The gateway's Ethernet address: locally administered.
 pub const GATEWAY_MAC: [u8; 6] = [0x9a, 0x55, 0x9a, 0x55, 0x9a, 0x55];
@@ -99,6 +98,11 @@ impl HostNetwork {
     /// family that the guest is to have.
     pub fn of(template: &Template) -> io::Result<Self> {
         Self::chosen(&Netlink::open(0, SocketFlags::empty())?.tables()?, template)
+    }
+
+    /// With what `before` had of families that are not there now.
+    fn or(self, before: &Self) -> Self {
+        Self { ipv4: self.ipv4.or(before.ipv4.clone()), ipv6: self.ipv6.or(before.ipv6.clone()) }
     }
 
     fn chosen(tables: &Tables, template: &Template) -> io::Result<Self> {
@@ -205,14 +209,7 @@ impl Config {
     /// # Errors
     /// As [`HostNetwork::of`]. A missing resolv.conf is no error: the guest is then told no resolver.
     pub fn from_template(template: &Template) -> io::Result<Self> {
-        let resolvers = match std::fs::read_to_string(Path::new("/etc/resolv.conf")) {
-            Ok(text) => Resolvers::parse(&text),
-            Err(error) => {
-                tracing::info!("no resolvers for the guest: /etc/resolv.conf: {error}");
-                Resolvers::default()
-            }
-        };
-        Ok(Self::after(&HostNetwork::of(template)?, template, &resolvers))
+        Ok(Host::open()?.config(template)?.1)
     }
 
     fn after(network: &HostNetwork, template: &Template, resolvers: &Resolvers) -> Self {
@@ -292,6 +289,53 @@ impl Config {
                 self.dns_forward.push((gateway, server));
             }
         }
+    }
+}
+
+/// The host, as far as it is asked: what is needed for that stays open.
+#[derive(Debug)]
+pub(crate) struct Host {
+    netlink: Netlink,
+    pub(crate) resolv: ResolvConf,
+    /// The last that there were.
+    resolvers: Resolvers,
+}
+
+impl Host {
+    /// Opens what is needed.
+    ///
+    /// # Errors
+    /// No descriptors.
+    pub(crate) fn open() -> io::Result<Self> {
+        let netlink = Netlink::open(0, SocketFlags::empty())?;
+        Ok(Self { netlink, resolv: ResolvConf::open(), resolvers: Resolvers::default() })
+    }
+
+    /// The template's part of the host, and a guest's network after it.
+    ///
+    /// # Errors
+    /// As [`HostNetwork::of`].
+    pub(crate) fn config(&mut self, template: &Template) -> io::Result<(HostNetwork, Config)> {
+        self.config_after(template, &HostNetwork::default())
+    }
+
+    /// As [`Self::config`], where what is not there now is as it was before.
+    ///
+    /// # Errors
+    /// As [`HostNetwork::of`].
+    pub(crate) fn config_after(
+        &mut self,
+        template: &Template,
+        before: &HostNetwork,
+    ) -> io::Result<(HostNetwork, Config)> {
+        let network = HostNetwork::chosen(&self.netlink.tables()?, template)?.or(before);
+        match self.resolv.read() {
+            Ok(resolvers) if resolvers.servers.is_empty() && !self.resolvers.servers.is_empty() => {}
+            Ok(resolvers) => self.resolvers = resolvers,
+            Err(error) => tracing::info!(%error, "no resolvers for the guest in /etc/resolv.conf"),
+        }
+        let config = Config::after(&network, template, &self.resolvers);
+        Ok((network, config))
     }
 }
 

@@ -23,22 +23,26 @@ const LONGEST: usize = 32 << 10;
 /// Dumps that are begun again because something changed meanwhile, before what there is has to do.
 const ATTEMPTS: usize = 8;
 
+/// The multicast groups that announce changes of links, addresses and routes (rtnetlink(7): RTMGRP_LINK,
+/// RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE, RTMGRP_IPV6_IFADDR and RTMGRP_IPV6_ROUTE, in linux/rtnetlink.h).
+pub(crate) const ANNOUNCEMENTS: u32 = 0x1 | 0x10 | 0x40 | 0x100 | 0x400;
+
 /// A link's number and name.
-pub(super) type Link = (u32, String);
+pub(crate) type Link = (u32, String);
 
 /// What the kernel says at one moment.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub(super) struct Tables {
-    pub(super) links: Vec<Link>,
+pub(crate) struct Tables {
+    pub(crate) links: Vec<Link>,
     /// Addresses that others can reach, and that can be used now.
-    pub(super) addresses: Vec<AddressMessage>,
+    pub(crate) addresses: Vec<AddressMessage>,
     /// Routes of the main table.
-    pub(super) routes: Vec<RouteMessage>,
+    pub(crate) routes: Vec<RouteMessage>,
 }
 
 /// A socket to ask by.
 #[derive(Debug)]
-pub(super) struct Netlink {
+pub(crate) struct Netlink {
     socket: OwnedFd,
     sequence: u32,
 }
@@ -48,8 +52,7 @@ impl Netlink {
     ///
     /// # Errors
     /// No descriptors.
-    // syscalls: socket bind
-    pub(super) fn open(groups: u32, flags: SocketFlags) -> io::Result<Self> {
+    pub(crate) fn open(groups: u32, flags: SocketFlags) -> io::Result<Self> {
         let flags = flags | SocketFlags::CLOEXEC;
         let family = rustix::net::AddressFamily::NETLINK;
         let socket = rustix::net::socket_with(family, SocketType::RAW, flags, None)?;
@@ -57,11 +60,16 @@ impl Netlink {
         Ok(Self { socket, sequence: 0 })
     }
 
+    /// The socket.
+    pub(crate) fn socket(&self) -> &OwnedFd {
+        &self.socket
+    }
+
     /// Asks for everything.
     ///
     /// # Errors
     /// The kernel does not tell.
-    pub(super) fn tables(&mut self) -> io::Result<Tables> {
+    pub(crate) fn tables(&mut self) -> io::Result<Tables> {
         let mut tables = Tables::default();
         self.dump(&RouteNetlinkMessage::GetLink(LinkMessage::default()), |message| {
             if let RouteNetlinkMessage::NewLink(link) = message {
@@ -187,7 +195,7 @@ fn is_of_main_table(route: &RouteMessage) -> bool {
 }
 
 /// The address itself: on a point-to-point link the other end has the other attribute.
-pub(super) fn own_address(address: &AddressMessage) -> Option<IpAddr> {
+pub(crate) fn own_address(address: &AddressMessage) -> Option<IpAddr> {
     let attributes = || address.attributes.iter();
     attributes().find_map(|a| if let AddressAttribute::Local(ip) = a { Some(*ip) } else { None }).or_else(
         || attributes().find_map(|a| if let AddressAttribute::Address(ip) = a { Some(*ip) } else { None }),
@@ -196,11 +204,11 @@ pub(super) fn own_address(address: &AddressMessage) -> Option<IpAddr> {
 
 /// One hop of a route: the interface that it leaves by, and the router, if there is one.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Hop {
-    pub(super) interface: u32,
-    pub(super) gateway: Option<IpAddr>,
+pub(crate) struct Hop {
+    pub(crate) interface: u32,
+    pub(crate) gateway: Option<IpAddr>,
     /// How much of the traffic it takes.
-    pub(super) weight: u8,
+    pub(crate) weight: u8,
 }
 
 impl Hop {
@@ -221,7 +229,7 @@ impl Hop {
 }
 
 /// A route's hops: one, if it is not a multipath route.
-pub(super) fn hops(route: &RouteMessage) -> Vec<Hop> {
+pub(crate) fn hops(route: &RouteMessage) -> Vec<Hop> {
     let several = route.attributes.iter().find_map(|attribute| match attribute {
         RouteAttribute::MultiPath(hops) => Some(hops),
         _ => None,
@@ -235,7 +243,7 @@ pub(super) fn hops(route: &RouteMessage) -> Vec<Hop> {
 }
 
 /// A route's metric: the least is preferred.
-pub(super) fn metric(route: &RouteMessage) -> u32 {
+pub(crate) fn metric(route: &RouteMessage) -> u32 {
     route
         .attributes
         .iter()
@@ -244,11 +252,11 @@ pub(super) fn metric(route: &RouteMessage) -> u32 {
 }
 
 /// Whether it is a route to everywhere.
-pub(super) fn is_default(route: &RouteMessage) -> bool {
+pub(crate) fn is_default(route: &RouteMessage) -> bool {
     route.header.destination_prefix_length == 0
 }
 
 /// Whether it is of that family.
-pub(super) fn is_of(family: AddressFamily, v6: bool) -> bool {
+pub(crate) fn is_of(family: AddressFamily, v6: bool) -> bool {
     family == if v6 { AddressFamily::Inet6 } else { AddressFamily::Inet }
 }

@@ -15,9 +15,11 @@ use super::receive::{Place, Receiver};
 use super::send::{Acked, Sender};
 use super::seq::Seq;
 use super::shared::Shared;
+use super::unreachable;
 use super::view::TcpView;
 use crate::context::Context;
 use crate::poller::Token;
+use crate::socket::Binding;
 use crate::tap::Sent;
 
 /// The events that a flow's socket is watched for: changes only, because what is not acknowledged stays readable.
@@ -105,6 +107,8 @@ pub(super) struct Flow {
     pub(super) queued: bool,
     /// When the guest was last heard of.
     pub(super) heard: Instant,
+    /// When it last said something that it had not been asked for by a probe.
+    pub(super) active: Instant,
     pub(super) retransmit_at: Option<Instant>,
     pub(super) ack_at: Option<Instant>,
     /// Its entry in the timers.
@@ -146,6 +150,7 @@ impl Flow {
             probes: 0,
             queued: false,
             heard: now,
+            active: now,
             retransmit_at: None,
             ack_at: None,
             scheduled: None,
@@ -216,6 +221,9 @@ impl Flow {
     /// Takes in a segment of the guest's.
     pub(super) fn segment(&mut self, cx: &mut Context<'_>, shared: &mut Shared, view: &TcpView<'_>) -> Fate {
         self.heard = cx.now;
+        if self.probes == 0 {
+            self.active = cx.now;
+        }
         self.probes = 0;
         match self.state {
             State::Connecting => {
@@ -420,7 +428,9 @@ impl Flow {
             Ok(Ok(())) => {}
             Ok(Err(error)) | Err(error) => {
                 tracing::debug!(ends = ?self.ends, %error, "no connection");
-                shared.reset(cx, &self.ends, Seq(0), Some(self.rx.next));
+                if !unreachable::tell(cx, &self.ends, self.rx.next.minus(1), error) {
+                    shared.reset(cx, &self.ends, Seq(0), Some(self.rx.next));
+                }
                 return Fate::Gone;
             }
         }
@@ -763,14 +773,19 @@ pub(super) fn prepare(socket: &OwnedFd) {
     let _ = sockopt::set_socket_oobinline(socket, true);
 }
 
-/// Opens a socket that connects to `to`.
-pub(super) fn connect(to: SocketAddr) -> Result<OwnedFd, Errno> {
+/// Opens a socket that is bound as `binding` says and connects to `to`.
+pub(super) fn connect(to: SocketAddr, binding: &Binding<'_>) -> Result<OwnedFd, Errno> {
     use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
     let family = if to.is_ipv6() { AddressFamily::INET6 } else { AddressFamily::INET };
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     // syscalls: socket connect
     let socket = socket_with(family, SocketType::STREAM, flags, None)?;
     prepare(&socket);
+    binding.bind_interface(&socket)?;
+    if let Some(address) = binding.address {
+        kernel::set_bind_address_no_port(&socket)?;
+        rustix::net::bind(&socket, &SocketAddr::new(address, 0))?;
+    }
     match rustix::net::connect(&socket, &to) {
         Ok(()) | Err(Errno::INPROGRESS) => Ok(socket),
         Err(error) => Err(error),

@@ -1,9 +1,11 @@
-//! What is asked of a host socket that no safe interface offers: two socket options.
-#![allow(unsafe_code, reason = "SO_PEEK_OFF and SO_MEMINFO are not in rustix")]
+//! What is asked of a host socket that no safe interface offers: three socket options.
+#![allow(unsafe_code, reason = "SO_PEEK_OFF, SO_MEMINFO and IP_BIND_ADDRESS_NO_PORT are not in rustix")]
 
 use std::io;
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd};
+
+use rustix::io::Errno;
 
 /// include/uapi/asm-generic/socket.h: not in `libc`, and different on mips, parisc and sparc alone.
 const SO_PEEK_OFF: libc::c_int = 42;
@@ -17,20 +19,36 @@ const SO_MEMINFO: libc::c_int = 55;
 /// `EOPNOTSUPP` before Linux 6.9 for TCP.
 pub(super) fn set_peek_offset(socket: impl AsFd, offset: u32) -> io::Result<()> {
     let offset = libc::c_int::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+    Ok(set_option(socket, libc::SOL_SOCKET, SO_PEEK_OFF, offset)?)
+}
+
+/// Has the port chosen by connecting, not by binding to an address without one (`IP_BIND_ADDRESS_NO_PORT` in ip(7)):
+/// one port then serves connections to several peers.
+///
+/// # Errors
+/// `ENOPROTOOPT` before Linux 4.2.
+pub(super) fn set_bind_address_no_port(socket: impl AsFd) -> Result<(), Errno> {
+    set_option(socket, libc::IPPROTO_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)
+}
+
+fn set_option(
+    socket: impl AsFd,
+    level: libc::c_int,
+    option: libc::c_int,
+    value: libc::c_int,
+) -> Result<(), Errno> {
     let length = mem::size_of::<libc::c_int>() as libc::socklen_t;
-    // SAFETY: needed for the system call. The pointer and the length describe `offset`, which outlives the call, and
+    // SAFETY: needed for the system call. The pointer and the length describe `value`, which outlives the call, and
     // the kernel only reads it.
     let result = unsafe {
         // syscalls: setsockopt
-        libc::setsockopt(
-            socket.as_fd().as_raw_fd(),
-            libc::SOL_SOCKET,
-            SO_PEEK_OFF,
-            (&raw const offset).cast(),
-            length,
-        )
+        libc::setsockopt(socket.as_fd().as_raw_fd(), level, option, (&raw const value).cast(), length)
     };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::INVAL))
+    }
 }
 
 /// How full a socket's send buffer is, in the kernel's accounting: bytes with their overhead.
@@ -104,7 +122,7 @@ mod tests {
     fn peek_offset_follows_the_queue() {
         let (mut far, mut near) = pair();
         if set_peek_offset(&near, 0).is_err() {
-            eprintln!("skipped: this kernel has no SO_PEEK_OFF for TCP");
+            crate::tests::skip("this kernel has no SO_PEEK_OFF for TCP");
             return;
         }
         far.write_all(b"abcdefgh").unwrap();

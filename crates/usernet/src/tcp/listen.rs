@@ -1,18 +1,18 @@
 //! Ports of the host that lead into the guest.
 
 use std::io;
-use std::net::{Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
-use rustix::net::{
-    AddressFamily, SocketFlags, SocketType, acceptfrom_with, bind, listen, socket_with, sockopt,
-};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, acceptfrom_with, listen, socket_with, sockopt};
 
 use crate::config::{Forward, Transport};
-use crate::poller::{Poller, Token};
+use crate::context::Context;
+use crate::poller::Token;
+use crate::socket::bind_forward;
 
 /// Connections that wait to be accepted, as the kernel's own default has it.
 const BACKLOG: i32 = 4096;
@@ -30,6 +30,7 @@ struct Listener {
 pub(super) struct Accepted {
     pub(super) socket: OwnedFd,
     pub(super) peer: SocketAddr,
+    pub(super) guest_address: Option<IpAddr>,
     pub(super) guest_port: u16,
 }
 
@@ -46,7 +47,7 @@ impl Listeners {
     }
 
     /// Listens for `forward`. Returns where, which tells the port if the kernel was to choose it.
-    pub(super) fn add(&mut self, poller: &Poller, forward: &Forward) -> io::Result<SocketAddr> {
+    pub(super) fn add(&mut self, cx: &Context<'_>, forward: &Forward) -> io::Result<SocketAddr> {
         if forward.transport != Transport::Tcp {
             return Err(io::ErrorKind::InvalidInput.into());
         }
@@ -56,12 +57,8 @@ impl Listeners {
         // syscalls: setsockopt
         sockopt::set_socket_reuseaddr(&socket, true)?;
         sockopt::set_socket_reuseport(&socket, self.shares_ports)?;
-        if forward.listen.is_ipv6() {
-            // "Any" of IPv6 means any of IPv4 too, whatever the system's default.
-            sockopt::set_ipv6_v6only(&socket, forward.listen.ip() != Ipv6Addr::UNSPECIFIED)?;
-        }
-        // syscalls: bind listen getsockname
-        bind(&socket, &forward.listen)?;
+        bind_forward(&socket, forward, cx.config.freebind)?;
+        // syscalls: listen getsockname
         listen(&socket, BACKLOG)?;
         let bound = SocketAddr::try_from(rustix::net::getsockname(&socket)?)?;
         let vacant = self.slots.iter().position(Option::is_none).unwrap_or_else(|| {
@@ -69,7 +66,7 @@ impl Listeners {
             self.slots.len() - 1
         });
         // Changes only: when descriptors run out, what cannot be accepted must not wake us without end.
-        poller.add(&socket, Token::TcpListener(vacant as u32), EventFlags::IN | EventFlags::ET)?;
+        cx.poller.add(&socket, Token::TcpListener(vacant as u32), EventFlags::IN | EventFlags::ET)?;
         self.slots[vacant] =
             Some(Listener { socket, forward: Forward { listen: bound, ..forward.clone() }, retry_at: None });
         Ok(bound)
@@ -92,7 +89,8 @@ impl Listeners {
             match acceptfrom_with(&listener.socket, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC) {
                 Ok((socket, peer)) => {
                     let Some(Ok(peer)) = peer.map(SocketAddr::try_from) else { continue };
-                    return Ok(Some(Accepted { socket, peer, guest_port: listener.forward.guest_port }));
+                    let Forward { guest_address, guest_port, .. } = listener.forward;
+                    return Ok(Some(Accepted { socket, peer, guest_address, guest_port }));
                 }
                 Err(Errno::AGAIN) => return Ok(None),
                 Err(error @ (Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM)) => {

@@ -64,7 +64,7 @@ fn a_lease_is_discovered_and_requested() {
         (OptionCode::DomainNameServer, DhcpOption::DomainNameServer(vec![Ipv4Addr::new(192, 0, 2, 53)])),
         (OptionCode::Hostname, DhcpOption::Hostname("guest".to_owned())),
         (OptionCode::InterfaceMtu, DhcpOption::InterfaceMtu(1500)),
-        (OptionCode::AddressLeaseTime, DhcpOption::AddressLeaseTime(u32::MAX)),
+        (OptionCode::AddressLeaseTime, DhcpOption::AddressLeaseTime(3600)),
         (OptionCode::ServerIdentifier, DhcpOption::ServerIdentifier(GATEWAY_V4)),
     ];
     for (code, value) in expected {
@@ -249,12 +249,12 @@ fn an_address_is_solicited_and_requested() {
     ask6(&mut net, v6::MessageType::Solicit, [client_id(), association(&[])]);
     let advertised = reply6(&mut net);
     assert_eq!(advertised.msg_type(), v6::MessageType::Advertise);
-    assert_eq!(assigned(&advertised), (vec![(GUEST_V6, u32::MAX)], None));
+    assert_eq!(assigned(&advertised), (vec![(GUEST_V6, 7200)], None));
 
     ask6(&mut net, v6::MessageType::Request, [client_id(), server_id(), association(&[GUEST_V6])]);
     let reply = reply6(&mut net);
     assert_eq!(reply.msg_type(), v6::MessageType::Reply);
-    assert_eq!(assigned(&reply), (vec![(GUEST_V6, u32::MAX)], None));
+    assert_eq!(assigned(&reply), (vec![(GUEST_V6, 7200)], None));
     let resolver = "2001:db8::35".parse().unwrap();
     assert_eq!(
         reply.opts().get(v6::OptionCode::DomainNameServers),
@@ -277,7 +277,7 @@ fn other_addresses_are_not_on_the_link() {
     ask6(&mut net, v6::MessageType::Request, [client_id(), server_id(), association(&[other])]);
     assert_eq!(assigned(&reply6(&mut net)), (vec![], Some(v6::Status::NotOnLink)));
     ask6(&mut net, v6::MessageType::Rebind, [client_id(), association(&[other])]);
-    assert_eq!(assigned(&reply6(&mut net)), (vec![(GUEST_V6, u32::MAX), (other, 0)], None));
+    assert_eq!(assigned(&reply6(&mut net)), (vec![(GUEST_V6, 7200), (other, 0)], None));
     for (address, status) in [(other, v6::Status::NotOnLink), (GUEST_V6, v6::Status::Success)] {
         ask6(&mut net, v6::MessageType::Confirm, [client_id(), association(&[address])]);
         assert_eq!(status_of(reply6(&mut net).opts()), Some(status));

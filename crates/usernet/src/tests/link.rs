@@ -102,7 +102,7 @@ fn neighbours_are_everybody_but_the_guest() {
 }
 
 /// The options of an advertisement, by kind.
-fn options(mut bytes: &[u8]) -> Vec<(u8, &[u8])> {
+pub(super) fn options(mut bytes: &[u8]) -> Vec<(u8, &[u8])> {
     let mut options = Vec::new();
     while let [kind, units, ..] = bytes {
         let (option, rest) = bytes.split_at(usize::from(*units) * 8);

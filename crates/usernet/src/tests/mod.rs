@@ -1,14 +1,21 @@
 //! The engine from outside: a guest in memory on one side, sockets of the host's loopback on the other.
 
+mod change;
 mod dhcp;
 mod engine;
+mod exhaustion;
+mod forward;
 mod hostile;
 mod icmp;
 mod link;
+mod outbound;
+mod process;
 mod several;
 mod tcp;
 mod translation;
 mod udp;
+
+pub(crate) use process::{has_ipv6, skip};
 
 use std::net::{IpAddr, SocketAddr};
 

@@ -1,20 +1,31 @@
 //! TCP through the engine: that it is called when it is to be. What it does then is tested where it is.
 
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 
 use etherparse::{PacketBuilder, SlicedPacket, TcpHeader, TransportSlice};
 
 use crate::config::{Config, Forward, Transport};
 use crate::testing::{GATEWAY_MAC, GATEWAY_V4, GUEST_MAC, GUEST_V4, Net, config};
 
-/// A segment as a guest sends it.
+/// A segment as a guest sends it to the gateway.
 pub(super) fn segment(port: u16, to: u16, set: impl FnOnce(&mut TcpHeader), payload: &[u8]) -> Vec<u8> {
-    let mut header = TcpHeader::new(port, to, 0, 65535);
+    segment_to((GATEWAY_V4, to).into(), port, set, payload)
+}
+
+/// A segment as a guest sends it from `port` to an address of IPv4.
+pub(super) fn segment_to(
+    to: SocketAddr,
+    port: u16,
+    set: impl FnOnce(&mut TcpHeader),
+    payload: &[u8],
+) -> Vec<u8> {
+    let IpAddr::V4(address) = to.ip() else { panic!("not an address of IPv4") };
+    let mut header = TcpHeader::new(port, to.port(), 0, 65535);
     set(&mut header);
     let mut frame = Vec::new();
     PacketBuilder::ethernet2(GUEST_MAC, GATEWAY_MAC)
-        .ipv4(GUEST_V4.octets(), GATEWAY_V4.octets(), 64)
+        .ipv4(GUEST_V4.octets(), address.octets(), 64)
         .tcp_header(header)
         .write(&mut frame, payload)
         .unwrap();
@@ -71,4 +82,21 @@ fn tcp_can_be_off() {
     net.guest.send(segment(4000, 80, |h| h.syn = true, b""));
     net.settle();
     assert_eq!((net.stats().tcp_flows, net.stats().dropped.disabled), (0, 1));
+}
+
+/// Nothing but the loopback is there.
+#[test]
+fn a_host_that_cannot_be_reached_is_told_by_icmp() {
+    if !super::process::in_namespace() {
+        return;
+    }
+    let mut net = Net::new(config());
+    let to = SocketAddr::from(([203, 0, 113, 1], 80));
+    let syn = segment_to(to, 4000, |h| (h.syn, h.sequence_number) = (true, 12345), b"");
+    net.guest.send(syn.clone());
+    let told = net.expect(super::as_icmp);
+    assert_eq!((told.kind, told.code), (3, 0), "no route to the network");
+    // The addresses, the ports and the sequence number, by which the guest finds its connection.
+    assert_eq!(told.body[4..][12..28], syn[14..][12..28]);
+    assert_eq!(net.stats().tcp_flows, 0);
 }

@@ -51,6 +51,7 @@ pub fn split(pid_file: Option<File>) -> Result<Background, NetError> {
 }
 
 impl Background {
+    // syscalls: dup2 dup3
     /// Everything is ready: lets the parent end, and the terminal go.
     ///
     /// # Errors

@@ -324,7 +324,7 @@ pub struct PastaOnly {
     #[arg(long, value_enum, default_value_t = Vhost::Auto)]
     pub vhost: Vhost,
     /// PID of the process whose namespaces are joined, or a command and its arguments [default: $SHELL]
-    #[arg(value_name = "PID|CMD", trailing_var_arg = true, allow_hyphen_values = true)]
+    #[arg(value_name = "PID|CMD", trailing_var_arg = true)]
     pub command: Vec<OsString>,
 }
 

@@ -9,8 +9,12 @@ mod check;
 pub mod network;
 pub mod ports;
 pub mod settings;
+pub mod table;
 pub mod values;
 
 pub use args::{PasstArgs, PastaArgs, Vhost};
 pub use check::BadOptions;
 pub use settings::{Common, PasstSettings, PastaSettings};
+
+#[cfg(test)]
+mod tests;

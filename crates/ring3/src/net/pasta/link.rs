@@ -65,6 +65,13 @@ impl Link<'_> {
         Ok(queues)
     }
 
+    /// Makes no interface; only the loopback is for use.
+    pub(super) fn make_none(&self) -> Result<Vec<Tun>, NetError> {
+        let netlink = Netlink::open().because(|| "cannot open a netlink socket".into())?;
+        bring_up_loopback(&netlink)?;
+        Ok(Vec::new())
+    }
+
     fn prepare(&self) -> Result<(), NetError> {
         let name = self.name;
         let netlink = Netlink::open().because(|| "cannot open a netlink socket".into())?;
@@ -102,7 +109,7 @@ impl Link<'_> {
 }
 
 /// Brings up the loopback of the present thread's namespace.
-pub(super) fn bring_up_loopback(netlink: &Netlink) -> Result<(), NetError> {
+fn bring_up_loopback(netlink: &Netlink) -> Result<(), NetError> {
     netlink
         .change(link(LOOPBACK, LinkFlags::Up, Vec::new()))
         .because(|| "cannot bring up the loopback interface".into())

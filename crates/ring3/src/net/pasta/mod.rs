@@ -10,55 +10,44 @@
 //!    where it waits ([`command`]).
 //! 3. Without a command the process goes to the background, unless it is to stay.
 //! 4. A thread enters the network namespace, makes the tap device there and configures it ([`link`]).
-//! 5. The process leaves the host's files behind ([`super::isolation`]), starts its threads, and gives up all that it no
-//!    longer needs.
+//! 5. The process leaves the host's files behind ([`super::isolation`]), starts its threads ([`serve`]), and gives up all
+//!    that it no longer needs.
 //! 6. Everything is ready: the command is let go, or whoever waits for the background process.
 //! 7. The process waits for the command's end, for the namespace's ([`watch`]), or for a signal.
 //!
 //! Whatever goes wrong before 6 is an error, and neither has a command run nor anybody been told that there is a network.
 
+mod auto;
+mod bound;
 mod command;
 mod link;
 mod namespace;
 mod netlink;
 mod opener;
+mod serve;
 mod watch;
 
 use std::fs::File;
 use std::io;
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::thread;
 
-use rustix::process::Signal;
-use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM};
-use signal_hook::iterator::Signals;
 use taps::vhost_net::{self, Device};
-use usernet::config::Forward;
+use usernet::HostNetwork;
 use usernet::tap::Tap;
-use usernet::{Handle, HostNetwork, Network};
 
 use super::isolation::{self, Mode, background, user};
-use super::options::settings::{Forwards, Target};
+use super::options::settings::{Splice, Target};
 use super::options::{PastaSettings, Vhost};
 use super::{Because, NetError};
+use bound::Bound;
 use command::Command;
 use link::Link;
 use namespace::Found;
 use opener::Opener;
+use serve::{Serving, Tables};
 use watch::Watch;
 
 /// The tap device's name where the host has no interface to name it after.
 const IFNAME: &str = "tap0";
-
-/// Something that happened.
-enum Event {
-    /// The network ended.
-    Network(std::io::Result<()>),
-    /// The namespace's name has gone.
-    Gone,
-    /// This process got a signal.
-    Signal(i32),
-}
 
 /// Serves a namespace until its end, and returns the exit status: the command's if there is one.
 ///
@@ -78,7 +67,8 @@ pub fn run(settings: &PastaSettings) -> Result<u8, NetError> {
     let found = Found::find(&settings.target)?;
     let watch = watched(settings)?;
     let opener = user::is_root().then(Opener::start).transpose()?;
-    let devices = (0..common.threads).map(|_| Device::open(mode_of(settings.vhost)));
+    let mode = if settings.splice == Splice::Only { Vhost::Off } else { settings.vhost };
+    let devices = (0..common.threads).map(|_| Device::open(vhost_mode(mode)));
     let devices: Vec<Device> = devices
         .collect::<Result<_, _>>()
         .map_err(io::Error::other)
@@ -100,29 +90,28 @@ pub fn run(settings: &PastaSettings) -> Result<u8, NetError> {
     };
     let file = opener.map(|opener| opener.open(&namespace)).transpose();
     let file = file.because(|| format!("cannot open {}", taps::tun::DEVICE))?;
-    let queues = namespace.inside(|| link.make(file))?;
-    // It would keep the namespace for longer than the tap device does.
-    drop(namespace);
-
+    let taps = settings.splice != Splice::Only;
+    let (queues, guest) = namespace.inside(|| {
+        let queues = if taps { link.make(file)? } else { link.make_none()? };
+        Ok((queues, open_tables()?))
+    })?;
+    let tables = Tables { host: open_tables()?, guest };
     let taps = queues.into_iter().zip(devices).map(|(queue, device)| device.serve(queue));
     let taps: Vec<Box<dyn Tap>> =
         taps.collect::<Result<_, _>>().map_err(io::Error::other).because(|| "cannot use vhost-net".into())?;
-    let network = Network::new(config, taps).because(|| "cannot start the network".into())?;
-    let handle = network.handle();
     isolation::enclose(common.chroot_fallback)?;
-    isolation::drop_capabilities(false)?;
-    let (sender, events) = channel();
-    start_threads(network, watch, sender)?;
-    add_best_effort(&handle, &common.forwards())?;
+    let serving = Serving::start(settings, config, taps, namespace, tables, watch)?;
     isolation::seal(Mode::Pasta, command.as_ref().map(Command::pid))?;
 
-    background::write_pid(pid_file, std::process::id() as i32)
+    background::write_pid(pid_file, std::process::id().cast_signed())
         .because(|| "cannot write the PID file".into())?;
     background.map(background::Background::ready).transpose()?;
     command.as_mut().map(Command::go).transpose()?;
-    let result = attend(command.as_ref(), &events);
-    handle.stop();
-    result
+    serving.attend(command.as_ref())
+}
+
+fn open_tables() -> Result<Bound, NetError> {
+    Bound::open().because(|| "cannot read which ports are bound".into())
 }
 
 /// The name of the interface that the host itself has.
@@ -131,7 +120,7 @@ fn name_after(host: &HostNetwork) -> String {
     interface.map_or_else(|| IFNAME.to_owned(), |interface| interface.name.clone())
 }
 
-fn mode_of(vhost: Vhost) -> vhost_net::Mode {
+fn vhost_mode(vhost: Vhost) -> vhost_net::Mode {
     match vhost {
         Vhost::On => vhost_net::Mode::On,
         Vhost::Off => vhost_net::Mode::Off,
@@ -148,74 +137,4 @@ fn watched(settings: &PastaSettings) -> Result<Option<Watch>, NetError> {
         }
         _ => Ok(None),
     }
-}
-
-/// Starts what runs beside the waiting thread.
-fn start_threads(network: Network, watch: Option<Watch>, events: Sender<Event>) -> Result<(), NetError> {
-    let start = |name: &str, body: Box<dyn FnOnce() + Send>| {
-        thread::Builder::new().name(name.into()).spawn(body).because(|| "cannot start a thread".into())
-    };
-    let sender = events.clone();
-    start("net", Box::new(move || drop(sender.send(Event::Network(network.run())))))?;
-    if let Some(watch) = watch {
-        let sender = events.clone();
-        let wait = move || match watch.wait() {
-            Ok(()) => drop(sender.send(Event::Gone)),
-            Err(error) => tracing::warn!("the end of the namespace will not be noticed: {error}"),
-        };
-        start("watch", Box::new(wait))?;
-    }
-    let mut signals = Signals::new([SIGCHLD, SIGTERM, SIGHUP, SIGINT, SIGQUIT])
-        .because(|| "cannot wait for signals".into())?;
-    let wait = move || {
-        for signal in signals.forever() {
-            if events.send(Event::Signal(signal)).is_err() {
-                return;
-            }
-        }
-    };
-    start("signals", Box::new(wait))?;
-    Ok(())
-}
-
-/// Forwards as many of the ports as can be had; none at all is an error.
-fn add_best_effort(handle: &Handle, forwards: &Forwards) -> Result<(), NetError> {
-    let mut refused = None;
-    let mut had = forwards.best_effort.is_empty();
-    for forward in &forwards.best_effort {
-        match handle.add_forward(Forward::clone(forward)) {
-            Ok(_) => had = true,
-            Err(error) => {
-                tracing::debug!("cannot listen on {}: {error}", forward.listen);
-                refused = Some(error);
-            }
-        }
-    }
-    match refused {
-        Some(error) if !had => Err(error).because(|| "cannot forward a single one of the ports".into()),
-        _ => Ok(()),
-    }
-}
-
-/// Waits for the end, and returns the exit status.
-fn attend(command: Option<&Command>, events: &Receiver<Event>) -> Result<u8, NetError> {
-    for event in events {
-        match (event, command) {
-            (Event::Network(Err(error)), _) => return Err(error).because(|| "the network ended".into()),
-            // Only this thread ends it otherwise.
-            (Event::Network(Ok(())) | Event::Gone, _) => return Ok(0),
-            (Event::Signal(SIGCHLD), Some(command)) => {
-                if let Some(status) = command.status().because(|| "cannot wait for the command".into())? {
-                    return Ok(status);
-                }
-            }
-            (Event::Signal(SIGCHLD), None) => {}
-            // What a terminal sends, it sends to the command too.
-            (Event::Signal(SIGINT | SIGQUIT), Some(_)) => {}
-            (Event::Signal(SIGHUP), Some(command)) => command.signal(Signal::HUP),
-            (Event::Signal(_), Some(command)) => command.signal(Signal::TERM),
-            (Event::Signal(_), None) => return Ok(0),
-        }
-    }
-    Ok(0)
 }

@@ -17,7 +17,7 @@ use super::super::Tcp;
 use super::super::view::{TcpFlags, TcpView};
 use super::network;
 use crate::claims::Claims;
-use crate::config::Config;
+use crate::config::{Config, Forward};
 use crate::context::{Context, Link};
 use crate::poller::{Events, Poller, Token};
 use crate::tap::{Abilities, Offload, Sent, Tap};
@@ -295,6 +295,16 @@ impl Sim {
 
     fn guest_time(&self) -> smoltcp::time::Instant {
         smoltcp::time::Instant::from_micros(self.now.duration_since(self.start).as_micros() as i64)
+    }
+
+    /// Flows that had to make room.
+    pub(super) fn evicted(&self) -> u64 {
+        self.link.stats.evicted
+    }
+
+    /// Forwards a port of the host's. Returns where it listens.
+    pub(super) fn listen(&mut self, forward: &Forward) -> SocketAddr {
+        self.engine(|tcp, cx| tcp.listen(cx, forward)).unwrap()
     }
 
     /// A socket of the guest's with buffers of `size` bytes.

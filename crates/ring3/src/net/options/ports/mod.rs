@@ -564,3 +564,6 @@ impl PortList {
         rules
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -6,6 +6,8 @@
 //! stands for the host's loopback or for a resolver is replaced: [`Context::outside`]), with the guest's own port if
 //! the host has it free. Multicast and broadcast do not leave the link.
 //!
+//! Datagrams that the guest sends in one go leave the host in one go ([`burst`]).
+//!
 //! **Into the guest.** A forwarded port is one socket for all of its peers. A datagram on it makes a flow
 //! without a socket of its own: the guest's answers go out by the same one, from the address that the peer had sent to.
 //!
@@ -18,6 +20,8 @@
 //! those idle longest go first. Sockets are watched edge-triggered. One that is ready is queued, and [`Udp::turn`]
 //! takes a few datagrams of each in turn, so that no flow starves others; while the guest takes nothing, they
 //! stay in the host's receive buffers.
+
+mod burst;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -32,13 +36,14 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 
 use crate::claims::Claims;
-use crate::config::Forward;
-use crate::context::Context;
+use crate::config::{Config, Forward};
+use crate::context::{Context, RESOLVER_PORTS};
 use crate::flow::{Class, FlowTable, Patience};
 use crate::frame::{HOP_LIMIT, IcmpError, quoted_udp};
 use crate::packet::{Addresses, UdpView};
 use crate::poller::Token;
 use crate::socket::{self, Received};
+use burst::Burst;
 
 /// How long flows may be idle: without an answer as long as a resolver's patience, with one as long as
 /// RFC 4787 4.3 asks of translators at least, and some.
@@ -93,6 +98,14 @@ struct Flow {
     queued: bool,
     /// Whether there may be errors to read.
     failed: bool,
+    /// Whether its datagrams go one by one, because the host cannot take them together.
+    alone: bool,
+}
+
+impl Flow {
+    fn new(way: Way) -> Self {
+        Self { way, hop_limit: HOP_LIMIT, queued: false, failed: false, alone: false }
+    }
 }
 
 #[derive(Debug)]
@@ -123,6 +136,7 @@ pub(crate) struct Udp {
     listeners: HashMap<u32, Listener>,
     next_listener: u32,
     queue: VecDeque<Source>,
+    burst: Burst,
     buffer: Vec<u8>,
     shares_ports: bool,
 }
@@ -135,6 +149,7 @@ impl Udp {
             listeners: HashMap::new(),
             next_listener: 0,
             queue: VecDeque::new(),
+            burst: Burst::default(),
             buffer: vec![0; LONGEST],
             shares_ports,
         }
@@ -160,7 +175,7 @@ impl Udp {
     /// # Errors
     /// The port is taken or forbidden, or there are no descriptors.
     pub(crate) fn listen(&mut self, cx: &Context<'_>, forward: &Forward) -> io::Result<SocketAddr> {
-        let fd = socket::listening_udp(forward.listen, self.shares_ports)?;
+        let fd = socket::listening_udp(forward, cx.config.freebind, self.shares_ports)?;
         // syscalls: getsockname
         let listen = SocketAddr::try_from(rustix::net::getsockname(&fd)?)?;
         let forward = Forward { listen, ..forward.clone() };
@@ -181,8 +196,19 @@ impl Udp {
         };
         self.listeners.remove(&number);
         self.flows
-            .remove_if(|flow| matches!(flow.way, Way::Forwarded { listener, .. } if listener == number));
+            .remove_if(|_, flow| matches!(flow.way, Way::Forwarded { listener, .. } if listener == number));
         true
+    }
+
+    /// The guest's network is another: ends the flows to resolvers that may be others now.
+    pub(crate) fn reconfigured(&mut self, old: &Config, new: &Config) {
+        if old.dns_forward == new.dns_forward {
+            return;
+        }
+        self.flows.remove_if(|key, _| {
+            RESOLVER_PORTS.contains(&key.remote.port())
+                && old.dns_forward.iter().any(|(inside, _)| *inside == key.remote.ip())
+        });
     }
 
     /// A datagram from the guest.
@@ -200,7 +226,7 @@ impl Udp {
         }
         let number = match self.flows.find(&key) {
             Some(number) => number,
-            None => match self.open(cx, key) {
+            None => match self.open_after_burst(cx, key) {
                 Ok(number) => number,
                 Err(error) => {
                     cx.link.stats.dropped.host += 1;
@@ -213,20 +239,27 @@ impl Udp {
         self.send(cx, number, datagram);
     }
 
+    /// Makes a flow of the guest's own. One that it takes the place of still sends what it was given.
+    fn open_after_burst(&mut self, cx: &mut Context<'_>, key: Key) -> io::Result<u32> {
+        self.send_burst(cx);
+        self.open(cx, key)
+    }
+
     /// Makes a flow of the guest's own.
     fn open(&mut self, cx: &mut Context<'_>, key: Key) -> io::Result<u32> {
         let peer = cx.outside(key.remote);
-        let fd = match socket::connected_udp(peer, key.guest.port()) {
+        let binding = cx.binding(peer.ip());
+        let fd = match socket::connected_udp(peer, key.guest.port(), &binding) {
             Err(error) if is_exhausted(&error) && self.flows.remove_oldest().is_some() => {
                 cx.link.stats.evicted += 1;
                 cx.link
                     .warnings
                     .warn(cx.now, &format_args!("the oldest UDP flow makes room for a new one: {error}"));
-                socket::connected_udp(peer, key.guest.port())?
+                socket::connected_udp(peer, key.guest.port(), &cx.binding(peer.ip()))?
             }
             result => result?,
         };
-        let flow = Flow { way: Way::Own(fd), hop_limit: HOP_LIMIT, queued: false, failed: false };
+        let flow = Flow::new(Way::Own(fd));
         // The guest's next datagram will find whose it is.
         let number = self.insert(cx, key, flow).ok_or(io::ErrorKind::AlreadyExists)?;
         if let Some((_, Flow { way: Way::Own(fd), .. })) = self.flows.get_mut(number) {
@@ -246,62 +279,117 @@ impl Udp {
         Some(number)
     }
 
-    /// Sends a datagram of the guest's by its flow.
+    /// Sends a datagram of the guest's by its flow, now or with those that follow.
     fn send(&mut self, cx: &mut Context<'_>, number: u32, datagram: &UdpView<'_>) {
-        let Some(class) = self.flows.class(number) else { return };
-        let Some((_, flow)) = self.flows.get_mut(number) else { return };
-        let hops = datagram.ip.hop_limit;
-        let (result, class) = match &flow.way {
+        let (hops, payload) = (datagram.ip.hop_limit, datagram.payload);
+        if !self.burst.add(number, hops, payload) {
+            self.send_burst(cx);
+            self.burst.add(number, hops, payload);
+        }
+        if self.flows.get_mut(number).is_some_and(|(_, flow)| flow.alone) {
+            self.send_burst(cx);
+        }
+    }
+
+    /// Sends what was gathered.
+    fn send_burst(&mut self, cx: &mut Context<'_>) {
+        let burst = std::mem::take(&mut self.burst);
+        let number = burst.flow;
+        if burst.len() > 0
+            && let Some(class) = self.set_off(number, burst.hop_limit)
+        {
+            self.flows.touch(number, class, cx.now);
+            let (bytes, length) = burst.together();
+            if burst.len() == 1 {
+                self.send_one(cx, number, bytes);
+            } else if let Err(error) = self.transmit(number, bytes, Some(length)) {
+                if is_full(&error) {
+                    cx.link.stats.dropped.host += burst.len() as u64;
+                } else {
+                    // One of them may be too long, or the way out cannot cut them.
+                    self.set_alone(number);
+                    burst.each().for_each(|payload| self.send_one(cx, number, payload));
+                }
+            }
+            if self.flows.get_mut(number).is_some_and(|(_, flow)| flow.failed) {
+                self.enqueue(number);
+            }
+        }
+        self.burst = burst;
+        self.burst.clear();
+    }
+
+    /// Prepares a flow's socket for packets that live for `hops`. The flow's class from now on; `None` if it is gone.
+    fn set_off(&mut self, number: u32, hops: u8) -> Option<Class> {
+        let class = self.flows.class(number)?;
+        let (key, flow) = self.flows.get_mut(number)?;
+        match &flow.way {
             Way::Own(fd) => {
                 if flow.hop_limit != hops {
                     flow.hop_limit = hops;
-                    socket::set_hop_limit(fd, datagram.ip.addresses.is_v6(), hops);
+                    socket::set_hop_limit(fd, key.remote.is_ipv6(), hops);
                 }
-                let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-                // syscalls: sendto
-                let mut result = rustix::net::send(fd, datagram.payload, flags);
-                if matches!(result, Err(error) if is_pending(error)) {
-                    // The error of an earlier datagram, which took this one's place.
-                    flow.failed = true;
-                    result = rustix::net::send(fd, datagram.payload, flags);
-                }
-                (result.map_err(io::Error::from), class)
+                Some(class)
             }
-            Way::Forwarded { listener, peer, local } => {
-                let Some(listener) = self.listeners.get_mut(listener) else { return };
-                let mut result = socket::send(&listener.fd, datagram.payload, *local, *peer);
-                if matches!(&result, Err(error) if is_pending(errno(error))) {
-                    listener.failed = true;
-                    result = socket::send(&listener.fd, datagram.payload, *local, *peer);
-                }
-                (result, Class::BothWays)
-            }
+            Way::Forwarded { .. } => Some(Class::BothWays),
+        }
+    }
+
+    fn set_alone(&mut self, number: u32) {
+        if let Some((_, flow)) = self.flows.get_mut(number) {
+            flow.alone = true;
+        }
+    }
+
+    /// Sends one datagram by a flow.
+    fn send_one(&mut self, cx: &mut Context<'_>, number: u32, payload: &[u8]) {
+        let Err(error) = self.transmit(number, payload, None) else { return };
+        cx.link.stats.dropped.host += 1;
+        // The host's queue is full: a datagram is lost, as on any link.
+        if is_full(&error) {
+            return;
+        }
+        let Some((key, flow)) = self.flows.get_mut(number) else { return };
+        flow.failed = true;
+        // Longer than the path takes: the error's queue knows by how much.
+        if errno(&error) != Errno::MSGSIZE {
+            let why = socket::local_error(key.remote.is_ipv6(), errno(&error), 0);
+            tell(cx, key, why, None, payload);
+        }
+    }
+
+    /// Gives a flow's socket one datagram, or several of `length` bytes each.
+    fn transmit(&mut self, number: u32, bytes: &[u8], length: Option<u16>) -> io::Result<()> {
+        let Some((_, flow)) = self.flows.get_mut(number) else { return Ok(()) };
+        let listener = match &flow.way {
+            Way::Own(_) => None,
+            Way::Forwarded { listener, .. } => self.listeners.get_mut(listener),
         };
-        self.flows.touch(number, class, cx.now);
-        match result {
-            Ok(_) => {}
-            // The host's queue is full: a datagram is lost, as on any link.
-            Err(error) if matches!(errno(&error), Errno::AGAIN | Errno::NOBUFS) => {
-                cx.link.stats.dropped.host += 1
+        let send = || match (&flow.way, &listener) {
+            (Way::Own(fd), _) => match length {
+                Some(_) => socket::send(fd, bytes, length, None, None),
+                None => {
+                    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+                    // syscalls: sendto
+                    rustix::net::send(fd, bytes, flags).map_err(io::Error::from)
+                }
+            },
+            (Way::Forwarded { peer, local, .. }, Some(listener)) => {
+                socket::send(&listener.fd, bytes, length, *local, Some(*peer))
             }
-            Err(error) => {
-                cx.link.stats.dropped.host += 1;
-                // Longer than the path takes: the error's queue knows by how much.
-                if errno(&error) != Errno::MSGSIZE {
-                    refuse(
-                        cx,
-                        socket::local_error(datagram.ip.addresses.is_v6(), errno(&error), 0),
-                        datagram,
-                    );
-                }
-                if let Some((_, flow)) = self.flows.get_mut(number) {
-                    flow.failed = true;
-                }
+            (Way::Forwarded { .. }, None) => Ok(0),
+        };
+        let mut result = send();
+        let pending = matches!(&result, Err(error) if is_pending(errno(error)));
+        if pending {
+            // The error of an earlier datagram, which took this one's place.
+            result = send();
+            match listener {
+                Some(listener) => listener.failed = true,
+                None => flow.failed = true,
             }
         }
-        if self.flows.get_mut(number).is_some_and(|(_, flow)| flow.failed) {
-            self.enqueue(number);
-        }
+        result.map(|_| ())
     }
 
     fn enqueue(&mut self, number: u32) {
@@ -334,8 +422,9 @@ impl Udp {
         !self.queue.is_empty()
     }
 
-    /// Reads some of the sockets that are ready, as long as the guest takes what they give.
+    /// Sends what was gathered, and reads some of the sockets that are ready, as long as the guest takes what they give.
     pub(crate) fn turn(&mut self, cx: &mut Context<'_>) {
+        self.send_burst(cx);
         for _ in 0..self.queue.len().min(SOURCES) {
             if cx.link.full {
                 return;
@@ -403,12 +492,12 @@ impl Udp {
                 return Drained::No;
             }
             let Some(listener) = self.listeners.get_mut(&number) else { return Drained::Yes };
-            let guest_port = listener.forward.guest_port;
             if listener.failed {
                 match socket::next_error(&listener.fd, &mut self.buffer) {
                     Some(error) => {
                         if let Some(peer) = error.destination
-                            && let Some(key) = key_of(cx, peer, guest_port)
+                            && let Some((key, Some(_))) =
+                                flow_of(&mut self.flows, cx, &listener.forward, peer)
                         {
                             let payload = self.buffer.get(..error.length).unwrap_or_default();
                             tell(cx, key, error.error, error.offender, payload);
@@ -424,9 +513,11 @@ impl Udp {
                     if bypass(cx, listener, &received, payload) {
                         continue;
                     }
-                    // A guest without that family has nobody there.
-                    let Some(key) = key_of(cx, received.peer, guest_port) else { continue };
-                    self.note_peer(cx, key, number, received.peer, received.local);
+                    let flow = flow_of(&mut self.flows, cx, &listener.forward, received.peer);
+                    // A guest without an address is not there.
+                    let Some((key, flow)) = flow else { continue };
+                    let Received { peer, local, .. } = received;
+                    self.note_peer(cx, key, flow, Way::Forwarded { listener: number, peer, local });
                     deliver(cx, key, self.buffer.get(..received.length).unwrap_or_default());
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Drained::Yes,
@@ -437,17 +528,9 @@ impl Udp {
     }
 
     /// A datagram came by a forwarded port: makes its flow or keeps it alive.
-    fn note_peer(
-        &mut self,
-        cx: &mut Context<'_>,
-        key: Key,
-        listener: u32,
-        peer: SocketAddr,
-        local: Option<IpAddr>,
-    ) {
-        let way = Way::Forwarded { listener, peer, local };
-        let Some(number) = self.flows.find(&key) else {
-            self.insert(cx, key, Flow { way, hop_limit: HOP_LIMIT, queued: false, failed: false });
+    fn note_peer(&mut self, cx: &mut Context<'_>, key: Key, number: Option<u32>, way: Way) {
+        let Some(number) = number else {
+            self.insert(cx, key, Flow::new(way));
             return;
         };
         let class = self.flows.class(number).unwrap_or(Class::OneWay);
@@ -455,7 +538,7 @@ impl Udp {
         if let Some((_, flow)) = self.flows.get_mut(number)
             && matches!(flow.way, Way::Forwarded { .. })
         {
-            // Several of the host's own addresses are one to the guest: it answers the last that spoke.
+            // Several of the host's own addresses are one to the peer: it is answered from the last that it spoke to.
             flow.way = way;
         }
     }
@@ -480,15 +563,50 @@ impl Udp {
 fn bypass(cx: &Context<'_>, listener: &Listener, received: &Received, payload: &[u8]) -> bool {
     let (Some(bypass), Some(local)) = (&cx.link.bypass, received.local) else { return false };
     let local = SocketAddr::new(local, listener.forward.listen.port());
-    let guest = cx.guest_address(received.peer.ip().to_canonical());
+    let own = || cx.guest_address(received.peer.ip().to_canonical());
+    let guest = listener.forward.guest_address.or_else(own);
     let port = listener.forward.guest_port;
     bypass.datagram(&listener.fd, (received.peer, local), guest, port, payload)
 }
 
-/// The flow of `peer`, as the host knows it, with the guest's `port`.
-fn key_of(cx: &Context<'_>, peer: SocketAddr, port: u16) -> Option<Key> {
-    let remote = cx.inside(peer);
-    Some(Key { guest: SocketAddr::new(cx.guest_address(remote.ip())?, port), remote })
+/// The flow of `peer`, as the host knows it, by a forwarded port, and its number if it is there already; `None` if the
+/// guest has no address.
+///
+/// Several peers may look the same to the guest. Then those that come later have other ports; when that does not help
+/// either, the guest answers the last that spoke.
+fn flow_of(
+    flows: &mut FlowTable<Key, Flow>,
+    cx: &Context<'_>,
+    forward: &Forward,
+    peer: SocketAddr,
+) -> Option<(Key, Option<u32>)> {
+    /// Ports that are tried.
+    const ATTEMPTS: u16 = 8;
+    /// Between two of them. Any odd number visits all ports.
+    const STEP: u16 = 0x6a25;
+    let (guest, remote) = cx.arrival(peer, forward.guest_address)?;
+    let key = |attempt: u16| {
+        let port = match remote.port().wrapping_add(attempt.wrapping_mul(STEP)) {
+            0 => STEP,
+            port => port,
+        };
+        Key { guest: SocketAddr::new(guest, forward.guest_port), remote: SocketAddr::new(remote.ip(), port) }
+    };
+    for key in (0..ATTEMPTS).map(key) {
+        let Some(number) = flows.find(&key) else {
+            // Among several engines, the kernel gives each peer to one of them for good.
+            if flows.elsewhere(&key).is_some() {
+                continue;
+            }
+            return Some((key, None));
+        };
+        match flows.get_mut(number) {
+            Some((_, Flow { way: Way::Forwarded { peer: other, .. }, .. })) if *other != peer => {}
+            _ => return Some((key, Some(number))),
+        }
+    }
+    let key = key(0);
+    Some((key, flows.find(&key)))
 }
 
 /// The flow of a datagram that the guest was sent, from the beginning of its packet.
@@ -560,6 +678,11 @@ fn refuse(cx: &mut Context<'_>, error: IcmpError, datagram: &UdpView<'_>) {
 
 fn errno(error: &io::Error) -> Errno {
     Errno::from_io_error(error).unwrap_or(Errno::IO)
+}
+
+/// Whether the host's queue has no room.
+fn is_full(error: &io::Error) -> bool {
+    matches!(errno(error), Errno::AGAIN | Errno::NOBUFS)
 }
 
 /// Whether an error may be that of a datagram sent earlier (ip(7), IP_RECVERR).

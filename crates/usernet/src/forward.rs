@@ -1,0 +1,40 @@
+//! What to do about a port that cannot be forwarded.
+
+use std::io;
+
+use rustix::io::Errno;
+
+use crate::config::{Forward, Transport};
+
+/// The error with the name of the port that could not be listened to, and a way out.
+pub(crate) fn explained(forward: &Forward, error: &io::Error) -> io::Error {
+    let Forward { transport, listen, interface, .. } = forward;
+    let port = listen.port();
+    let (name, listing) = match transport {
+        Transport::Tcp => ("TCP", "ss -ltnp"),
+        Transport::Udp => ("UDP", "ss -lunp"),
+    };
+    let by = interface.as_ref().map_or(String::new(), |interface| format!(" by interface {interface}"));
+    let advice = match Errno::from_io_error(error) {
+        Some(Errno::ADDRINUSE) => {
+            format!("another program has the port: `{listing} sport = :{port}` says which")
+        }
+        Some(Errno::ACCESS) => format!(
+            "the port is for root alone: take one from 1024 on, or allow this one with \
+             `sysctl -w net.ipv4.ip_unprivileged_port_start={port}`"
+        ),
+        Some(Errno::ADDRNOTAVAIL) => {
+            "the host does not have that address (now): name one that `ip address` shows, or allow others with \
+             --freebind"
+                .to_owned()
+        }
+        Some(Errno::NODEV) => "there is no such interface: `ip link` shows them".to_owned(),
+        Some(Errno::PERM) => "before Linux 5.7, an interface can be named only with CAP_NET_RAW".to_owned(),
+        Some(Errno::AFNOSUPPORT) => "the host does not have that protocol: leave it out".to_owned(),
+        Some(Errno::MFILE | Errno::NFILE) => {
+            "no descriptors are left: forward fewer ports, or raise the limit (`ulimit -n`)".to_owned()
+        }
+        _ => return io::Error::new(error.kind(), format!("cannot listen on {name} {listen}{by}: {error}")),
+    };
+    io::Error::new(error.kind(), format!("cannot listen on {name} {listen}{by}: {error}; {advice}"))
+}
