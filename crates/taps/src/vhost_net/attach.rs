@@ -92,14 +92,25 @@ pub(super) struct Attached<B> {
     pub(super) mergeable: bool,
 }
 
-/// Puts the tap device `tap` behind the device that `open` makes for a memory.
-pub(super) fn attach<B: VhostNet>(
-    tap: BorrowedFd<'_>,
+/// A device that is open and knows nothing yet, and the memory that it will be given.
+pub(super) struct Opened<B> {
+    region: Arc<GuestRegionMmap>,
+    backend: B,
+}
+
+/// Makes a memory, and by `open` a device for it.
+pub(super) fn open<B>(
     open: impl FnOnce(Arc<GuestMemoryMmap>) -> vhost::Result<B>,
-) -> Result<Attached<B>, Error> {
+) -> Result<Opened<B>, Error> {
     let region = memory()?;
     let memory = GuestMemoryMmap::from_arc_regions(vec![region.clone()]).map_err(io::Error::other)?;
     let backend = open(Arc::new(memory)).map_err(Error::Open)?;
+    Ok(Opened { region, backend })
+}
+
+/// Puts the tap device `tap` behind the device.
+pub(super) fn attach<B: VhostNet>(opened: Opened<B>, tap: BorrowedFd<'_>) -> Result<Attached<B>, Error> {
+    let Opened { region, backend } = opened;
     let refuses = |what| move |source| Error::Refused { what, source };
     backend.set_owner().map_err(refuses("an owner"))?;
 

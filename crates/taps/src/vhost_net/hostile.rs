@@ -23,7 +23,8 @@ pub fn any_completions(mut data: &[u8]) {
     // Some devices lack what is optional.
     let lacks = u64::from(take(&mut data).unwrap_or(0));
     let software = Software::new(EVERYTHING & !((lacks & 1) << 15 | (lacks >> 1 & 1) << 29));
-    let Ok(mut tap) = VhostTap::new(&Dummy::new(), |memory| software.open(memory)) else {
+    let tap = super::attach::open(|memory| software.open(memory));
+    let Ok(mut tap) = tap.and_then(|opened| VhostTap::new(&Dummy::new(), opened)) else {
         panic!("the device refuses nothing")
     };
     let mut used = [0u16; 2];

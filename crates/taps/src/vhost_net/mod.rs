@@ -15,8 +15,8 @@
 //!
 //! **Memory.** One anonymous mapping holds both rings and all buffers. The device knows it by addresses of its own that
 //! begin at [`MEMORY`], in a table of one entry; its kernel thread reads and writes it through this process's page
-//! tables. So the tap must be made by the process that serves it: after a fork(2), the device still means the parent's
-//! memory.
+//! tables. So the tap must be made by the process that serves it ([`Device::serve`]): after a fork(2), the device still
+//! means the parent's memory.
 //!
 //! **Negotiated**, not assumed: `VIRTIO_F_VERSION_1` has to be there. With `VIRTIO_NET_F_MRG_RXBUF` a frame takes as many
 //! receive buffers as it needs; without it, each chain has room for the longest frame. With `VIRTIO_F_EVENT_IDX` either
@@ -61,10 +61,11 @@ use thiserror::Error;
 use usernet::tap::{Abilities, LONGEST_FRAME, Offload, Sent, Tap};
 use vhost::net::VhostNet;
 use vhost::vhost_kern::net::Net;
+use vhost::vhost_kern::vhost_binding::VHOST_NET_SET_BACKEND;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
-use attach::{Attached, ERROR};
+use attach::{Attached, ERROR, Opened};
 pub use attach::{Error, MEMORY};
 #[cfg(any(test, feature = "testing"))]
 pub use hostile::any_completions;
@@ -92,26 +93,61 @@ pub enum Mode {
     Off,
 }
 
-/// The tap device behind vhost-net, as `mode` says, or by itself.
-///
-/// It is to be called by the process that serves the link, while `/dev/vhost-net` can still be opened: before
-/// privileges and file systems are given up.
-///
-/// # Errors
-/// With [`Mode::On`], why vhost-net cannot be used.
-pub fn open(mode: Mode, tun: Tun) -> Result<Box<dyn Tap>, Error> {
-    if mode == Mode::Off {
-        return Ok(Box::new(tun));
+/// A vhost-net device for one queue of a tap device, or the decision to do without.
+pub struct Device {
+    mode: Mode,
+    opened: Option<Opened<Kernel>>,
+}
+
+impl Device {
+    /// Opens `/dev/vhost-net`, as far as `mode` wants it, which may take privileges that the process gives up before it
+    /// serves anybody.
+    ///
+    /// # Errors
+    /// With [`Mode::On`], why the device cannot be opened.
+    pub fn open(mode: Mode) -> Result<Self, Error> {
+        let opened = if mode == Mode::Off { None } else { optional(mode, attach::open(Net::new))? };
+        Ok(Self { mode, opened })
     }
-    match VhostTap::new(&tun, Net::new) {
-        Ok(tap) => Ok(Box::new(tap)),
+
+    /// Puts a tap device behind it, or leaves it to itself. It is to be called by the process that serves the link, after the
+    /// last fork(2).
+    ///
+    /// # Errors
+    /// With [`Mode::On`], why the device cannot be used.
+    pub fn serve(self, tun: Tun) -> Result<Box<dyn Tap>, Error> {
+        let tap = match self.opened {
+            Some(opened) => optional(self.mode, VhostTap::new(&tun, opened))?,
+            None => None,
+        };
+        Ok(match tap {
+            Some(tap) => Box::new(tap),
+            None => Box::new(tun),
+        })
+    }
+}
+
+/// What came of an attempt, if it need not succeed.
+fn optional<T>(mode: Mode, result: Result<T, Error>) -> Result<Option<T>, Error> {
+    match result {
+        Ok(value) => Ok(Some(value)),
         Err(error) if mode == Mode::Auto => {
             tracing::info!("without vhost-net: {error}");
-            Ok(Box::new(tun))
+            Ok(None)
         }
         Err(error) => Err(error),
     }
 }
+
+/// The request by which a device is stopped at the end of its use (`VHOST_NET_SET_BACKEND`): the only ioctl(2) after the
+/// start.
+#[must_use]
+pub fn stop_request() -> u64 {
+    VHOST_NET_SET_BACKEND()
+}
+
+/// The kernel's device.
+type Kernel = Net<Arc<GuestMemoryMmap>>;
 
 /// Why a link is gone.
 #[derive(Clone, PartialEq, Eq, Debug, Error)]
@@ -139,7 +175,7 @@ struct Queue {
 
 impl Queue {
     /// Shows the device what is prepared.
-    // syscalls: write
+    // syscalls(pasta): write
     fn publish(&mut self) -> Result<(), Fault> {
         if self.ring.publish()? {
             // It can only fail when the counter is full, and then the device is awake already.
@@ -168,13 +204,10 @@ struct VhostTap<B: VhostNet> {
 }
 
 impl<B: VhostNet> VhostTap<B> {
-    /// The tap device `tap` behind the device that `open` makes for a memory.
-    fn new<T: AsFd + Tap>(
-        tap: &T,
-        open: impl FnOnce(Arc<GuestMemoryMmap>) -> vhost::Result<B>,
-    ) -> Result<Self, Error> {
+    /// The tap device `tap` behind the device.
+    fn new<T: AsFd + Tap>(tap: &T, opened: Opened<B>) -> Result<Self, Error> {
         let Attached { backend, receive, send, readiness, errors, tap: file, mergeable } =
-            attach::attach(tap.as_fd(), open)?;
+            attach::attach(opened, tap.as_fd())?;
         Ok(Self {
             backend,
             receive,
@@ -278,7 +311,7 @@ impl<B: VhostNet> VhostTap<B> {
     }
 
     /// Looks whether the tap device is still there, if that was long ago.
-    // syscalls: poll
+    // syscalls(pasta): ppoll
     fn look(&mut self) -> Result<(), Broken> {
         if self.seen.elapsed() < LOOK {
             return Ok(());
@@ -307,7 +340,7 @@ impl<B: VhostNet + Send> Tap for VhostTap<B> {
         self.readiness.as_fd()
     }
 
-    // syscalls: epoll_wait
+    // syscalls(pasta): epoll_wait
     fn acknowledge(&mut self) {
         let mut events = [EpollEvent::empty(); 4];
         // Only a signal can end it early; then the events are there the next time.
@@ -358,7 +391,7 @@ impl<B: VhostNet + Send> Tap for VhostTap<B> {
 impl<B: VhostNet> Drop for VhostTap<B> {
     // The memory is unmapped next, and the kernel's thread must not write to what is mapped there then. Closing the device
     // is not enough: a child between its fork and exec may still have it open.
-    // syscalls: ioctl
+    // syscalls(pasta): ioctl
     fn drop(&mut self) {
         attach::stop(&self.backend);
     }

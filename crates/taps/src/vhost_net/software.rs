@@ -109,6 +109,7 @@ impl Software {
     }
 
     /// Notifies the driver of what was used in a queue.
+    #[cfg(test)]
     pub(crate) fn call(&self, queue: usize) {
         if let Some(call) = self.state().vrings.get(queue).and_then(|vring| vring.call.as_ref()) {
             let _ = call.write(1);

@@ -23,6 +23,12 @@ const REFUSED: [(&str, &str); 10] = [
     ("set_backend", "the tap device"),
 ];
 
+fn attach(
+    open: impl FnOnce(Arc<GuestMemoryMmap>) -> vhost::Result<Software>,
+) -> Result<VhostTap<Software>, Error> {
+    VhostTap::new(&Dummy::new(), attach::open(open)?)
+}
+
 /// A tap, and the device behind it with both of its queues.
 struct Link {
     tap: VhostTap<Software>,
@@ -35,7 +41,7 @@ struct Link {
 impl Link {
     fn new(features: u64) -> Self {
         let software = Software::new(features);
-        let tap = VhostTap::new(&Dummy::new(), |memory| software.open(memory)).unwrap();
+        let tap = attach(|memory| software.open(memory)).unwrap();
         let device = |queue: usize| {
             let state = software.state();
             let addresses = state.vrings[queue].addresses.unwrap();
@@ -146,7 +152,7 @@ fn all_features() -> [u64; 4] {
 fn the_device_is_told_everything() {
     // It may offer more than is wanted.
     let software = Software::new(EVERYTHING | 1 << 27 | 1 << 28 | 1 << 33);
-    let tap = VhostTap::new(&Dummy::new(), |memory| software.open(memory)).unwrap();
+    let tap = attach(|memory| software.open(memory)).unwrap();
     assert_eq!(tap.abilities(), Dummy::new().abilities());
     {
         let state = software.state();
@@ -164,7 +170,7 @@ fn the_device_is_told_everything() {
 #[test]
 fn a_device_that_lacks_a_feature_is_not_used() {
     let software = Software::new(EVERYTHING & !(1 << VIRTIO_F_VERSION_1));
-    let Err(error) = VhostTap::new(&Dummy::new(), |memory| software.open(memory)) else { panic!() };
+    let Err(error) = attach(|memory| software.open(memory)) else { panic!() };
     assert_eq!(error.to_string(), "vhost-net lacks features 0x100000000: it offers 0x20008000");
 }
 
@@ -173,9 +179,7 @@ fn a_refusal_says_what_was_refused() {
     for (request, what) in REFUSED {
         let software = Software::new(EVERYTHING);
         software.state().refuse = request;
-        let Err(error) = VhostTap::new(&Dummy::new(), |memory| software.open(memory)) else {
-            panic!("{request} is needed")
-        };
+        let Err(error) = attach(|memory| software.open(memory)) else { panic!("{request} is needed") };
         assert!(error.to_string().starts_with(&format!("vhost-net refuses {what}: ")), "{request}: {error}");
         assert!(software.state().vrings.iter().all(|vring| !vring.running), "{request}");
     }
@@ -185,7 +189,7 @@ fn a_refusal_says_what_was_refused() {
 fn the_way_out_is_named() {
     for (number, words) in [(libc::ENOENT, "modprobe vhost_net"), (libc::EACCES, "group kvm")] {
         let open = |_| Err::<Software, _>(vhost::Error::VhostOpen(io::Error::from_raw_os_error(number)));
-        let Err(error) = VhostTap::new(&Dummy::new(), open) else { panic!() };
+        let Err(error) = attach(open) else { panic!() };
         let error = error.to_string();
         assert!(error.contains("/dev/vhost-net") && error.contains(words), "{error}");
     }

@@ -111,6 +111,8 @@ fn conditions(name: &str, command: Option<Pid>) -> Option<Vec<Vec<Arg>>> {
                 libc::F_GETPIPE_SZ as u64,
             ],
         ),
+        // Nothing but the end of vhost-net's work.
+        "ioctl" => one_of(1, &[taps::vhost_net::stop_request()]),
         "openat" => vec![vec![is(2, CHANGING, 0)]],
         // No local sockets, and no raw ones.
         "socket" => [libc::AF_INET, libc::AF_INET6]

@@ -28,14 +28,17 @@ mod serve;
 mod watch;
 
 use std::fs::File;
+use std::io;
 
+use taps::vhost_net::{self, Device};
 use usernet::HostNetwork;
 use usernet::follow::Follower;
+use usernet::tap::Tap;
 
 use super::attendants::Prepared;
 use super::isolation::{self, Mode, background, user};
-use super::options::PastaSettings;
 use super::options::settings::{Splice, Target};
+use super::options::{PastaSettings, Vhost};
 use super::{Because, NetError};
 use bound::Bound;
 use command::Command;
@@ -70,6 +73,12 @@ pub fn run(settings: &PastaSettings) -> Result<u8, NetError> {
     let found = Found::find(&settings.target)?;
     let watch = watched(settings)?;
     let opener = user::is_root().then(Opener::start).transpose()?;
+    let mode = if settings.splice == Splice::Only { Vhost::Off } else { settings.vhost };
+    let devices = (0..common.threads).map(|_| Device::open(vhost_mode(mode)));
+    let devices: Vec<Device> = devices
+        .collect::<Result<_, _>>()
+        .map_err(io::Error::other)
+        .because(|| "cannot use vhost-net".into())?;
 
     // Whoever makes no user namespace needs root's rights over the network namespace a while longer.
     let keep = !matches!(settings.target, Target::Command { netns_only: false, .. });
@@ -93,8 +102,11 @@ pub fn run(settings: &PastaSettings) -> Result<u8, NetError> {
         Ok((queues, open_tables()?))
     })?;
     let tables = Tables { host: open_tables()?, guest };
+    let taps = queues.into_iter().zip(devices).map(|(queue, device)| device.serve(queue));
+    let taps: Vec<Box<dyn Tap>> =
+        taps.collect::<Result<_, _>>().map_err(io::Error::other).because(|| "cannot use vhost-net".into())?;
     isolation::enclose(common.chroot_fallback)?;
-    let serving = Serving::start(settings, config, queues, namespace, tables, watch, prepared)?;
+    let serving = Serving::start(settings, config, taps, namespace, tables, watch, prepared)?;
     let _following = serving.follow(follower, (host, template), common.network.clone())?;
     isolation::seal(Mode::Pasta, command.as_ref().map(Command::pid))?;
 
@@ -113,6 +125,14 @@ fn open_tables() -> Result<Bound, NetError> {
 fn name_after(host: &HostNetwork) -> String {
     let interface = host.ipv4.as_ref().or(host.ipv6.as_ref());
     interface.map_or_else(|| IFNAME.to_owned(), |interface| interface.name.clone())
+}
+
+fn vhost_mode(vhost: Vhost) -> vhost_net::Mode {
+    match vhost {
+        Vhost::On => vhost_net::Mode::On,
+        Vhost::Off => vhost_net::Mode::Off,
+        Vhost::Auto => vhost_net::Mode::Auto,
+    }
 }
 
 /// The watch over the name of the namespace, if its end is the process's.

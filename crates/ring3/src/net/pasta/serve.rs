@@ -11,10 +11,10 @@ use std::thread;
 use rustix::process::Signal;
 use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::iterator::Signals;
-use taps::tun::Tun;
 use usernet::follow::{Follower, Following};
 use usernet::splice::sockets::{self, Here, There};
 use usernet::splice::{self, Bypass, Side, Splicer};
+use usernet::tap::Tap;
 use usernet::{Config, Handle, HostNetwork, Network};
 
 use super::auto::{AnyForwarder, Auto, Direction};
@@ -56,11 +56,11 @@ pub(super) struct Serving {
 }
 
 impl Serving {
-    /// Opens all ports, starts all threads, and gives up the capabilities that this took. `queues` are the tap device's.
+    /// Opens all ports, starts all threads, and gives up the capabilities that this took. `taps` are the tap device's queues.
     pub(super) fn start(
         settings: &PastaSettings,
         config: Config,
-        queues: Vec<Tun>,
+        taps: Vec<Box<dyn Tap>>,
         namespace: NetNamespace,
         tables: Tables,
         watch: Option<Watch>,
@@ -69,9 +69,9 @@ impl Serving {
         let v6 = settings.common.network.families[1];
         let inside = (settings.splice != Splice::Off).then(|| enter(namespace)).transpose()?;
         isolation::drop_capabilities(false)?;
-        let network = (!queues.is_empty()).then(|| {
-            let queues = queues.into_iter().map(|queue| prepared.tap(Box::new(queue))).collect();
-            Network::new(config, queues).because(|| "cannot start the network".into())
+        let network = (!taps.is_empty()).then(|| {
+            let taps = taps.into_iter().map(|tap| prepared.tap(tap)).collect();
+            Network::new(config, taps).because(|| "cannot start the network".into())
         });
         let mut network = network.transpose()?;
         let splicer = inside.map(|there| {
