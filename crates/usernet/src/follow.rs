@@ -8,7 +8,7 @@
 //! **Events.** The kernel announces links, addresses and routes to the multicast groups of rtnetlink(7), and
 //! changes of resolv.conf by inotify(7) on the directories that it may be in. Neither is believed in detail: each only says
 //! that it is time to look again. Announcements come in bursts, and half of a change is no network. So after the first one
-//! the thread looks away until nothing was announced for [`SETTLE`], or [`LONGEST`] has passed; then it asks for everything
+//! the thread looks away until nothing was announced for a quarter of a second, or two have passed; then it asks for everything
 //! and compares. Whatever the host does, it is looked at a few times a second at most.
 //!
 //! **What is lost is kept.** A family, or resolvers, that the host has no more stay the guest's until there are others: a
