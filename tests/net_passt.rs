@@ -129,15 +129,16 @@ fn guests_by_vhost_user() {
     let forward = free_port();
     let passt = passt(&socket, &["--vhost-user", "--threads", "2", "-t", &format!("{forward}:7")]);
     let chardev = format!("socket,id=c,path={}", socket.display());
+    // QEMU 7.2 crashes when it is to unmask a vector of vhost's without KVM: no vectors.
     let memory = ["-object", "memory-backend-memfd,id=m,size=256M,share=on", "-numa", "node,memdev=m"];
     let link = ["-chardev", &chardev, "-netdev"];
-    let one = ["vhost-user,id=n,chardev=c", "-device", "virtio-net-pci,netdev=n,romfile="];
+    let one = ["vhost-user,id=n,chardev=c", "-device", "virtio-net-pci,netdev=n,vectors=0,romfile="];
     let two = [
         "vhost-user,id=n,chardev=c,queues=2",
         "-smp",
         "2",
         "-device",
-        "virtio-net-pci,netdev=n,mq=on,romfile=",
+        "virtio-net-pci,netdev=n,mq=on,vectors=0,romfile=",
     ];
     talk(&[&memory[..], &link, &one].concat(), forward);
     // The same process serves the next one, by two pairs of queues.

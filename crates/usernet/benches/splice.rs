@@ -1,14 +1,15 @@
 //! What the loopback bypass moves, beside the loopback itself: `cargo bench -p usernet --bench splice`.
 //!
-//! One stream from one thread to another, plain and by a splicer in turn, a few times each; then round trips of one byte,
-//! and connections that ask one question. The median of each counts. `perf record` and the like find the splicer's own
-//! thread by its name.
+//! One stream from one thread to another, plain and by a splicer in turn, a few times each, and what it took of
+//! processor time; then round trips of one byte, and connections that ask one question. The median of each counts. Part of
+//! a measurement's name as an argument leaves the others out.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::time::{ClockId, clock_gettime};
 use usernet::config::Transport;
 use usernet::splice::sockets::Here;
 use usernet::splice::{Config, Forward, Side, Splicer};
@@ -20,8 +21,26 @@ const BLOCK: usize = 128 << 10;
 const QUESTIONS: u32 = 10_000;
 const CONNECTIONS: u32 = 3_000;
 
+/// Seconds of processor time that this process has used.
+fn processor_time() -> f64 {
+    let time = clock_gettime(ClockId::ProcessCPUTime);
+    time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
+}
+
 /// Gbit/s of one stream.
 fn throughput(listener: &TcpListener, to: SocketAddr) -> f64 {
+    let (bytes, seconds, _) = stream(listener, to);
+    bytes * 8.0 / 1e9 / seconds
+}
+
+/// Seconds of processor time that one stream takes for a gigabyte, at both ends and between them.
+fn processor(listener: &TcpListener, to: SocketAddr) -> f64 {
+    let (bytes, _, used) = stream(listener, to);
+    used / (bytes / 1e9)
+}
+
+/// The bytes of one stream, the seconds that they took, and those of processor time.
+fn stream(listener: &TcpListener, to: SocketAddr) -> (f64, f64, f64) {
     let mut client = TcpStream::connect(to).expect("a connection");
     let (mut server, _) = listener.accept().expect("a client");
     let reader = thread::spawn(move || {
@@ -34,14 +53,14 @@ fn throughput(listener: &TcpListener, to: SocketAddr) -> f64 {
             }
         }
     });
-    let start = Instant::now();
+    let (start, before) = (Instant::now(), processor_time());
     let block = vec![0; BLOCK];
     while start.elapsed() < LENGTH {
         client.write_all(&block).expect("a reader");
     }
     client.shutdown(Shutdown::Write).expect("an end");
     let bytes = reader.join().expect("a reader");
-    bytes as f64 * 8.0 / 1e9 / start.elapsed().as_secs_f64()
+    (bytes as f64, start.elapsed().as_secs_f64(), processor_time() - before)
 }
 
 /// Microseconds of one round trip.
@@ -103,8 +122,9 @@ fn main() {
     let congestion = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_congestion_control").unwrap_or_default();
     println!("congestion control: {}", congestion.trim());
     type Measure = fn(&TcpListener, SocketAddr) -> f64;
-    let measures: [(&str, Measure); 3] = [
+    let measures: [(&str, Measure); 4] = [
         ("one stream, Gbit/s", throughput),
+        ("one stream, CPU seconds/GB", processor),
         ("round trip, us", round_trip),
         ("connections, thousand/s", connections),
     ];
@@ -120,7 +140,7 @@ fn main() {
             bypass.push(measure(&listener, spliced));
         }
         let (plain, bypass) = (median(plain), median(bypass));
-        println!("{name:28} {plain:9.1} {bypass:9.1} {:6.0}%", bypass / plain * 100.0);
+        println!("{name:28} {plain:9.2} {bypass:9.2} {:6.0}%", bypass / plain * 100.0);
     }
     handle.stop();
     thread.join().expect("a thread").expect("a splicer");

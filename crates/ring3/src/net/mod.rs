@@ -2,6 +2,7 @@
 //!
 //! The engine is crate `usernet`, the links to a guest are crate `taps`; here they are put together.
 
+pub mod attendants;
 pub mod command;
 pub mod control;
 pub mod isolation;

@@ -345,5 +345,7 @@ impl Tap for Stream {
     }
 }
 
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 #[cfg(test)]
 mod tests;

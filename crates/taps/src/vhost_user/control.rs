@@ -7,7 +7,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
-use vhost::vhost_user::{BackendReqHandler, Error};
+use rustix::net::{RecvFlags, recv};
+use vhost::vhost_user::message::{FrontendReq, VhostUserVirtioFeatures};
+use vhost::vhost_user::{BackendReqHandler, Error, VhostUserBackendReqHandler};
 
 use super::Device;
 use super::handler::Handler;
@@ -80,10 +82,20 @@ fn serve_one(stream: UnixStream, device: &Arc<Device>, stopped: &OwnedFd) {
     match watched {
         Ok(watched) => {
             let handler = Arc::new(Mutex::new(Handler::new(device.clone())));
-            let mut requests = BackendReqHandler::from_stream(stream, handler);
+            let mut requests = BackendReqHandler::from_stream(stream, handler.clone());
             while wait(&watched, stopped) {
+                let early = peek_enable(&watched);
                 // syscalls(vhost-user): recvmsg sendmsg
-                match requests.handle_request() {
+                let result = match requests.handle_request() {
+                    // QEMU enables rings before it has acknowledged the feature that lets it, and expects it to be obeyed.
+                    // The message was read to its end, and has no answer.
+                    Err(Error::InactiveFeature(VhostUserVirtioFeatures::PROTOCOL_FEATURES)) => match early {
+                        Some((index, enable)) => handler.set_vring_enable(index, enable),
+                        None => Err(Error::InvalidMessage),
+                    },
+                    result => result,
+                };
+                match result {
                     Ok(()) => {}
                     Err(Error::Disconnected) => {
                         tracing::info!("the front end disconnected");
@@ -99,6 +111,22 @@ fn serve_one(stream: UnixStream, device: &Arc<Device>, stopped: &OwnedFd) {
         Err(error) => tracing::warn!("cannot serve the front end: {error}"),
     }
     device.stop();
+}
+
+/// What the next message says if it enables or disables a ring: which, and whether.
+fn peek_enable(socket: &UnixStream) -> Option<(u32, bool)> {
+    // Code, flags and length; the ring, and whether: 32 bits each, in the order of the host.
+    let mut message = [0; 20];
+    // syscalls(vhost-user): recvfrom
+    let (length, _) = recv(socket, &mut message, RecvFlags::PEEK | RecvFlags::DONTWAIT).ok()?;
+    let (words, _) = message.get(..length)?.as_chunks::<4>();
+    let words: Vec<u32> = words.iter().map(|&word| u32::from_ne_bytes(word)).collect();
+    match words[..] {
+        [code, _, 8, ring, enable @ 0..=1] if code == u32::from(FrontendReq::SET_VRING_ENABLE) => {
+            Some((ring, enable == 1))
+        }
+        _ => None,
+    }
 }
 
 /// Waits until `fd` can be read from; no if that is not wanted any more.

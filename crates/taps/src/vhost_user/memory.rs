@@ -40,6 +40,12 @@ impl Shared {
         Ok(Self { memory, user })
     }
 
+    /// Memory that no front end has.
+    #[cfg(any(test, feature = "testing"))]
+    pub(super) fn of(memory: GuestMemoryMmap) -> Self {
+        Self { memory, user: Vec::new() }
+    }
+
     /// The guest's address of what the front end has at `address`.
     pub(super) fn guest_address(&self, address: u64) -> Option<GuestAddress> {
         self.user.iter().find_map(|&(user, guest, size)| {

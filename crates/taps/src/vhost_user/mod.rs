@@ -205,3 +205,8 @@ impl Tap for QueuePair {
         Ok(())
     }
 }
+
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+#[cfg(test)]
+mod tests;

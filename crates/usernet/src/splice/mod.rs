@@ -324,7 +324,8 @@ impl Splicer {
     }
 
     fn obey(&mut self) {
-        while let Ok(command) = self.commands.try_recv() {
+        for _ in 0..QUEUE {
+            let Ok(command) = self.commands.try_recv() else { return };
             // Whoever asked may have gone: then nobody wants the answer.
             match command {
                 Command::Add(forward, reply) => {
@@ -350,6 +351,8 @@ impl Splicer {
                 Command::Stop => self.stopped = true,
             }
         }
+        // Others have their turn.
+        self.handle.wake();
     }
 
     /// Takes what came to the listening sockets.

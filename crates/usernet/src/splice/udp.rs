@@ -329,6 +329,7 @@ fn connected_beside(
     let (local, peer) = (canonical(local), canonical(peer));
     let fd = side.socket(Kind::of(Transport::Udp, local)).ok()?;
     // Of several engines' listening sockets this is one: the others have said so for good.
+    // syscalls(pasta): getsockopt setsockopt
     if sockopt::socket_reuseport(listener).ok()? {
         sockopt::set_socket_reuseport(&fd, true).ok()?;
     }

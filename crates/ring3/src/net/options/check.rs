@@ -11,7 +11,7 @@ use usernet::config::{Outbound, Services};
 
 use super::args::{CommonArgs, PasstArgs, PastaArgs, PastaOnly, Vhost};
 use super::network::{HostLoopback, Network};
-use super::ports::{BadPorts, DEFAULT_EPHEMERAL, PortRange, PortSpec, PortTable};
+use super::ports::{BadPorts, PortSpec, PortTable, ephemeral_ports};
 use super::settings::{
     Common, Configure, GuestSocket, Identity, Level, Log, PasstSettings, PastaSettings, Ports, Splice, Target,
 };
@@ -90,6 +90,8 @@ impl TryFrom<PastaArgs> for PastaSettings {
                 (own.ns_mac_addr.is_some(), "--ns-mac-addr"),
                 (own.vhost == Vhost::On, "--vhost on"),
                 (common.pcap.is_some(), "--pcap"),
+                (common.stats.is_some(), "--stats"),
+                (common.conf_path.is_some(), "--conf-path"),
             ];
             if let Some((_, one)) = unused.into_iter().find(|(given, _)| *given) {
                 return Err(Excludes { one, other: "--splice-only", why: "there is no tap device" });
@@ -311,17 +313,6 @@ fn ports(
     };
     let table = PortTable::new(specs).map_err(|error| BadOptions::Ports { option, error })?;
     Ok(Ports { rules: table.rules(ephemeral_ports()), follow_tcp: false })
-}
-
-/// The ports from which the kernel takes those that nobody chose (ip(7)).
-#[must_use]
-pub(super) fn ephemeral_ports() -> PortRange {
-    let text = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
-    let mut words = text.split_whitespace().map(str::parse);
-    match (words.next(), words.next()) {
-        (Some(Ok(first)), Some(Ok(last))) if first <= last => PortRange { first, last },
-        _ => DEFAULT_EPHEMERAL,
-    }
 }
 
 /// A rule for a family that the guest does not have, or between families, would carry nothing.

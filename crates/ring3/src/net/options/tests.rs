@@ -181,6 +181,7 @@ fn what_cannot_apply_is_an_error_that_says_why() {
         (&["--no-splice", "--splice-only"], "nothing would be left"),
         (&["--splice-only", "--config-net"], "there is no tap device"),
         (&["--splice-only", "--vhost", "on"], "there is no tap device"),
+        (&["--splice-only", "-c", "/x"], "--conf-path cannot be used with --splice-only"),
         (&["--no-copy-routes"], "needs --config-net"),
         (&["--runas", "no-such-user-here"], "no such user"),
         (&["--runas", "0:0"], "root's rights"),

@@ -30,6 +30,7 @@ use taps::vhost_user::{self, Control, Source};
 use usernet::Network;
 use usernet::tap::Tap;
 
+use super::attendants::Prepared;
 use super::isolation::{self, Mode, background, user};
 use super::options::PasstSettings;
 use super::options::settings::GuestSocket;
@@ -63,6 +64,8 @@ pub fn run(settings: &PasstSettings) -> Result<u8, NetError> {
     let mtu = if config.mtu == 0 { MTU } else { config.mtu };
     let (taps, control) =
         links(settings, socket, mtu).because(|| "cannot make a link to the guest".into())?;
+    let prepared = Prepared::open(common)?;
+    let taps = taps.into_iter().map(|tap| prepared.tap(tap)).collect();
     let network = Network::new(config, taps).because(|| "cannot start the network".into())?;
     let handle = network.handle();
     if let Some(keeper) = &keeper {
@@ -77,6 +80,7 @@ pub fn run(settings: &PasstSettings) -> Result<u8, NetError> {
     let (sender, events) = channel();
     start_threads(network, control, sender)?;
     add_best_effort(&handle, &common.forwards())?;
+    let _attendants = prepared.attend(&handle)?;
     isolation::seal(if settings.vhost_user { Mode::VhostUser } else { Mode::Passt }, None)?;
 
     background::write_pid(pid_file, std::process::id() as i32)

@@ -14,7 +14,9 @@ use std::process;
 use nix::sched::{CloneFlags, clone};
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::{Pid, Signal, WaitOptions, WaitStatus, kill_process, waitpid};
+use rustix::process::{
+    Pid, Signal, WaitOptions, WaitStatus, kill_process, set_parent_process_death_signal, waitpid,
+};
 
 use crate::net::{Because, NetError};
 
@@ -50,6 +52,8 @@ impl Command {
             if !released {
                 return 1;
             }
+            // A command without its network is of no use to anybody.
+            let _ = set_parent_process_death_signal(Some(Signal::KILL));
             let Err((error, status)) = become_command(command, pid_namespace);
             eprintln!("ring3: {error}");
             status as isize

@@ -30,7 +30,9 @@ mod watch;
 use std::fs::File;
 
 use usernet::HostNetwork;
+use usernet::follow::Follower;
 
+use super::attendants::Prepared;
 use super::isolation::{self, Mode, background, user};
 use super::options::PastaSettings;
 use super::options::settings::{Splice, Target};
@@ -52,16 +54,19 @@ const IFNAME: &str = "tap0";
 /// What could not be done. A command has then not run.
 pub fn run(settings: &PastaSettings) -> Result<u8, NetError> {
     let common = &settings.common;
-    let host = HostNetwork::of(&common.network.template())
-        .because(|| "cannot take after the host's network".into())?;
     // Without forwards: which are there, and who serves them, is decided by `serve`.
-    let config = common.network.config().because(|| "cannot make the namespace's network".into())?;
+    let mut follower =
+        Follower::open(common.network.template()).because(|| "cannot follow the host's network".into())?;
+    let (host, template) = follower.config().because(|| "cannot take after the host's network".into())?;
+    let config = common.network.apply(template.clone());
+    let config = config.because(|| "cannot make the namespace's network".into())?;
     let ifname = settings.ifname.clone().unwrap_or_else(|| name_after(&host));
     let pid_file = common
         .pid_file
         .as_ref()
         .map(|path| File::create(path).because(|| format!("cannot write the PID file {}", path.display())));
     let mut pid_file = pid_file.transpose()?;
+    let prepared = Prepared::open(common)?;
     let found = Found::find(&settings.target)?;
     let watch = watched(settings)?;
     let opener = user::is_root().then(Opener::start).transpose()?;
@@ -89,7 +94,8 @@ pub fn run(settings: &PastaSettings) -> Result<u8, NetError> {
     })?;
     let tables = Tables { host: open_tables()?, guest };
     isolation::enclose(common.chroot_fallback)?;
-    let serving = Serving::start(settings, config, queues, namespace, tables, watch)?;
+    let serving = Serving::start(settings, config, queues, namespace, tables, watch, prepared)?;
+    let _following = serving.follow(follower, (host, template), common.network.clone())?;
     isolation::seal(Mode::Pasta, command.as_ref().map(Command::pid))?;
 
     background::write_pid(pid_file, std::process::id().cast_signed())

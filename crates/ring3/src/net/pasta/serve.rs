@@ -12,19 +12,20 @@ use rustix::process::Signal;
 use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::iterator::Signals;
 use taps::tun::Tun;
+use usernet::follow::{Follower, Following};
 use usernet::splice::sockets::{self, Here, There};
 use usernet::splice::{self, Bypass, Side, Splicer};
-use usernet::tap::Tap;
-use usernet::{Config, Handle, Network};
+use usernet::{Config, Handle, HostNetwork, Network};
 
 use super::auto::{AnyForwarder, Auto, Direction};
 use super::bound::Bound;
 use super::command::Command;
 use super::namespace::NetNamespace;
 use super::watch::Watch;
+use crate::net::attendants::{Attendants, Prepared};
 use crate::net::isolation;
-use crate::net::options::PastaSettings;
 use crate::net::options::settings::{Ports, Splice};
+use crate::net::options::{self, PastaSettings};
 use crate::net::{Because, NetError};
 
 /// Something that happened.
@@ -50,6 +51,8 @@ pub(super) struct Serving {
     splicer: Option<splice::Handle>,
     /// Dropped at the end, which ends the thread that follows listeners.
     _auto: Option<Sender<()>>,
+    /// Dropped when the engine was told to end.
+    _attendants: Option<Attendants>,
 }
 
 impl Serving {
@@ -61,12 +64,13 @@ impl Serving {
         namespace: NetNamespace,
         tables: Tables,
         watch: Option<Watch>,
+        prepared: Prepared,
     ) -> Result<Self, NetError> {
         let v6 = settings.common.network.families[1];
         let inside = (settings.splice != Splice::Off).then(|| enter(namespace)).transpose()?;
         isolation::drop_capabilities(false)?;
         let network = (!queues.is_empty()).then(|| {
-            let queues = queues.into_iter().map(|queue| Box::new(queue) as Box<dyn Tap>).collect();
+            let queues = queues.into_iter().map(|queue| prepared.tap(Box::new(queue))).collect();
             Network::new(config, queues).because(|| "cannot start the network".into())
         });
         let mut network = network.transpose()?;
@@ -98,7 +102,26 @@ impl Serving {
         start_signals(sender)?;
         let (engine, splicer) = handles;
         let auto = forward(settings, (engine.as_ref(), splicer.as_ref()), tables, v6)?;
-        Ok(Self { events, engine, splicer, _auto: auto })
+        let attendants = engine.as_ref().map(|engine| prepared.attend(engine)).transpose()?;
+        Ok(Self { events, engine, splicer, _auto: auto, _attendants: attendants })
+    }
+
+    /// Follows the host's network, which was `known` when the namespace's was made after it, until what is returned is
+    /// dropped. What was configured in the namespace (`--config-net`) stays as it is.
+    pub(super) fn follow(
+        &self,
+        follower: Follower,
+        known: (HostNetwork, Config),
+        options: options::network::Network,
+    ) -> Result<Option<Following>, NetError> {
+        let Some(engine) = self.engine.clone() else { return Ok(None) };
+        let changed = move |_: &HostNetwork, template: Config| {
+            let told = options.apply(template).and_then(|config| engine.reconfigure(config));
+            if let Err(error) = told {
+                tracing::warn!("the guest's network does not follow the host's: {error}");
+            }
+        };
+        follower.start(known, changed).map(Some).because(|| "cannot start a thread".into())
     }
 
     /// Waits for the end, and returns the exit status: the command's, or 0.

@@ -279,7 +279,7 @@ fn ports_come_and_go() {
     let target = listener.local_addr().unwrap();
     let forward = Forward::new(Side::Guest, Transport::Tcp, any(), target.port());
     let named = running.handle.add_forward(forward).unwrap();
-    assert_eq!(running.handle.forwards().unwrap(), [named.clone()]);
+    assert_eq!(running.handle.forwards().unwrap(), std::slice::from_ref(&named));
     let error = running.handle.add_forward(named.clone()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::AlreadyExists);
     assert!(error.to_string().contains(&named.listen.to_string()), "{error}");

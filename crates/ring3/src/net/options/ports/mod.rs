@@ -412,6 +412,17 @@ fn parse_range(text: &str) -> Result<PortRange, BadPorts> {
     if first > last { Err(BadPorts::Backwards(text.to_owned())) } else { Ok(PortRange { first, last }) }
 }
 
+/// The ports from which the kernel takes those that nobody chose (ip(7)).
+#[must_use]
+pub fn ephemeral_ports() -> PortRange {
+    let text = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
+    let mut words = text.split_whitespace().map(str::parse);
+    match (words.next(), words.next()) {
+        (Some(Ok(first)), Some(Ok(last))) if first <= last => PortRange { first, last },
+        _ => DEFAULT_EPHEMERAL,
+    }
+}
+
 /// Ports that are forwarded alike.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Rule {
