@@ -22,8 +22,14 @@ pub(crate) fn main(kind: &str, args: impl Iterator<Item = String>) -> Result<(),
     let args: Vec<String> = args.collect();
     match (kind, &*args) {
         ("serve", [port]) => serve(port.parse()?),
-        ("ping", [to, seconds]) => Ok(println!("{}", ping(to.parse()?, seconds.parse()?)?)),
-        ("connect", [to, seconds]) => Ok(println!("{}", connect_often(to.parse()?, seconds.parse()?)?)),
+        ("ping", [to, seconds]) => {
+            println!("{}", ping(to.parse()?, seconds.parse()?)?);
+            Ok(())
+        }
+        ("connect", [to, seconds]) => {
+            println!("{}", connect_often(to.parse()?, seconds.parse()?)?);
+            Ok(())
+        }
         ("hold", [to, count]) => hold(to.parse()?, count.parse()?),
         _ => Err(crate::USAGE.into()),
     }

@@ -41,7 +41,7 @@ impl Namespace {
         for (name, value) in settings {
             let path = format!("/proc/sys/net/ipv4/{name}");
             let write = format!("echo {value} >{path}");
-            output(&mut namespace.command("sh").args(["-c", &write]))
+            output(namespace.command("sh").args(["-c", &write]))
                 .map_err(|error| format!("cannot set {name} to {value}: {error}"))?;
         }
         Ok(namespace)
