@@ -315,7 +315,7 @@ fn ports(
 
 /// The ports from which the kernel takes those that nobody chose (ip(7)).
 #[must_use]
-pub(super) fn ephemeral_ports() -> PortRange {
+pub fn ephemeral_ports() -> PortRange {
     let text = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
     let mut words = text.split_whitespace().map(str::parse);
     match (words.next(), words.next()) {

@@ -13,7 +13,7 @@ pub mod table;
 pub mod values;
 
 pub use args::{PasstArgs, PastaArgs, Vhost};
-pub use check::BadOptions;
+pub use check::{BadOptions, ephemeral_ports};
 pub use settings::{Common, PasstSettings, PastaSettings};
 
 #[cfg(test)]

@@ -28,13 +28,20 @@ mod serve;
 mod watch;
 
 use std::fs::File;
+use std::io;
+use std::sync::Arc;
 
+use taps::pcap::{Capture, Recorded};
+use taps::tun::Tun;
+use taps::vhost_net;
 use usernet::HostNetwork;
 use usernet::follow::Follower;
+use usernet::tap::Tap;
 
+use super::control::ControlSocket;
 use super::isolation::{self, Mode, background, user};
-use super::options::PastaSettings;
 use super::options::settings::{Splice, Target};
+use super::options::{self, PastaSettings, Vhost};
 use super::{Because, NetError};
 use bound::Bound;
 use command::Command;
@@ -90,8 +97,13 @@ pub fn run(settings: &PastaSettings) -> Result<u8, NetError> {
         Ok((queues, open_tables()?))
     })?;
     let tables = Tables { host: open_tables()?, guest };
+    let queues = queues.into_iter().map(|queue| driven(settings, queue)).collect::<Result<Vec<_>, _>>()?;
+    let queues = recorded(settings, queues)?;
+    let control = common.control.as_deref().map(ControlSocket::bind).transpose()?;
+    let ephemeral = options::ephemeral_ports();
     isolation::enclose(common.chroot_fallback)?;
     let serving = Serving::start(settings, config, queues, namespace, tables, watch)?;
+    let _helpers = serving.help(common, control, ephemeral)?;
     let _following = serving.follow(follower, (host, template), common.network.clone())?;
     isolation::seal(Mode::Pasta, command.as_ref().map(Command::pid))?;
 
@@ -100,6 +112,24 @@ pub fn run(settings: &PastaSettings) -> Result<u8, NetError> {
     background.map(background::Background::ready).transpose()?;
     command.as_mut().map(Command::go).transpose()?;
     serving.attend(command.as_ref())
+}
+
+/// A queue, driven by vhost-net as the options have it.
+fn driven(settings: &PastaSettings, queue: Tun) -> Result<Box<dyn Tap>, NetError> {
+    let mode = match settings.vhost {
+        Vhost::On => vhost_net::Mode::On,
+        Vhost::Off => vhost_net::Mode::Off,
+        Vhost::Auto => vhost_net::Mode::Auto,
+    };
+    vhost_net::open(mode, queue).map_err(io::Error::other).because(|| "cannot use vhost-net".into())
+}
+
+/// The queues, recorded as the options have it.
+fn recorded(settings: &PastaSettings, queues: Vec<Box<dyn Tap>>) -> Result<Vec<Box<dyn Tap>>, NetError> {
+    let Some(path) = &settings.common.pcap else { return Ok(queues) };
+    let capture = Capture::create(path).because(|| format!("cannot record frames to {}", path.display()))?;
+    let record = |queue| Box::new(Recorded::new(queue, Arc::clone(&capture))) as Box<dyn Tap>;
+    Ok(queues.into_iter().map(record).collect())
 }
 
 fn open_tables() -> Result<Bound, NetError> {

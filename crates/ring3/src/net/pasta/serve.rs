@@ -11,7 +11,6 @@ use std::thread;
 use rustix::process::Signal;
 use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::iterator::Signals;
-use taps::tun::Tun;
 use usernet::follow::{Follower, Following};
 use usernet::splice::sockets::{self, Here, There};
 use usernet::splice::{self, Bypass, Side, Splicer};
@@ -23,9 +22,13 @@ use super::bound::Bound;
 use super::command::Command;
 use super::namespace::NetNamespace;
 use super::watch::Watch;
+use crate::net::control::Controlled;
+use crate::net::control::{ControlSocket, Server};
 use crate::net::isolation;
-use crate::net::options::settings::{Ports, Splice};
+use crate::net::options::ports::PortRange;
+use crate::net::options::settings::{Common, Ports, Splice};
 use crate::net::options::{self, PastaSettings};
+use crate::net::stats::Printer;
 use crate::net::{Because, NetError};
 
 /// Something that happened.
@@ -58,7 +61,7 @@ impl Serving {
     pub(super) fn start(
         settings: &PastaSettings,
         config: Config,
-        queues: Vec<Tun>,
+        queues: Vec<Box<dyn Tap>>,
         namespace: NetNamespace,
         tables: Tables,
         watch: Option<Watch>,
@@ -66,10 +69,8 @@ impl Serving {
         let v6 = settings.common.network.families[1];
         let inside = (settings.splice != Splice::Off).then(|| enter(namespace)).transpose()?;
         isolation::drop_capabilities(false)?;
-        let network = (!queues.is_empty()).then(|| {
-            let queues = queues.into_iter().map(|queue| Box::new(queue) as Box<dyn Tap>).collect();
-            Network::new(config, queues).because(|| "cannot start the network".into())
-        });
+        let network = (!queues.is_empty())
+            .then(|| Network::new(config, queues).because(|| "cannot start the network".into()));
         let mut network = network.transpose()?;
         let splicer = inside.map(|there| {
             let splicer = Splicer::new(splice::Config::default(), Box::new(Here), Box::new(there));
@@ -100,6 +101,21 @@ impl Serving {
         let (engine, splicer) = handles;
         let auto = forward(settings, (engine.as_ref(), splicer.as_ref()), tables, v6)?;
         Ok(Self { events, engine, splicer, _auto: auto })
+    }
+
+    /// Prints statistics and serves a control socket, as the options have it, until what is returned is dropped.
+    pub(super) fn help(
+        &self,
+        common: &Common,
+        control: Option<ControlSocket>,
+        ephemeral: PortRange,
+    ) -> Result<(Option<Printer>, Option<Server>), NetError> {
+        let Some(engine) = &self.engine else { return Ok((None, None)) };
+        let printer = common.stats.map(|delay| Printer::start(engine.clone(), delay)).transpose();
+        let printer = printer.because(|| "cannot start a thread".into())?;
+        let controlled = || Controlled { handle: engine.clone(), v6: common.network.families[1], ephemeral };
+        let server = control.map(|socket| socket.serve(controlled())).transpose();
+        Ok((printer, server.because(|| "cannot serve the control socket".into())?))
     }
 
     /// Follows the host's network, which was `known` when the namespace's was made after it, until what is returned is
