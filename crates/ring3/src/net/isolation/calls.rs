@@ -111,8 +111,9 @@ fn conditions(name: &str, command: Option<Pid>) -> Option<Vec<Vec<Arg>>> {
                 libc::F_GETPIPE_SZ as u64,
             ],
         ),
-        // Nothing but the end of vhost-net's work.
-        "ioctl" => one_of(1, &[taps::vhost_net::stop_request()]),
+        // Asking after a tap device, parting vhost-net from it, and what the standard library sets when it accepts.
+        // Above all not TIOCSTI, which types on the user's behalf.
+        "ioctl" => one_of(1, &[libc::TUNGETIFF, taps::vhost_net::stop_request(), libc::FIONBIO]),
         "openat" => vec![vec![is(2, CHANGING, 0)]],
         // No local sockets, and no raw ones.
         "socket" => [libc::AF_INET, libc::AF_INET6]
@@ -169,4 +170,76 @@ fn allowed_program(mode: Mode, command: Option<Pid>) -> Result<BpfProgram, Backe
 
 fn rule(args: &[Arg]) -> Result<SeccompRule, BackendError> {
     SeccompRule::new(calls::conditions(args)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What docs/isolation.md says may be called, in whatever mode.
+    fn documented() -> BTreeSet<&'static str> {
+        let text = include_str!("../../../../../docs/isolation.md");
+        let list = text.split("```syscalls\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
+        list.split_whitespace().collect()
+    }
+
+    #[test]
+    fn nothing_is_allowed_that_the_document_does_not_have() {
+        let documented = documented();
+        for mode in Mode::ALL {
+            for (name, _) in mode.calls() {
+                assert!(
+                    documented.contains(name),
+                    "{}: {name} is tagged, and not in docs/isolation.md",
+                    mode.name()
+                );
+            }
+        }
+        let tagged: BTreeSet<&str> = TAGS.iter().map(|&(_, name, _)| name).collect();
+        let left: Vec<_> = documented.difference(&tagged).collect();
+        assert!(left.is_empty(), "docs/isolation.md has calls that nobody makes: {left:?}");
+    }
+
+    #[test]
+    fn tags_name_modes_that_there_are() {
+        for (mode, name, _) in TAGS {
+            let known = mode.is_empty() || Mode::ALL.iter().any(|known| known.name() == *mode);
+            assert!(known, "{name} is tagged for the mode {mode}, which there is not");
+        }
+    }
+
+    #[test]
+    fn nothing_of_the_worst_is_allowed() {
+        let calls = Mode::ALL.iter().flat_map(|mode| mode.calls());
+        let names: BTreeSet<&str> = calls.map(|(name, _)| name).collect();
+        for name in [
+            "execve",
+            "ptrace",
+            "unshare",
+            "setns",
+            "mount",
+            "setuid",
+            "capset",
+            "bpf",
+            "open",
+            "memfd_create",
+        ] {
+            assert!(!names.contains(name), "{name}");
+        }
+        for mode in Mode::ALL {
+            let fatal = fatal(mode);
+            for number in [libc::SYS_execve, libc::SYS_ptrace, libc::SYS_setns, libc::SYS_mount] {
+                assert!(fatal.contains(&number), "{}: {number}", mode.name());
+            }
+        }
+    }
+
+    #[test]
+    fn the_programs_are_within_the_kernels_limit() {
+        for mode in Mode::ALL {
+            for program in [fatal_program(mode).unwrap(), allowed_program(mode, None).unwrap()] {
+                assert!((10..4096).contains(&program.len()), "{}", program.len());
+            }
+        }
+    }
 }
