@@ -8,12 +8,12 @@
 //! **Sockets** ([`sockets`]) of the namespace come from a thread that has entered it. Everything else is done by the
 //! splicer's own thread, with an epoll loop of its own ([`Splicer::run`]): it shares nothing with an engine.
 //!
-//! **TCP** ([`tcp`], [`relay`]). A connection is accepted first, because the kernel allows nothing else, and a socket of
+//! **TCP** (`tcp`, `relay`). A connection is accepted first, because the kernel allows nothing else, and a socket of
 //! the other side connects to the target; a refusal is a RST to the client. Then each direction moves bytes by splice(2)
-//! through a pipe ([`pipes`]) and copies none. Half-closes and resets are passed on, the latter after the bytes that came
+//! through a pipe (`pipes`) and copies none. Half-closes and resets are passed on, the latter after the bytes that came
 //! before them.
 //!
-//! **UDP** ([`udp`]). A flow is a peer and the address that it sends to; it has a connected socket on each side.
+//! **UDP** (`udp`). A flow is a peer and the address that it sends to; it has a connected socket on each side.
 //!
 //! **Where they come from.** Either by a listening socket of the splicer's own ([`Forward`]), on either side: what does not
 //! come from the loopback to the loopback is reset there, or not taken. Or by a forwarded port of an
