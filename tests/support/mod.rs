@@ -14,7 +14,9 @@
 pub mod kernels;
 pub mod net;
 pub mod process;
+pub mod qemu;
 pub mod standin;
+pub mod world;
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};

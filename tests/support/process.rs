@@ -50,11 +50,16 @@ pub fn privileged() -> Command {
 pub fn ring3() -> Command {
     let mut command = privileged();
     command.env_clear().env("PATH", "/usr/bin:/bin").env("HOME", "/nonexistent").current_dir("/");
+    as_other_user(&mut command);
+    command
+}
+
+/// Has a command run as the user of [`ring3`].
+pub fn as_other_user(command: &mut Command) {
     if let Some(id) = other_user() {
         // The standard library drops the supplementary groups with these.
         command.uid(id).gid(id);
     }
-    command
 }
 
 /// `ring3 run` with a kernel, options, and a command unless it is empty.

@@ -5,19 +5,22 @@
 //! 1. mounts the kernel's file systems and reads the [`guest_init::spec`],
 //! 2. loads the kernel modules that the spec lists,
 //! 3. finds its virtio console ports by name and opens them,
-//! 4. mounts the host's directory read-only under a tmpfs overlay and makes that `/`,
-//! 5. starts the command and relays its streams ([`relay`]) until it ends,
-//! 6. reports the status on the control port and powers the machine off.
+//! 4. gives the network card its addresses and routes ([`network`]),
+//! 5. mounts the host's directory read-only under a tmpfs overlay and makes that `/`,
+//! 6. starts the command and relays its streams ([`relay`]) until it ends,
+//! 7. reports the status on the control port and powers the machine off.
 //!
-//! As PID 1 it must not return or panic before step 6 (the kernel panics when it ends), so every error ends
+//! As PID 1 it must not return or panic before step 7 (the kernel panics when it ends), so every error ends
 //! in a `fail` message and a power-off.
 
 mod command;
 mod error;
 mod mounts;
+mod netlink;
+mod network;
 mod ports;
 mod relay;
-#[expect(unsafe_code, reason = "child set-up between fork and exec, and one ioctl that rustix lacks")]
+#[expect(unsafe_code, reason = "child set-up between fork and exec")]
 mod sys;
 
 use std::fs;
@@ -62,15 +65,15 @@ fn run(control_slot: &mut Option<Control>) -> Result<()> {
         let name = std::os::unix::ffi::OsStrExt::as_bytes(spec.hostname.as_os_str());
         rustix::system::sethostname(name).map_err(Error::errno("cannot set the host name", "ring3"))?;
     }
-    // A guest without a loopback device still runs most commands.
-    if let Err(error) = sys::bring_up_loopback() {
-        eprintln!("guest-init: cannot bring up the loopback interface: {error}");
-    }
+    network::set_up(spec.network.as_ref());
     match spec.root {
         Root::Virtiofs => mounts::host_root(&spec)?,
         Root::Initramfs => {}
     }
     mounts::user_file_systems(&spec)?;
+    if let Some(network) = &spec.network {
+        network::name_resolvers(network);
+    }
     if let Some(tree) = &spec.module_tree {
         mounts::link_module_tree(tree);
     }

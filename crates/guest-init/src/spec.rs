@@ -4,6 +4,7 @@
 //! matters only among records of one key. An unknown key is an error: both sides are built together.
 
 use std::ffi::{OsStr, OsString};
+use std::net::IpAddr;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
@@ -54,6 +55,23 @@ pub enum Stream {
     Stdout,
 }
 
+/// The guest's network card, and all that a DHCP client would find out.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Network {
+    /// The card's Ethernet address, by which it is found.
+    pub mac: [u8; 6],
+    /// The longest packet in bytes.
+    pub mtu: u16,
+    /// Its addresses, with the lengths of their networks' prefixes in bits.
+    pub addresses: Vec<(IpAddr, u8)>,
+    /// Where everything else is reached: one for each family of `addresses`.
+    pub gateways: Vec<IpAddr>,
+    /// Resolvers for `/etc/resolv.conf`. Without any the file stays as it is.
+    pub resolvers: Vec<IpAddr>,
+    /// Search domains, likewise.
+    pub search: Vec<String>,
+}
+
 /// Everything that the first process is told.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Spec {
@@ -71,6 +89,8 @@ pub struct Spec {
     pub winsize: Option<(u16, u16)>,
     /// Host name of the guest; empty: left alone.
     pub hostname: OsString,
+    /// The network card, if there is one.
+    pub network: Option<Network>,
     /// What `/` is.
     pub root: Root,
     /// Kernel modules, as file names below [`MODULE_DIR`], in loading order.
@@ -132,6 +152,11 @@ impl Spec {
             put("winsize", OsStr::new(&format!("{rows} {columns}")))?;
         }
         put("hostname", &self.hostname)?;
+        if let Some(network) = &self.network {
+            for (key, value) in network.records() {
+                put(key, OsStr::new(&value))?;
+            }
+        }
         put("root", OsStr::new(self.root.name()))?;
         for module in &self.modules {
             put("module", OsStr::new(module))?;
@@ -177,6 +202,10 @@ impl Spec {
                         Some((rows.parse().map_err(|_| bad())?, columns.parse().map_err(|_| bad())?));
                 }
                 b"hostname" => spec.hostname = os.to_owned(),
+                _ if key.starts_with(b"net-") => {
+                    let network = spec.network.get_or_insert_default();
+                    network.read(key, text()?).ok_or_else(bad)?;
+                }
                 b"root" => spec.root = Root::from_name(text()?).ok_or_else(bad)?,
                 b"module" => spec.modules.push(text()?.to_owned()),
                 b"module-tree" => spec.module_tree = Some(os.into()),
@@ -184,6 +213,43 @@ impl Spec {
             }
         }
         Ok(spec)
+    }
+}
+
+impl Network {
+    /// Keys and values; the Ethernet address is there whatever else is.
+    fn records(&self) -> Vec<(&'static str, String)> {
+        let mac: Vec<String> = self.mac.iter().map(|byte| format!("{byte:02x}")).collect();
+        let mut records = vec![("net-mac", mac.join(":")), ("net-mtu", self.mtu.to_string())];
+        let pairs = self.addresses.iter().map(|(address, prefix)| format!("{address}/{prefix}"));
+        records.extend(pairs.map(|pair| ("net-address", pair)));
+        records.extend(self.gateways.iter().map(|gateway| ("net-gateway", gateway.to_string())));
+        records.extend(self.resolvers.iter().map(|resolver| ("net-resolver", resolver.to_string())));
+        records.extend(self.search.iter().map(|domain| ("net-search", domain.clone())));
+        records
+    }
+
+    /// Takes one record; `None` if it makes no sense.
+    fn read(&mut self, key: &[u8], value: &str) -> Option<()> {
+        match key {
+            b"net-mac" => {
+                let mut bytes = value.split(':').map(|byte| u8::from_str_radix(byte, 16).ok());
+                for byte in &mut self.mac {
+                    *byte = bytes.next()??;
+                }
+                bytes.next().is_none().then_some(())?;
+            }
+            b"net-mtu" => self.mtu = value.parse().ok()?,
+            b"net-address" => {
+                let (address, prefix) = value.split_once('/')?;
+                self.addresses.push((address.parse().ok()?, prefix.parse().ok()?));
+            }
+            b"net-gateway" => self.gateways.push(value.parse().ok()?),
+            b"net-resolver" => self.resolvers.push(value.parse().ok()?),
+            b"net-search" => self.search.push(value.to_owned()),
+            _ => return None,
+        }
+        Some(())
     }
 }
 
@@ -233,6 +299,14 @@ mod tests {
             streams: [Stream::Null, Stream::Terminal, Stream::Stdout],
             winsize: Some((24, 80)),
             hostname: "ring3".into(),
+            network: Some(Network {
+                mac: [0x52, 0x54, 0, 0xab, 1, 0xff],
+                mtu: 65520,
+                addresses: vec![("192.0.2.7".parse().unwrap(), 24), ("2001:db8::7".parse().unwrap(), 64)],
+                gateways: vec!["192.0.2.1".parse().unwrap(), "fe80::1".parse().unwrap()],
+                resolvers: vec!["192.0.2.53".parse().unwrap()],
+                search: vec!["example.org".into(), "example.net".into()],
+            }),
             root: Root::Initramfs,
             modules: vec!["virtio.ko".into(), "virtio_ring.ko".into()],
             module_tree: Some("/lib/modules/x".into()),
@@ -241,7 +315,7 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read_back() {
-        for spec in [full(), Spec::default()] {
+        for spec in [full(), Spec::default(), Spec { network: Some(Network::default()), ..full() }] {
             assert_eq!(Spec::from_bytes(&spec.to_bytes().unwrap()), Ok(spec));
         }
     }
@@ -258,6 +332,17 @@ mod tests {
         assert_eq!(Spec::from_bytes(b"arg\0"), Err(SpecError::NoKey("arg".into())));
         assert_eq!(Spec::from_bytes(b"what=1\0"), Err(SpecError::BadRecord("what=1".into())));
         assert_eq!(Spec::from_bytes(b"root=nfs\0"), Err(SpecError::BadRecord("root=nfs".into())));
+        for record in [
+            "net-mac=1:2:3:4:5",
+            "net-mac=1:2:3:4:5:6:7",
+            "net-mtu=65536",
+            "net-address=192.0.2.1",
+            "net-gateway=x",
+            "net-what=1",
+        ] {
+            let bytes = [record.as_bytes(), &[0]].concat();
+            assert_eq!(Spec::from_bytes(&bytes), Err(SpecError::BadRecord(record.into())));
+        }
         let four = b"stream=port\0stream=port\0stream=port\0stream=port\0";
         assert_eq!(Spec::from_bytes(four), Err(SpecError::BadRecord("stream=port".into())));
     }

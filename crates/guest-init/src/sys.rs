@@ -1,6 +1,5 @@
-//! The unsafe part of the first process: what a child does between fork and exec, and one ioctl.
+//! The unsafe part of the first process: what a child does between fork and exec.
 
-use std::io;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
@@ -21,22 +20,4 @@ pub(crate) fn in_new_session(command: &mut Command, terminal: bool) {
     unsafe {
         command.pre_exec(set_up);
     }
-}
-
-/// Sets `IFF_UP` on the interface `lo`.
-pub(crate) fn bring_up_loopback() -> io::Result<()> {
-    use rustix::net::{AddressFamily, SocketType, socket};
-    // Not a socket of std's: that would link the resolver into this binary.
-    let socket = socket(AddressFamily::UNIX, SocketType::DGRAM, None)?;
-    // SAFETY: needed to build a C structure with a union; all-zero bytes are a valid `ifreq`.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
-        *to = from.cast_signed();
-    }
-    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
-    let fd = std::os::fd::AsRawFd::as_raw_fd(&socket);
-    // SAFETY: needed because neither std nor rustix sets interface flags. SIOCSIFFLAGS reads one `ifreq`,
-    // which lives across the call; the descriptor is an open socket.
-    let result = unsafe { libc::ioctl(fd, libc::SIOCSIFFLAGS, &raw const request) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

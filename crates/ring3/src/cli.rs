@@ -1,5 +1,7 @@
 //! The command line, as `clap` types: the help text, the man page and the completions come from here.
 
+mod network;
+
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
@@ -10,6 +12,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::net::options::ports::PortSpec;
 use crate::net::options::{PasstArgs, PastaArgs};
+
+pub use network::{Link, Publish};
 
 const EXIT_STATUS: &str = "\
 Exit status:
@@ -24,6 +28,7 @@ Examples:
   seq 1000000 | ring3 run -- wc -l   standard streams are separate, binary-safe
   ring3 run --root ~/bookworm --cpus 2 --memory 2G -- make check
   ring3 run --disk disk.img -- mkfs.ext4 /dev/vda
+  ring3 run -p 127.0.0.1:8080:80 -- python3 -m http.server 80
   ring3 run --kernel ./bzImage --append loglevel=7 -v -- true
   ring3 run --guest-abi pvm --kernel ./vmlinux.pvm --stats -- true
   ring3 run --kernel ./unikernel.elf --boot pvh --initramfs none
@@ -36,6 +41,11 @@ cache (`ring3 kernel fetch`).
 Root: the host's / (or --root DIR), read-only under an overlay in the guest's
 memory. The command runs as the guest's root user, can write everywhere, and
 nothing of it reaches the host.
+
+Network: the guest has the host's addresses, resolvers and ways out, by ordinary
+sockets of ring3's; no privilege is needed. The gateway's address stands for the
+host itself, that is for what listens on 127.0.0.1 or ::1. Nothing reaches the
+guest but through -p.
 
 Streams: the command gets a terminal when ring3's standard input is one. A first
 Ctrl-C or SIGTERM to ring3 goes to the command, a second one ends the machine.
@@ -174,6 +184,19 @@ pub struct RunArgs {
     /// Raw disk image for the guest (/dev/vda, then vdb, ...); with :ro the guest cannot write it
     #[arg(long = "disk", value_name = "FILE[:ro]", value_parser = OsStringValueParser::new().map(parse_disk))]
     pub disks: Vec<Disk>,
+    /// What the guest's network card is connected to: none (there is no card), user or tap=NAME [default: user]
+    ///
+    /// `user` is a network of ring3's own, by ordinary sockets of the host, with everything set up in the guest.
+    /// `tap=NAME` is a tap device of the host that exists and that the user may use; the guest's addresses are then its
+    /// own business.
+    #[arg(long, value_name = "none|user|tap=NAME", value_parser = network::parse_link)]
+    pub net: Option<Link>,
+    /// Port of the host that leads into the guest; TCP, or UDP with /udp
+    ///
+    /// The host listens on all its addresses unless one is given; an IPv6 address stands in brackets. Port 0 of the
+    /// host is any that is free, and ring3 says which. Can be repeated.
+    #[arg(short, long = "publish", value_name = "[ADDR:]HOST:GUEST[/udp]", value_parser = network::parse_publish)]
+    pub publish: Vec<Publish>,
     /// Environment variable for the command; K alone takes ring3's own value
     ///
     /// By default the command gets PATH, HOME, USER, LOGNAME, SHELL, and from ring3's environment TERM (with a
@@ -512,6 +535,10 @@ mod tests {
             "a",
             "--disk",
             "b:ro",
+            "--net=user",
+            "-p",
+            "8080:80",
+            "-p[::1]:53:53/udp",
             "--env",
             "A=b=c",
             "--env",
@@ -535,6 +562,9 @@ mod tests {
         assert_eq!(args.env, [("A".into(), Some("b=c".into())), ("HOME".into(), None)]);
         assert_eq!((args.timeout, args.cpus, args.memory), (Some(Duration::from_secs(300)), 2, 2 << 30));
         assert!(args.verbose && args.stats);
+        assert_eq!(args.net, Some(Link::User));
+        let ports: Vec<String> = args.publish.iter().map(Publish::to_string).collect();
+        assert_eq!(ports, ["8080:80", "[::1]:53:53/udp"]);
         assert_eq!(args.isolation, Isolation::On);
         let args = run(&[]).unwrap();
         assert_eq!(
@@ -556,6 +586,8 @@ mod tests {
             (&["--timeout", "1é"], "seconds"),
             (&["--cpus", "0"], "1..=64"),
             (&["--cpus", "65"], "1..=64"),
+            (&["--net", "bridge"], "none, user, or tap=NAME"),
+            (&["-p", "80"], "8080:80"),
             (&["--env", "=x"], "needs a name"),
             (&["--engine", "magic"], "interpret"),
             (&["--isolation", "some"], "on, off"),

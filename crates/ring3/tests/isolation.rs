@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -19,8 +19,9 @@ use std::thread;
 use std::time::Duration;
 
 use ring3::kernel;
-use ring3::run::isolation::{Inherited, Measures, confine};
+use ring3::run::isolation::{Inherited, Measures, Use, confine};
 use rustix::io::{Errno, FdFlags, fcntl_setfd};
+use rustix::net::{AddressFamily, SocketType};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter};
 
 const CASE: &str = "RING3_TEST_CASE";
@@ -84,7 +85,7 @@ fn child() {
         "no Landlock" => without_landlock(inherited, &root),
         "privileges" => privileges(inherited, &root),
         "descriptors" => {
-            let _confined = confine(inherited, Some(&root));
+            let _confined = confine(inherited, Some(&root), Use::Nothing);
             println!("confined");
             io::stdin().read_to_end(&mut Vec::new()).unwrap();
         }
@@ -100,13 +101,19 @@ fn child() {
             sealed(inherited, &root);
             panic!("{:?}", TcpStream::connect("127.0.0.1:1"));
         }
+        "network" => network(inherited, &root),
+        "listen" => {
+            let listener = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+            let _ = confine(inherited, Some(&root), Use::Sockets).seal();
+            panic!("{:?}", rustix::net::listen(&listener, 1));
+        }
         "unlink" => {
             sealed(inherited, &root);
             panic!("{:?}", fs::remove_file(root.join("file")));
         }
         "in an older thread" => {
             let (go, wait) = mpsc::channel::<()>();
-            let confined = confine(inherited, Some(&root));
+            let confined = confine(inherited, Some(&root), Use::Nothing);
             let thread = thread::spawn(move || {
                 wait.recv().unwrap();
                 TcpStream::connect("127.0.0.1:1")
@@ -120,7 +127,7 @@ fn child() {
 }
 
 fn sealed(inherited: Inherited, root: &Path) -> Measures {
-    let measures = confine(inherited, Some(root)).seal();
+    let measures = confine(inherited, Some(root), Use::Nothing).seal();
     assert!(measures.to_string().ends_with(", seccomp"), "{measures}");
     measures
 }
@@ -206,7 +213,7 @@ fn files(inherited: Inherited, root: &Path) {
 
 fn files_by_landlock(inherited: Inherited, root: &Path) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let measures = confine(inherited, Some(root));
+    let measures = confine(inherited, Some(root), Use::Nothing);
     let text = format!("{measures:?}");
     if !text.contains("Landlock ABI") {
         eprintln!("SKIPPED: no Landlock in this kernel");
@@ -234,16 +241,49 @@ fn without_landlock(inherited: Inherited, root: &Path) {
     let arch = std::env::consts::ARCH.try_into().unwrap();
     let filter = SeccompFilter::new(rules, SeccompAction::Allow, refuse, arch).unwrap();
     apply_filter(&BpfProgram::try_from(filter).unwrap()).unwrap();
-    let confined = confine(inherited, Some(root));
+    let confined = confine(inherited, Some(root), Use::Nothing);
     assert!(format!("{confined:?}").contains("no Landlock"), "{confined:?}");
     File::open("/etc/passwd").unwrap();
     let measures = confined.seal().to_string();
     assert!(measures.contains("no_new_privs") && measures.ends_with(", seccomp"), "{measures}");
 }
 
+/// What the guest's network does, and what it does not.
+fn network(inherited: Inherited, root: &Path) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let measures = confine(inherited, Some(root), Use::Sockets).seal();
+    assert!(measures.to_string().ends_with(", seccomp"), "{measures}");
+    let mut there = TcpStream::connect(address).unwrap();
+    let (mut here, _) = listener.accept().unwrap();
+    there.write_all(b"through").unwrap();
+    here.read_exact(&mut [0; 7]).unwrap();
+    there.set_nodelay(true).unwrap();
+    let (one, other) = (UdpSocket::bind("127.0.0.1:0").unwrap(), UdpSocket::bind("127.0.0.1:0").unwrap());
+    one.connect(other.local_addr().unwrap()).unwrap();
+    one.send(b"datagram").unwrap();
+    assert_eq!(other.recv(&mut [0; 20]).unwrap(), 8);
+    // Other kinds and families of sockets are as unknown as in a kernel without them.
+    let kinds = [
+        (AddressFamily::INET, SocketType::RAW),
+        (AddressFamily::PACKET, SocketType::RAW),
+        (AddressFamily::NETLINK, SocketType::RAW),
+        (AddressFamily::UNIX, SocketType::STREAM),
+        (AddressFamily::VSOCK, SocketType::STREAM),
+    ];
+    for (family, kind) in kinds {
+        assert_eq!(rustix::net::socket(family, kind, None).unwrap_err(), Errno::NOSYS, "{family:?}");
+    }
+    // From Landlock's ABI 4 on, no port of TCP can be had.
+    let text = measures.to_string();
+    if has_landlock(&measures) && !["1", "2", "3"].iter().any(|old| text.contains(&format!("ABI {old},"))) {
+        assert_eq!(os_error(TcpListener::bind("127.0.0.1:0")), Errno::ACCESS);
+    }
+}
+
 fn privileges(inherited: Inherited, root: &Path) {
     let mut status = File::open("/proc/thread-self/status").unwrap();
-    let confined = confine(inherited, Some(root));
+    let confined = confine(inherited, Some(root), Use::Nothing);
     let dumpable = rustix::process::dumpable_behavior().unwrap();
     assert_eq!(dumpable, rustix::process::DumpableBehavior::NotDumpable);
     let _ = confined.seal();
@@ -279,6 +319,12 @@ fn a_measure_that_the_host_refuses_leaves_the_others() {
 #[test]
 fn privileges_are_gone() {
     passes("privileges");
+}
+
+#[test]
+fn a_guest_with_a_network_has_sockets_of_the_internet_alone() {
+    passes("network");
+    is_killed("listen");
 }
 
 #[test]

@@ -7,5 +7,11 @@
 #![deny(unsafe_code)]
 
 pub mod pcap;
+pub mod ring;
+pub mod stream;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod tun;
+pub mod vhost_net;
+pub mod vhost_user;
 pub mod vnet;

@@ -52,6 +52,13 @@ pub fn decode(header: &[u8; HEADER]) -> Offload {
     }
 }
 
+/// Over how many buffers the frame is spread (`VIRTIO_NET_F_MRG_RXBUF`).
+#[must_use]
+pub fn buffers(header: &[u8; HEADER]) -> u16 {
+    let [.., low, high] = *header;
+    u16::from_ne_bytes([low, high])
+}
+
 /// The header's fields, in their order.
 struct Fields {
     flags: u8,
@@ -140,6 +147,7 @@ mod tests {
             header[2..].chunks_exact(2).map(|word| u16::from_ne_bytes([word[0], word[1]])).collect();
         assert_eq!(header[..2], [1, 1]);
         assert_eq!(words, [70, 1448, 38, 16, 1]);
+        assert_eq!(buffers(&header), 1);
         assert_eq!(decode(&header), offload);
     }
 

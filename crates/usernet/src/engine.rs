@@ -16,6 +16,15 @@
 //! When the tap is full nothing more is read for the guest: data stays in the host's sockets, whose peers are slowed
 //! down or, with UDP, whose buffers overflow. The tap becomes ready again by itself.
 //!
+//! **Multicast and broadcast** do not cross, in either direction: a socket of the host's that joined a group would need an
+//! interface to do so on, and would hear what was meant for the host. Neighbour discovery and DHCP, which stay on the
+//! link, are answered; everything else to a group or to everybody is dropped, counted (`multicast` in
+//! [`Dropped`](crate::stats::Dropped)) and answered with nothing, as RFC 1122 3.2.2 has it. IGMP and MLD reports are not
+//! acted upon.
+//!
+//! **Fragments** from the guest are not put together: the first of a packet is answered with "reassembly time exceeded", the
+//! others with nothing. Datagrams from the host that are too long for the link are cut into fragments.
+//!
 //! Others talk to the engine by a [`Handle`]: a queue of commands, and an eventfd that wakes the loop.
 
 use std::io;
@@ -491,7 +500,7 @@ impl Engine {
             Packet::Udp(datagram) => self.udp.elsewhere(datagram),
             Packet::Icmp(message) if is_refusal(message) => self.udp.refused_elsewhere(message.payload),
             Packet::Icmp(message) => self.ping.elsewhere(message),
-            Packet::Arp(_) | Packet::Other(_) => None,
+            Packet::Arp(_) | Packet::Fragment(_) | Packet::Other(_) => None,
         }
     }
 
@@ -547,6 +556,14 @@ impl Engine {
             Packet::Icmp(message) if is_solicitation(message) => ndp::packet(&mut cx, message),
             Packet::Icmp(message) if is_refusal(message) => self.udp.refused_by_guest(message.payload),
             Packet::Icmp(message) => self.ping.packet(&mut cx, message),
+            Packet::Fragment(ip) => {
+                cx.link.stats.dropped.fragment += 1;
+                // What a host says that waited for the others in vain (RFC 792, RFC 4443 3.3), without the wait.
+                if !is_group(&ip.addresses) {
+                    let error = IcmpError::not_reassembled(ip.addresses.is_v6());
+                    cx.send_icmp_error(error, ip.addresses.destination(), ip.addresses, ip.bytes);
+                }
+            }
             Packet::Other(ip) => {
                 cx.link.stats.dropped.unsupported += 1;
                 // Nothing is answered to what was not for one host alone (RFC 1122 3.2.2).
@@ -600,7 +617,7 @@ fn learn(cx: &mut Context<'_>, frame: &Frame<'_>) {
         },
         Packet::Udp(datagram) => datagram.ip.addresses,
         Packet::Icmp(message) => message.ip.addresses,
-        Packet::Arp(_) | Packet::Other(_) => return,
+        Packet::Arp(_) | Packet::Fragment(_) | Packet::Other(_) => return,
     };
     match addresses {
         Addresses::V4 { source, .. } => {

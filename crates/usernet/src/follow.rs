@@ -59,7 +59,6 @@ impl Follower {
     ///
     /// # Errors
     /// No descriptors.
-    // syscalls: socket bind inotify_init1 inotify_add_watch eventfd2
     pub fn open(template: Template) -> io::Result<Self> {
         let announcements = Netlink::open(ANNOUNCEMENTS, SocketFlags::NONBLOCK)?;
         let files = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;

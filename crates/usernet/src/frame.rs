@@ -7,7 +7,7 @@
 use std::net::{IpAddr, Ipv6Addr};
 
 use etherparse::checksum::Sum16BitWords;
-use etherparse::{EtherType, IpNumber};
+use etherparse::{EtherType, IpNumber, TcpHeader};
 
 use crate::config::MacAddress;
 use crate::context::Context;
@@ -173,6 +173,11 @@ impl IcmpError {
         Self { kind, code, word: mtu }
     }
 
+    /// The other fragments of a packet did not come in time.
+    pub(crate) fn not_reassembled(v6: bool) -> Self {
+        Self { kind: if v6 { 3 } else { 11 }, code: 1, word: 0 }
+    }
+
     /// That protocol is not carried. (ICMPv6: the next header, at this place of the packet, is not known.)
     pub(crate) fn protocol_unreachable(v6: bool) -> Self {
         let (kind, code, word) = if v6 { (4, 1, 6) } else { (3, 2, 0) };
@@ -186,6 +191,15 @@ pub(crate) fn quoted_udp(addresses: Addresses, ports: (u16, u16), payload: &[u8]
     header.push_ip(addresses, IpNumber::UDP, HOP_LIMIT, UDP + payload.len());
     header.push_udp(addresses, ports, payload, false);
     [header.as_slice(), payload].concat()
+}
+
+/// The SYN that an error is about, made again.
+pub(crate) fn quoted_syn(addresses: Addresses, ports: (u16, u16), seq: u32) -> Vec<u8> {
+    let mut tcp = TcpHeader::new(ports.0, ports.1, seq, u16::MAX);
+    tcp.syn = true;
+    let mut header = Header::new();
+    header.push_ip(addresses, IpNumber::TCP, HOP_LIMIT, tcp.header_len());
+    [header.as_slice(), &tcp.to_bytes()].concat()
 }
 
 /// The echo request that an error is about: as the host's socket sent it, with the guest's identifier put back.

@@ -5,7 +5,8 @@
 //!
 //! - IPv4 with any options (they are not acted upon) and IPv6 with extension headers up to the transport.
 //! - No fragments: there is no reassembly. A guest learns the link's MTU and sends none of its own accord, except
-//!   for datagrams longer than that.
+//!   for datagrams longer than that. Of the first fragment so much is told that it can be answered for
+//!   ([`Packet::Fragment`]).
 //! - No addresses that may not be on a wire (RFC 1122 3.2.1.3, RFC 4291 2.5 and 2.7): sources that are multicast or
 //!   loopback, destinations that are loopback or unspecified. They are more than untidy: given to a
 //!   socket of the host's, `0.0.0.0`, `127.0.0.1` and `::ffff:127.0.0.1` all lead to the host itself.
@@ -16,8 +17,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use etherparse::checksum::Sum16BitWords;
 use etherparse::{
-    ArpEthIpv4Packet, ArpPacketSlice, EtherType, Ethernet2Slice, IpNumber, Ipv4Slice, Ipv6Slice, TcpSlice,
-    UdpSlice,
+    ArpEthIpv4Packet, ArpPacketSlice, EtherType, Ethernet2Slice, IpNumber, Ipv4Slice, Ipv6ExtensionSlice,
+    Ipv6Slice, TcpSlice, UdpSlice,
 };
 
 use crate::config::MacAddress;
@@ -153,6 +154,8 @@ pub(crate) enum Packet<'a> {
     Tcp(TcpView<'a>),
     Udp(UdpView<'a>),
     Icmp(IcmpView<'a>),
+    /// The first fragment of a packet.
+    Fragment(Ip<'a>),
     /// A transport that is not carried.
     Other(Ip<'a>),
 }
@@ -172,7 +175,7 @@ pub(crate) enum Refused {
     Malformed,
     /// A checksum is wrong.
     Checksum,
-    /// A part of a packet.
+    /// A part of a packet, but not the first.
     Fragment,
     /// Addresses that may not be on a wire.
     Address,
@@ -208,7 +211,10 @@ fn ipv4(bytes: &[u8], offload: Offload) -> Result<Packet<'_>, Refused> {
     let bytes = bytes.get(..usize::from(header.total_len())).ok_or(Refused::Malformed)?;
     let ip = Ip { addresses, hop_limit: header.ttl(), bytes };
     let payload = packet.payload();
-    transport(ip, payload.ip_number, payload.fragmented, payload.payload, offload)
+    if payload.fragmented {
+        return fragment(ip, header.fragments_offset().value() == 0);
+    }
+    transport(ip, payload.ip_number, payload.payload, offload)
 }
 
 fn ipv6(bytes: &[u8], offload: Offload) -> Result<Packet<'_>, Refused> {
@@ -217,19 +223,31 @@ fn ipv6(bytes: &[u8], offload: Offload) -> Result<Packet<'_>, Refused> {
     let addresses = Addresses::V6 { source: header.source_addr(), destination: header.destination_addr() };
     let ip = Ip { addresses, hop_limit: header.hop_limit(), bytes };
     let payload = packet.payload();
-    transport(ip, payload.ip_number, payload.fragmented, payload.payload, offload)
+    if payload.fragmented {
+        let first = packet.extensions().clone().into_iter().any(|extension| {
+            matches!(extension, Ipv6ExtensionSlice::Fragment(header) if header.fragment_offset().value() == 0)
+        });
+        return fragment(ip, first);
+    }
+    transport(ip, payload.ip_number, payload.payload, offload)
+}
+
+fn fragment(ip: Ip<'_>, first: bool) -> Result<Packet<'_>, Refused> {
+    if !first {
+        return Err(Refused::Fragment);
+    }
+    if !ip.addresses.plausible() || ip.hop_limit == 0 {
+        return Err(Refused::Address);
+    }
+    Ok(Packet::Fragment(ip))
 }
 
 fn transport<'a>(
     ip: Ip<'a>,
     protocol: IpNumber,
-    fragmented: bool,
     bytes: &'a [u8],
     offload: Offload,
 ) -> Result<Packet<'a>, Refused> {
-    if fragmented {
-        return Err(Refused::Fragment);
-    }
     if !ip.addresses.plausible() || ip.hop_limit == 0 {
         return Err(Refused::Address);
     }

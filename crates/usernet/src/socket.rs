@@ -25,13 +25,21 @@ use crate::frame::IcmpError;
 /// Room for the control messages asked for here.
 const CONTROL: usize = 256;
 
+/// What a socket's buffers are to hold, in bytes.
+const BUFFER: usize = 1 << 20;
+
 /// Datagrams thrown away at most that arrived before a socket was connected.
 const MOST_STRAY: usize = 64;
 
 fn open(of: &SocketAddr, protocol: Option<Protocol>) -> io::Result<OwnedFd> {
     let family = if of.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     // syscalls: socket bind connect setsockopt getsockname
-    Ok(socket_with(family, SocketType::DGRAM, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, protocol)?)
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let fd = socket_with(family, SocketType::DGRAM, flags, protocol)?;
+    // As much as the host allows (net.core.rmem_max): a burst must last until the engine comes round to it.
+    let _ = sockopt::set_socket_recv_buffer_size(&fd, BUFFER);
+    let _ = sockopt::set_socket_send_buffer_size(&fd, BUFFER);
+    Ok(fd)
 }
 
 /// Any address of `like`'s family.
@@ -224,17 +232,20 @@ pub(crate) fn receive(fd: &OwnedFd, buffer: &mut [u8]) -> io::Result<Received> {
     Ok(Received { length: message.bytes, peer, local })
 }
 
-/// Sends a datagram from a listening socket to `peer`, as the host's address `local`.
+/// Sends a datagram, or several if `length` says how long each but the last is (`UDP_SEGMENT` in udp(7)); to `peer` by a socket
+/// that is not connected, as the host's address `local`.
 ///
 /// # Errors
-/// As send(2).
+/// As send(2); `EINVAL`, `EIO` and others if these cannot be sent together.
+// syscalls: sendmsg
 pub(crate) fn send(
     fd: &OwnedFd,
-    payload: &[u8],
+    bytes: &[u8],
+    length: Option<u16>,
     local: Option<IpAddr>,
-    peer: SocketAddr,
+    peer: Option<SocketAddr>,
 ) -> io::Result<usize> {
-    let parts = [IoSlice::new(payload)];
+    let parts = [IoSlice::new(bytes)];
     let (v4, v6);
     let from = match local {
         Some(IpAddr::V4(local)) => {
@@ -252,10 +263,11 @@ pub(crate) fn send(
         }
         None => None,
     };
-    let peer = SockaddrStorage::from(peer);
+    let lengths = length.as_ref().map(ControlMessage::UdpGsoSegments);
+    let control: Vec<ControlMessage<'_>> = from.into_iter().chain(lengths).collect();
+    let peer = peer.map(SockaddrStorage::from);
     let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-    // syscalls: sendmsg
-    Ok(sendmsg(fd.as_raw_fd(), &parts, from.as_slice(), flags, Some(&peer))?)
+    Ok(sendmsg(fd.as_raw_fd(), &parts, &control, flags, peer.as_ref())?)
 }
 
 fn to_std(address: &SockaddrStorage) -> Option<SocketAddr> {

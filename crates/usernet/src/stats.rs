@@ -1,5 +1,6 @@
 //! What the engine counts.
 
+use std::fmt;
 use std::ops::AddAssign;
 
 use crate::packet::Refused;
@@ -81,6 +82,82 @@ impl AddAssign for Dropped {
     }
 }
 
+impl Dropped {
+    /// The counters, by name.
+    #[must_use]
+    pub fn by_reason(&self) -> [(&'static str, u64); 9] {
+        let Self {
+            malformed,
+            checksum,
+            fragment,
+            address,
+            unsupported,
+            other_mac,
+            multicast,
+            disabled,
+            host,
+        } = *self;
+        [
+            ("malformed", malformed),
+            ("checksum", checksum),
+            ("fragment", fragment),
+            ("address", address),
+            ("unsupported", unsupported),
+            ("other MAC", other_mac),
+            ("multicast", multicast),
+            ("disabled", disabled),
+            ("host", host),
+        ]
+    }
+}
+
+/// In one line, without what did not happen:
+/// `in 12 frames 1.5 kB, out 9 frames 900 B, flows 1 TCP 2 UDP 0 ping, dropped 3 (fragment 1, multicast 2)`.
+impl fmt::Display for Stats {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "in {} frames {}, ", self.frames_in, Bytes(self.bytes_in))?;
+        write!(f, "out {} frames {}, ", self.frames_out, Bytes(self.bytes_out))?;
+        write!(f, "flows {} TCP {} UDP {} ping", self.tcp_flows, self.udp_flows, self.ping_flows)?;
+        let reasons = self.dropped.by_reason();
+        let dropped: u64 = reasons.iter().map(|(_, count)| count).sum();
+        if dropped > 0 {
+            write!(f, ", dropped {dropped} (")?;
+            let happened = reasons.iter().filter(|(_, count)| *count > 0);
+            for (index, (reason, count)) in happened.enumerate() {
+                let comma = if index > 0 { ", " } else { "" };
+                write!(f, "{comma}{reason} {count}")?;
+            }
+            write!(f, ")")?;
+        }
+        for (name, count) in [("overruns", self.overruns), ("evicted", self.evicted)] {
+            if count > 0 {
+                write!(f, ", {name} {count}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Bytes as people read them, in powers of 1000.
+struct Bytes(u64);
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const UNITS: [&str; 6] = ["kB", "MB", "GB", "TB", "PB", "EB"];
+        if self.0 < 1000 {
+            return write!(f, "{} B", self.0);
+        }
+        // Tenths of the unit, rounded down: counters do not run ahead.
+        let mut tenths = self.0 / 100;
+        let mut unit = 0;
+        while tenths >= 10_000 {
+            tenths /= 1000;
+            unit += 1;
+        }
+        write!(f, "{}.{} {}", tenths / 10, tenths % 10, UNITS[unit])
+    }
+}
+
 impl Stats {
     pub(crate) fn refused(&mut self, why: Refused) {
         let counter = match why {
@@ -91,5 +168,35 @@ impl Stats {
             Refused::Unsupported => &mut self.dropped.unsupported,
         };
         *counter += 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_line_says_what_happened() {
+        let mut stats =
+            Stats { frames_in: 12, bytes_in: 1_599, frames_out: 9, bytes_out: 999, ..Stats::default() };
+        let flows = "in 12 frames 1.5 kB, out 9 frames 999 B, flows 0 TCP 0 UDP 0 ping";
+        assert_eq!(stats.to_string(), flows);
+        stats.dropped = Dropped { fragment: 1, multicast: 2, ..Dropped::default() };
+        stats.evicted = 4;
+        assert_eq!(stats.to_string(), format!("{flows}, dropped 3 (fragment 1, multicast 2), evicted 4"));
+    }
+
+    #[test]
+    fn bytes_have_units() {
+        for (bytes, text) in [
+            (0, "0 B"),
+            (1000, "1.0 kB"),
+            (999_999, "999.9 kB"),
+            (1_000_000, "1.0 MB"),
+            (12_345_678_901, "12.3 GB"),
+            (u64::MAX, "18.4 EB"),
+        ] {
+            assert_eq!(Bytes(bytes).to_string(), text);
+        }
     }
 }

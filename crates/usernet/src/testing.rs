@@ -11,10 +11,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use etherparse::{EtherType, IpNumber};
+use dhcproto::{Decodable as _, v4, v6};
+use etherparse::{EtherType, IpNumber, SlicedPacket, TransportSlice};
 use rustix::event::{EventfdFlags, eventfd};
 
 use crate::config::{Config, Family, Outbound, Services};
+use crate::dhcpv6;
 use crate::engine::Engine;
 use crate::frame::Header;
 use crate::packet::Addresses;
@@ -311,6 +313,93 @@ pub fn any_frames(mut data: &[u8]) {
     net.advance(Duration::from_secs(1000));
     let stats = net.stats();
     assert_eq!((stats.udp_flows, stats.ping_flows), (0, 0), "flows do not outlive their time");
+}
+
+/// The body of the fuzz target `dhcp`: any bytes as a client's request, and after a right beginning any options.
+///
+/// # Panics
+/// If an answer cannot be read, which the target is to find out.
+pub fn any_dhcp(data: &[u8]) {
+    /// A request of BOOTP's from this guest, up to the options.
+    fn beginning() -> Vec<u8> {
+        let fields = [&[1, 1, 6, 0, 1, 2, 3, 4][..], &[0; 20], &GUEST_MAC, &[0; 202]].concat();
+        [&fields[..], &[99, 130, 83, 99]].concat()
+    }
+    let requests = [data.to_vec(), [&beginning(), data].concat()];
+    let addresses = Addresses::V4 { source: Ipv4Addr::UNSPECIFIED, destination: Ipv4Addr::BROADCAST };
+    for answer in answers(addresses, 67, requests) {
+        v4::Message::from_bytes(&answer).expect("an answer of DHCP");
+    }
+}
+
+/// The body of the fuzz target `dhcpv6`: any bytes as a client's request, and after each type any options.
+///
+/// # Panics
+/// If an answer cannot be read, which the target is to find out.
+pub fn any_dhcpv6(data: &[u8]) {
+    let source = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0x77);
+    let addresses = Addresses::V6 { source, destination: dhcpv6::SERVERS };
+    // A client's identifier, without which most requests are none, and then the options of an association.
+    let client = [&[0, 1, 0, 10, 0, 3, 0, 1][..], &GUEST_MAC].concat();
+    let length = data.len().saturating_add(12).min(usize::from(u16::MAX)) as u16;
+    let association = [&[0, 3][..], &length.to_be_bytes(), &[0; 12]].concat();
+    let mut requests = vec![data.to_vec()];
+    for kind in 1..=11 {
+        let header = [kind, 1, 2, 3];
+        requests.push([&header[..], &client, data].concat());
+        requests.push([&header[..], &client, &association, data].concat());
+    }
+    for answer in answers(addresses, 547, requests) {
+        v6::Message::from_bytes(&answer).expect("an answer of DHCPv6");
+    }
+}
+
+/// The body of the fuzz target `ndp`: any bytes as solicitations, from a guest with an address and from one without.
+///
+/// # Panics
+/// If an answer is no packet, which the target is to find out.
+pub fn any_ndp(data: &[u8]) {
+    let mut net = Net::new(config());
+    for source in [GUEST_V6, Ipv6Addr::UNSPECIFIED] {
+        let destination = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 2);
+        let addresses = Addresses::V6 { source, destination };
+        for kind in [133, 134, 135, 136, 137] {
+            let message = with_icmp_checksum(addresses, [&[kind, 0, 0, 0, 0, 0, 0, 0], data].concat());
+            let mut header = Header::ethernet(GATEWAY_MAC, GUEST_MAC, EtherType::IPV6);
+            header.push_ip(addresses, IpNumber::IPV6_ICMP, 255, message.len());
+            net.guest.send([header.as_slice(), &message].concat());
+        }
+    }
+    net.settle();
+    for frame in net.frames() {
+        SlicedPacket::from_ethernet(&frame).expect("a packet");
+    }
+}
+
+/// What a server answers to any requests: the payloads of its datagrams.
+fn answers(addresses: Addresses, port: u16, requests: impl IntoIterator<Item = Vec<u8>>) -> Vec<Vec<u8>> {
+    let mut net = Net::new(config());
+    let kind = if addresses.is_v6() { EtherType::IPV6 } else { EtherType::IPV4 };
+    for request in requests {
+        // No packet is longer.
+        let request = request.get(..60_000).unwrap_or(&request);
+        let length = 8 + request.len();
+        let mut header = Header::ethernet([0xff; 6], GUEST_MAC, kind);
+        header.push_ip(addresses, IpNumber::UDP, 255, length);
+        header.push(&(port + 1).to_be_bytes());
+        header.push(&port.to_be_bytes());
+        header.push(&(length as u16).to_be_bytes());
+        // A checksum that is left to do.
+        header.push(&[0, 1]);
+        let offload = Offload { needs_checksum: true, segment: None };
+        net.guest.send_with([header.as_slice(), request].concat(), offload);
+    }
+    net.settle();
+    let payload = |frame: &Vec<u8>| match SlicedPacket::from_ethernet(frame).expect("a packet").transport {
+        Some(TransportSlice::Udp(datagram)) => Some(datagram.payload().to_vec()),
+        _ => None,
+    };
+    net.frames().iter().filter_map(payload).collect()
 }
 
 /// tcpmux, which is nowhere.

@@ -1,4 +1,4 @@
-//! Virtio devices over PCI (virtio 1.2): console, disk, file system, entropy.
+//! Virtio devices over PCI (virtio 1.2): console, disk, file system, network, entropy.
 //!
 //! The crate knows nothing of the machine. The machine gives it guest memory, a place for its interrupts
 //! ([`msix::MsiSink`]) and the accesses of the guest; it gives back what the registers say.
@@ -30,7 +30,7 @@
 //! Virtio itself: [`pci`], the registers and the status protocol; [`queue`], queues and chains; [`interrupt`],
 //! the way back; [`device`], what a device kind implements; [`event`], the eventfd in between.
 //!
-//! The devices: [`console`], [`block`], [`fs`], [`rng`].
+//! The devices: [`console`], [`block`], [`fs`], [`net`], [`rng`].
 #![forbid(unsafe_code)]
 
 pub mod block;
@@ -40,6 +40,7 @@ pub mod event;
 pub mod fs;
 pub mod interrupt;
 pub mod msix;
+pub mod net;
 pub mod pci;
 pub mod pci_config;
 pub mod queue;

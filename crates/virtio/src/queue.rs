@@ -17,6 +17,7 @@
 //! the buffers themselves goes through vm-memory's volatile slices, which mark the dirty bitmap.
 
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
@@ -219,8 +220,8 @@ pub struct Virtq<M: GuestMem> {
     broken: bool,
     /// [`wait_for_kick`](Self::wait_for_kick) saw a chain that was not popped yet.
     promised: bool,
-    /// Entries pushed since the last [`signal`](Self::signal).
-    unsignalled: bool,
+    /// How many entries were pushed since the last [`signal`](Self::signal).
+    unsignalled: u32,
 }
 
 impl<M: GuestMem> Virtq<M> {
@@ -241,7 +242,7 @@ impl<M: GuestMem> Virtq<M> {
             indirect,
             broken: false,
             promised: false,
-            unsignalled: false,
+            unsignalled: 0,
         }
     }
 
@@ -249,6 +250,12 @@ impl<M: GuestMem> Virtq<M> {
     #[must_use]
     pub fn index(&self) -> u16 {
         self.index
+    }
+
+    /// How many chains it holds at most.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        self.queue.size().into()
     }
 
     /// Signalled when the driver made buffers available; non-blocking.
@@ -293,28 +300,72 @@ impl<M: GuestMem> Virtq<M> {
 
     /// Gives a chain back to the driver with `written` bytes of its writable part filled.
     pub fn push(&mut self, chain: &Chain<M>, written: usize) {
+        self.push_all(&[(chain, written)]);
+    }
+
+    /// Gives chains back as [`Self::push`] does one. The driver finds all of them in the ring, or none yet.
+    pub fn push_all(&mut self, chains: &[(&Chain<M>, usize)]) {
         if self.broken {
             return;
         }
-        let written = u32::try_from(written).unwrap_or(u32::MAX);
-        let mem = self.mem.memory();
-        match self.queue.add_used(&*mem, chain.head, written) {
-            Ok(()) => self.unsignalled = true,
+        match self.try_push(chains) {
+            Ok(()) => {
+                let count = u32::try_from(chains.len()).unwrap_or(u32::MAX);
+                self.unsignalled = self.unsignalled.saturating_add(count);
+            }
             Err(reason) => self.break_by(&QueueError::Ring { queue: self.index, reason }),
         }
     }
 
+    fn try_push(&mut self, chains: &[(&Chain<M>, usize)]) -> Result<(), virtio_queue::Error> {
+        let Some(((last, written), others)) = chains.split_last() else { return Ok(()) };
+        let len = |written: usize| u32::try_from(written).unwrap_or(u32::MAX);
+        let mem = self.mem.memory();
+        let mut next = self.queue.next_used();
+        for (chain, written) in others {
+            // A ring's header, then an element of index and length for each entry (virtio 1.2, section 2.7.8).
+            let slot = 4 + 8 * u64::from(next % self.queue.size());
+            let element = u64::from(chain.head) | u64::from(len(*written)) << 32;
+            let address = GuestAddress(self.queue.used_ring())
+                .checked_add(slot)
+                .ok_or(virtio_queue::Error::AddressOverflow)?;
+            mem.write_obj(element.to_le(), address).map_err(virtio_queue::Error::GuestMemory)?;
+            next = next.wrapping_add(1);
+        }
+        // The last one takes the ring's index past all of them.
+        self.queue.set_next_used(next);
+        self.queue.add_used(&*mem, last.head, len(*written))
+    }
+
     /// Interrupts the driver if chains were given back since the last call and it wants to know of them.
     pub fn signal(&mut self) {
-        if self.broken || !std::mem::take(&mut self.unsignalled) {
+        let pushed = std::mem::take(&mut self.unsignalled);
+        if self.broken || pushed == 0 {
             return;
         }
-        let mem = self.mem.memory();
-        match self.queue.needs_notification(&*mem) {
+        match self.is_wanted(pushed) {
             Ok(true) => self.interrupts.queue_used(self.index),
             Ok(false) => {}
             Err(reason) => self.break_by(&QueueError::Ring { queue: self.index, reason }),
         }
+    }
+
+    /// Whether the last `pushed` entries passed the one at which the driver wants an interrupt (virtio 1.2, section
+    /// 2.7.7). `virtio-queue` has the same question, but counts pushes by itself.
+    fn is_wanted(&self, pushed: u32) -> Result<bool, virtio_queue::Error> {
+        if !self.queue.event_idx_enabled() {
+            return Ok(true);
+        }
+        // The entries must be there before the driver's wish is looked at: it writes, then looks for entries.
+        fence(Ordering::SeqCst);
+        let address = GuestAddress(self.queue.avail_ring())
+            .checked_add(4 + 2 * u64::from(self.queue.size()))
+            .ok_or(virtio_queue::Error::AddressOverflow)?;
+        let mem = self.mem.memory();
+        let event =
+            u16::from_le(mem.load(address, Ordering::Relaxed).map_err(virtio_queue::Error::GuestMemory)?);
+        let past = self.queue.next_used().wrapping_sub(event).wrapping_sub(1);
+        Ok(u32::from(past) < pushed)
     }
 
     /// Asks the driver to signal the eventfd for the next available chain. `false`: chains came meanwhile, go

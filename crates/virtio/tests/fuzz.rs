@@ -12,6 +12,7 @@ use common::{Guest, INDIRECT, MEM_SIZE, NEXT, Rng, WRITE};
 use virtio::block::Block;
 use virtio::console::{Console, PortConfig, PortEnd};
 use virtio::fs::{Fs, FsConfig};
+use virtio::net::{Net, NetConfig};
 use vm_memory::{Bytes, GuestAddress};
 
 /// For each of the devices.
@@ -204,4 +205,31 @@ fn fs() {
     assert_eq!(names.len(), 2);
     assert_eq!(std::fs::read(dir.join("a/file")).unwrap(), [7; 10_000]);
     std::fs::remove_dir_all(&dir).unwrap();
+}
+
+/// The queues have a real engine at their other end, which opens no sockets.
+#[test]
+fn net() {
+    let (net, taps) = Net::new(NetConfig { mac: usernet::testing::GUEST_MAC, mtu: 1500, pairs: 2 }).unwrap();
+    let engines: Vec<_> = taps
+        .into_iter()
+        .map(|tap| {
+            let mut config = usernet::testing::config();
+            (config.services.tcp, config.services.udp, config.services.icmp) = (false, false, false);
+            let engine = usernet::Engine::new(config, Box::new(tap)).unwrap();
+            let handle = engine.handle();
+            (handle, std::thread::spawn(move || engine.run()))
+        })
+        .collect();
+    let arp = [0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 2, 0, 0, 0, 0, 1, 8, 6, 0, 1, 8, 0, 6, 4, 0, 1];
+    let requests = [
+        vec![4, 0, 2, 0],
+        [&[0; 12][..], &arp, &[0; 20]].concat(),
+        [&[1, 1, 54, 0, 100, 0, 34, 0, 16, 0, 0, 0][..], &arp[..12], &[8, 0, 0x45], &[6; 600]].concat(),
+    ];
+    fuzz(Guest::sink(net), 5, &requests);
+    for (handle, thread) in engines {
+        handle.stop();
+        thread.join().unwrap().unwrap();
+    }
 }

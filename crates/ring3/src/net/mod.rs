@@ -14,6 +14,11 @@ pub mod stats;
 
 use std::io;
 
+use usernet::Handle;
+use usernet::config::Forward;
+
+use options::settings::Forwards;
+
 /// What could not be done, and the kernel's word on it.
 #[derive(Debug, thiserror::Error)]
 #[error("{what}")]
@@ -31,5 +36,24 @@ trait Because<T> {
 impl<T, E: Into<io::Error>> Because<T> for Result<T, E> {
     fn because(self, what: impl FnOnce() -> String) -> Result<T, NetError> {
         self.map_err(|error| NetError { what: what(), source: error.into() })
+    }
+}
+
+/// Forwards as many of the ports as can be had; none at all is an error.
+fn add_best_effort(handle: &Handle, forwards: &Forwards) -> Result<(), NetError> {
+    let mut refused = None;
+    let mut had = forwards.best_effort.is_empty();
+    for forward in &forwards.best_effort {
+        match handle.add_forward(Forward::clone(forward)) {
+            Ok(_) => had = true,
+            Err(error) => {
+                tracing::debug!("cannot listen on {}: {error}", forward.listen);
+                refused = Some(error);
+            }
+        }
+    }
+    match refused {
+        Some(error) if !had => Err(error).because(|| "cannot forward a single one of the ports".into()),
+        _ => Ok(()),
     }
 }

@@ -5,6 +5,8 @@
 //! events: the guest's control lines, signals, and the machine's end. The session is the one place that
 //! acts on them: it forwards signals and sizes, watches the clock, and knows when the run is over.
 //!
+//! The guest's network ([`network`]) is made before all that, and served by a thread of its own.
+//!
 //! Before any of these threads starts, the process gives up what the run does not need ([`isolation`]).
 //!
 //! Nothing is left behind when ring3 is killed: the initramfs and the console are in memory, and no file is
@@ -12,6 +14,7 @@
 
 pub mod console;
 pub mod isolation;
+pub mod network;
 pub mod plan;
 mod session;
 pub mod spec;
@@ -35,7 +38,8 @@ use crate::initramfs::{self, ModuleError};
 use crate::kernel::image::ImageError;
 use crate::kernel::{self, KernelError};
 use console::Console;
-use isolation::Inherited;
+use isolation::{Inherited, Use};
+use network::{Network, NetworkError};
 use session::Session;
 use spec::{Duplex, Outcome, Ports, Serial, VmSpec};
 use spinner::Spinner;
@@ -91,6 +95,9 @@ pub enum RunError {
         /// The root.
         root: PathBuf,
     },
+    /// The guest's network cannot be made.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// A disk cannot be used.
     #[error("cannot use {} as a disk (--disk)", path.display())]
     BadDisk {
@@ -154,6 +161,7 @@ where
     let kernel_bytes = kernel::image::read(&kernel.image)?;
     let disks = plan::open_disks(&args.disks)?;
     let root = plan::checked_root(&args.root)?;
+    let network = network::open(args)?;
     let is_terminal = [io::stdin().is_terminal(), io::stdout().is_terminal(), io::stderr().is_terminal()];
     let streams = plan::streams(is_terminal)?;
     let own_initramfs = args.initramfs.is_none();
@@ -164,8 +172,9 @@ where
             Some(std::fs::read(path).map_err(|source| RunError::Initramfs { path: path.clone(), source })?)
         }
         None => {
-            let spec = plan::guest_spec(args, &kernel, streams)?;
-            let modules = plan::modules(&kernel, &kernel_bytes, !args.disks.is_empty(), &command_line)?;
+            let network = network.as_ref().map(|network| network.guest().clone());
+            let spec = guest_init::spec::Spec { network, ..plan::guest_spec(args, &kernel, streams)? };
+            let modules = plan::modules(&kernel, &kernel_bytes, plan::drivers(args), &command_line)?;
             Some(initramfs::build(&spec, &modules)?.finish())
         }
     };
@@ -175,7 +184,8 @@ where
 
     let shared_root = own_initramfs.then_some(root);
     let status = std::fs::File::open("/proc/self/status").ok();
-    let confined = inherited.map(|inherited| isolation::confine(inherited, shared_root.as_deref()));
+    let uses = network.as_ref().map_or(Use::Nothing, Network::needs);
+    let confined = inherited.map(|inherited| isolation::confine(inherited, shared_root.as_deref(), uses));
 
     // What the machine is connected to.
     let (console, console_end) = Console::start(args.verbose).map_err(RunError::SetUp)?;
@@ -206,6 +216,7 @@ where
         cpus: args.cpus,
         shared_root,
         disks,
+        network,
         serial,
         ports,
         boot: args.boot,

@@ -11,7 +11,7 @@ use guest_init::spec::{Root, Spec, Stream};
 
 use super::spec::OpenDisk;
 use super::{RunError, terminal};
-use crate::cli::{Disk, EnvVar, RunArgs};
+use crate::cli::{Disk, EnvVar, Link, RunArgs};
 use crate::initramfs::{Module, ModuleTree};
 use crate::kernel::{Kernel, image};
 
@@ -89,7 +89,7 @@ fn identity(fd: u32) -> Result<File, RunError> {
     Ok(File { device: about.dev(), inode: about.ino(), is_null })
 }
 
-/// The job description for the guest's first process, without its modules.
+/// The job description for the guest's first process, without its modules and its network.
 ///
 /// # Errors
 /// [`RunError::BadRoot`], [`RunError::BadWorkdir`].
@@ -112,6 +112,7 @@ pub fn guest_spec(args: &RunArgs, kernel: &Kernel, streams: [Stream; 3]) -> Resu
         streams,
         winsize: if has_terminal { terminal::size() } else { None },
         hostname: "ring3".into(),
+        network: None,
         root: Root::Virtiofs,
         modules: Vec::new(),
         module_tree: kernel.modules.as_deref().and_then(|tree| path_in_guest(&root, tree)),
@@ -207,6 +208,34 @@ pub fn open_disks(disks: &[Disk]) -> Result<Vec<OpenDisk>, RunError> {
     disks.iter().map(open).collect()
 }
 
+/// Drivers of devices that not every guest has: those that the guest needs, and those that it is given where the
+/// kernel has them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Drivers {
+    /// Needed.
+    pub required: &'static [&'static str],
+    /// Welcome.
+    pub optional: &'static [&'static str],
+}
+
+/// The drivers for what the options ask for. A network that the user did not ask for is given up with a kernel that
+/// does not know it.
+#[must_use]
+pub fn drivers(args: &RunArgs) -> Drivers {
+    const BLOCK: &str = "virtio_blk";
+    const NET: &str = "virtio_net";
+    let has_disks = !args.disks.is_empty();
+    let (required, optional): (&[_], &[_]) = match (&args.net, args.publish.is_empty()) {
+        (Some(Link::None), _) if has_disks => (&[BLOCK], &[]),
+        (Some(Link::None), _) => (&[], &[BLOCK]),
+        (None, true) if has_disks => (&[BLOCK], &[NET]),
+        (None, true) => (&[], &[BLOCK, NET]),
+        _ if has_disks => (&[BLOCK, NET], &[]),
+        _ => (&[NET], &[BLOCK]),
+    };
+    Drivers { required, optional }
+}
+
 /// The modules that the guest's first process is to load.
 ///
 /// # Errors
@@ -215,16 +244,11 @@ pub fn open_disks(disks: &[Disk]) -> Result<Vec<OpenDisk>, RunError> {
 pub fn modules(
     kernel: &Kernel,
     bytes: &[u8],
-    has_disks: bool,
+    drivers: Drivers,
     command_line: &str,
 ) -> Result<Vec<Module>, RunError> {
-    let mut optional = vec!["virtio_rng", "pvpanic_mmio"];
-    let mut required = REQUIRED.to_vec();
-    if has_disks {
-        required.push("virtio_blk");
-    } else {
-        optional.push("virtio_blk");
-    }
+    let required = [&REQUIRED, drivers.required].concat();
+    let optional = [&["virtio_rng", "pvpanic_mmio"], drivers.optional].concat();
     if let Some(dir) = &kernel.modules {
         let mut modules = ModuleTree::open(dir)?.load(&required, &optional)?;
         if !wants_signatures(kernel, command_line) {
@@ -324,13 +348,18 @@ mod tests {
             modules: None,
             source: crate::kernel::Source::File,
         };
-        let error = modules(&kernel, b"\x7fELF virtio-pci virtio_console", false, "").unwrap_err();
+        let plain = Drivers { required: &[], optional: &[] };
+        let error = modules(&kernel, b"\x7fELF virtio-pci virtio_console", plain, "").unwrap_err();
         assert!(matches!(error, RunError::NoModules { driver, .. } if driver == "virtiofs"));
         assert!(
-            modules(&kernel, b"\x7fELF virtio-pci virtio_console virtiofs overlay", false, "")
+            modules(&kernel, b"\x7fELF virtio-pci virtio_console virtiofs overlay", plain, "")
                 .unwrap()
                 .is_empty()
         );
+        let network = Drivers { required: &["virtio_net"], optional: &[] };
+        let error =
+            modules(&kernel, b"\x7fELF virtio-pci virtio_console virtiofs overlay", network, "").unwrap_err();
+        assert!(matches!(error, RunError::NoModules { driver, .. } if driver == "virtio_net"));
     }
 
     #[test]

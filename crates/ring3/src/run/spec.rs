@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 use machine::power::Shutdown;
 
 use super::isolation::Confined;
+use super::network::Network;
 use super::spinner::Notes;
 use crate::cli::{Boot, Engine, GuestAbi};
 
@@ -32,6 +33,8 @@ pub struct VmSpec {
     pub shared_root: Option<PathBuf>,
     /// Disks in the order in which the guest is to see them.
     pub disks: Vec<OpenDisk>,
+    /// The network card and what serves it; `None`: no such device.
+    pub network: Option<Network>,
     /// The first serial port (0x3f8), the kernel's console.
     pub serial: Serial,
     /// The virtio console's ports; `None`: no such device.

@@ -30,6 +30,8 @@ pub(super) struct Run<'a> {
     pub(super) peak: Option<u64>,
     /// What the machine counted.
     pub(super) counted: &'a MachineStats,
+    /// What the guest's network counted, if an engine served it.
+    pub(super) network: Option<usernet::stats::Stats>,
 }
 
 /// Bytes of guest memory that the host has given.
@@ -86,6 +88,16 @@ pub(super) fn report(run: &Run<'_>) -> String {
         ("exits: hypercall", hypercall),
     ] {
         line(name, count.to_string());
+    }
+    if let Some(network) = &run.network {
+        for (name, count) in [
+            ("network: frames out", network.frames_in),
+            ("network: bytes out", network.bytes_in),
+            ("network: frames in", network.frames_out),
+            ("network: bytes in", network.bytes_out),
+        ] {
+            line(name, count.to_string());
+        }
     }
     for shutdown in &run.counted.shutdowns {
         line("triple fault", shutdown.to_string());
@@ -165,6 +177,7 @@ mod tests {
             memory: 64 << 20,
             touched: Some(1 << 20),
             counted,
+            network: None,
         })
     }
 

@@ -19,6 +19,7 @@ use virtio::fs::{DEFAULT_TIMEOUT, Fs, FsConfig, FsError};
 use virtio::rng::Rng;
 
 use super::isolation::{Confined, Measures};
+use super::network::{Network, Served};
 use super::spec::{OpenDisk, Outcome, Ports, VmSpec};
 use super::stats;
 use crate::cli::{self, Boot};
@@ -108,6 +109,13 @@ pub fn launch(spec: VmSpec) -> Result<Outcome, VmError> {
         machine.add_virtio(Box::new(block(disk)?))?;
     }
     machine.add_virtio(Box::new(Rng::new()))?;
+    let network = match spec.network.map(Network::into_parts) {
+        Some((device, host)) => {
+            machine.add_virtio(Box::new(device))?;
+            Some(host)
+        }
+        None => None,
+    };
     machine.load(&image, spec.boot.into(), spec.initramfs.as_deref(), &spec.command_line)?;
     drop(image);
     drop(spec.initramfs);
@@ -134,9 +142,12 @@ pub fn launch(spec: VmSpec) -> Result<Outcome, VmError> {
         spec.notes.say(format_args!("isolation: {isolation}"));
     }
 
+    let served = network.map(|host| host.start(&spec.notes)).transpose().map_err(VmError::Thread)?;
     let memory = std::sync::Arc::clone(machine.memory());
     let built = begin.elapsed();
+    // When it returns, the guest's last frames have been taken.
     let (ended, counted) = machine.run()?;
+    let network = served.and_then(Served::stop);
     if let Some(text) = &spec.stats {
         let report = stats::report(&stats::Run {
             engine: spec.engine.name(),
@@ -147,6 +158,7 @@ pub fn launch(spec: VmSpec) -> Result<Outcome, VmError> {
             touched: stats::touched(&memory),
             peak: spec.status.and_then(stats::peak),
             counted: &counted,
+            network,
         });
         *text.lock().unwrap_or_else(PoisonError::into_inner) = report;
     }

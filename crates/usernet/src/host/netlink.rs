@@ -52,7 +52,6 @@ impl Netlink {
     ///
     /// # Errors
     /// No descriptors.
-    // syscalls: socket bind
     pub(crate) fn open(groups: u32, flags: SocketFlags) -> io::Result<Self> {
         let flags = flags | SocketFlags::CLOEXEC;
         let family = rustix::net::AddressFamily::NETLINK;

@@ -80,7 +80,6 @@ impl ResolvConf {
         Self::open_at(Path::new(RESOLV_CONF), &DIRECTORIES.map(Path::new))
     }
 
-    // syscalls: openat statx readlinkat close
     fn open_at(start: &Path, directories: &[&Path]) -> Self {
         let mut this = Self { start: start.to_owned(), directories: Vec::new(), mount: None };
         directories.iter().for_each(|path| this.keep(path));

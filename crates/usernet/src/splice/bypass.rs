@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::{TrySendError, channel};
 
+use super::sockets;
 use super::udp::Arrival;
 use super::{Command, Handle, Side, is_loopback, loopback_like};
 
@@ -56,6 +57,7 @@ impl Bypass {
         let Some(target) = local.and_then(|local| self.target(peer, local, guest, port)) else {
             return Some(socket);
         };
+        sockets::prepare(&socket);
         let command = Command::Connection { from: Side::Host, socket, target };
         match self.handle.commands.try_send(command) {
             Ok(()) => {

@@ -51,7 +51,7 @@ const STOCK: [usize; 4] = [32, 16, 8, 4];
 
 /// The sockets of one network namespace.
 pub trait Sockets: Send {
-    /// A new socket, which does not block and is not inherited.
+    /// A new socket, which does not block and is not inherited, and is otherwise as [`Here`] makes them.
     ///
     /// # Errors
     /// As socket(2); `BrokenPipe` if the namespace can no longer be reached.
@@ -67,6 +67,18 @@ pub trait Sockets: Send {
     -> io::Result<OwnedFd>;
 }
 
+/// Makes a TCP socket fit for passing on what somebody else writes, as far as the kernel lets it. What a listening
+/// socket accepts is as fit as that.
+pub(super) fn prepare(socket: &OwnedFd) {
+    // syscalls(pasta): setsockopt
+    // Whoever writes has waited already if it wanted to (RFC 1122 4.2.3.4): what it wrote goes on at once.
+    let _ = sockopt::set_tcp_nodelay(socket, true);
+    // Otherwise its byte is lost.
+    let _ = sockopt::set_socket_oobinline(socket, true);
+    // The loopback has no congestion. One that paces (bbr) would spend its time with timers.
+    let _ = sockopt::set_tcp_congestion(socket, "reno");
+}
+
 /// The sockets of the namespace that the calling thread is in.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Here;
@@ -79,7 +91,11 @@ impl Sockets for Here {
             Transport::Udp => SocketType::DGRAM,
         };
         // syscalls(pasta): socket setsockopt
-        Ok(socket_with(family, socket_type, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC, None)?)
+        let fd = socket_with(family, socket_type, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC, None)?;
+        if kind.transport == Transport::Tcp {
+            prepare(&fd);
+        }
+        Ok(fd)
     }
 
     fn bind(

@@ -12,15 +12,19 @@ use rustix::net::{connect, sockopt};
 use crate::config::Transport;
 use crate::poller::{Poller, Token};
 
-use super::pipes::Pipes;
-use super::relay::{Direction, State};
+use super::relay::{Direction, Means, State};
 use super::sockets::{Kind, Sockets};
 
-/// Bytes copied at once where no pipe can be used.
-const SCRATCH: usize = 64 << 10;
-
 /// What a socket is watched for: changes only, so that a side that cannot go on wakes nobody.
-const EVENTS: EventFlags = EventFlags::IN.union(EventFlags::OUT).union(EventFlags::PRI).union(EventFlags::ET);
+const EVENTS: EventFlags = EventFlags::IN
+    .union(EventFlags::OUT)
+    .union(EventFlags::PRI)
+    .union(EventFlags::RDHUP)
+    .union(EventFlags::ET);
+/// Those of them after which a queue holds more than bytes.
+const MARKS: EventFlags = EventFlags::PRI.union(EventFlags::RDHUP).union(FAILED);
+/// An error, or both directions have ended: any call will tell.
+const FAILED: EventFlags = EventFlags::ERR.union(EventFlags::HUP);
 
 /// Whether a connection is still there.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -50,24 +54,14 @@ pub(super) struct Tcp {
     free: Vec<u32>,
     /// Connections that can go on.
     work: VecDeque<u32>,
-    pipes: Pipes,
-    scratch: Vec<u8>,
+    means: Means,
     most: usize,
-    bytes: u64,
 }
 
 impl Tcp {
     /// With room for so many connections.
     pub(super) fn new(most: usize) -> Self {
-        Self {
-            connections: Vec::new(),
-            free: Vec::new(),
-            work: VecDeque::new(),
-            pipes: Pipes::new(),
-            scratch: vec![0; SCRATCH],
-            most,
-            bytes: 0,
-        }
+        Self { connections: Vec::new(), free: Vec::new(), work: VecDeque::new(), means: Means::new(), most }
     }
 
     /// How many connections there are.
@@ -77,7 +71,7 @@ impl Tcp {
 
     /// How many bytes were moved.
     pub(super) fn bytes(&self) -> u64 {
-        self.bytes
+        self.means.moved
     }
 
     /// Whether a connection can go on.
@@ -131,13 +125,10 @@ impl Tcp {
         let socket = there
             .socket(kind)
             .or_else(|_| {
-                self.pipes.shrink();
+                self.means.pipes.shrink();
                 there.socket(kind)
             })
             .map_err(|error| errno(&error))?;
-        // Whoever writes has waited already if it wanted to (RFC 1122 4.2.3.4): what it wrote goes on at once.
-        let _ = sockopt::set_tcp_nodelay(accepted, true);
-        let _ = sockopt::set_tcp_nodelay(&socket, true);
         // syscalls(pasta): connect
         match connect(&socket, &target) {
             Ok(()) | Err(Errno::INPROGRESS) => {}
@@ -157,14 +148,10 @@ impl Tcp {
     pub(super) fn ready(&mut self, token: u32, flags: EventFlags) {
         let (number, end) = (token >> 1, (token & 1) as usize);
         let Some(Some(connection)) = self.connections.get_mut(number as usize) else { return };
-        let failed = flags.intersects(EventFlags::ERR | EventFlags::HUP);
-        if failed || flags.contains(EventFlags::IN) {
-            connection.directions[end].source_ready();
+        if flags.intersects(MARKS | EventFlags::IN) {
+            connection.directions[end].source_ready(flags.intersects(MARKS));
         }
-        if flags.contains(EventFlags::PRI) {
-            connection.directions[end].copy_from(&connection.ends[end]);
-        }
-        if failed || flags.contains(EventFlags::OUT) {
+        if flags.intersects(FAILED | EventFlags::OUT) {
             connection.directions[1 - end].sink_ready();
         }
         if !std::mem::replace(&mut connection.queued, true) {
@@ -179,7 +166,7 @@ impl Tcp {
             let Some(place) = self.connections.get_mut(number as usize) else { continue };
             let Some(connection) = place else { continue };
             connection.queued = false;
-            match connection.turn(&mut self.pipes, &mut self.scratch, &mut self.bytes) {
+            match connection.turn(&mut self.means) {
                 Fate::Waits => {}
                 Fate::Again => {
                     connection.queued = true;
@@ -188,7 +175,7 @@ impl Tcp {
                 fate => {
                     let Some(mut connection) = place.take() else { continue };
                     for direction in &mut connection.directions {
-                        direction.release(&mut self.pipes);
+                        direction.release(&mut self.means);
                     }
                     if fate == Fate::Reset {
                         connection.ends.into_iter().for_each(reset);
@@ -201,17 +188,18 @@ impl Tcp {
 
     #[cfg(test)]
     pub(super) fn set_most_pipes(&mut self, most: usize) {
-        self.pipes = Pipes::with_most(most);
+        self.means.pipes = super::pipes::Pipes::with_most(most);
     }
 }
 
 impl Connection {
-    fn turn(&mut self, pipes: &mut Pipes, scratch: &mut [u8], moved: &mut u64) -> Fate {
+    fn turn(&mut self, means: &mut Means) -> Fate {
         let mut again = false;
         for number in [0, 1] {
             let other = 1 - number;
+            let last = self.directions[other].state() == State::Done;
             let direction = &mut self.directions[number];
-            let turn = direction.turn(&self.ends[number], &self.ends[other], pipes, scratch, moved);
+            let turn = direction.turn(&self.ends[number], &self.ends[other], means, last);
             if direction.state() == State::Reset {
                 return Fate::Reset;
             }
@@ -237,6 +225,7 @@ impl Connection {
 
 /// Closes a socket so that its peer sees a reset.
 pub(super) fn reset(socket: OwnedFd) {
+    // syscalls(pasta): setsockopt
     // Refused by no TCP socket; without it the peer sees an orderly end.
     let _ = sockopt::set_socket_linger(&socket, Some(Duration::ZERO));
 }

@@ -301,7 +301,7 @@ impl Flow {
                 return Ok(send(fd, payload, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)?);
             }
             let listener = self.listener.upgrade().ok_or(io::ErrorKind::BrokenPipe)?;
-            socket::send(&listener, payload, Some(key.local.ip()), key.peer)
+            socket::send(&listener, payload, None, Some(key.local.ip()), Some(key.peer))
         };
         match once() {
             // The refusal of an earlier datagram, which took this one's place.
@@ -334,7 +334,7 @@ fn connected_beside(
     }
     sockopt::set_socket_reuseaddr(&fd, true).ok()?;
     sockopt::set_socket_reuseaddr(listener, true).ok()?;
-    // syscalls(pasta): bind connect
+    // syscalls(pasta): bind connect setsockopt getsockopt
     let bound = bind(&fd, &local);
     // Refused by no socket.
     let _ = sockopt::set_socket_reuseaddr(listener, false);

@@ -15,6 +15,7 @@ use super::receive::{Place, Receiver};
 use super::send::{Acked, Sender};
 use super::seq::Seq;
 use super::shared::Shared;
+use super::unreachable;
 use super::view::TcpView;
 use crate::context::Context;
 use crate::poller::Token;
@@ -106,6 +107,8 @@ pub(super) struct Flow {
     pub(super) queued: bool,
     /// When the guest was last heard of.
     pub(super) heard: Instant,
+    /// When it last said something that it had not been asked for by a probe.
+    pub(super) active: Instant,
     pub(super) retransmit_at: Option<Instant>,
     pub(super) ack_at: Option<Instant>,
     /// Its entry in the timers.
@@ -147,6 +150,7 @@ impl Flow {
             probes: 0,
             queued: false,
             heard: now,
+            active: now,
             retransmit_at: None,
             ack_at: None,
             scheduled: None,
@@ -217,6 +221,9 @@ impl Flow {
     /// Takes in a segment of the guest's.
     pub(super) fn segment(&mut self, cx: &mut Context<'_>, shared: &mut Shared, view: &TcpView<'_>) -> Fate {
         self.heard = cx.now;
+        if self.probes == 0 {
+            self.active = cx.now;
+        }
         self.probes = 0;
         match self.state {
             State::Connecting => {
@@ -421,7 +428,9 @@ impl Flow {
             Ok(Ok(())) => {}
             Ok(Err(error)) | Err(error) => {
                 tracing::debug!(ends = ?self.ends, %error, "no connection");
-                shared.reset(cx, &self.ends, Seq(0), Some(self.rx.next));
+                if !unreachable::tell(cx, &self.ends, self.rx.next.minus(1), error) {
+                    shared.reset(cx, &self.ends, Seq(0), Some(self.rx.next));
+                }
                 return Fate::Gone;
             }
         }

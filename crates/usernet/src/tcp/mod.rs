@@ -26,11 +26,12 @@
 //!
 //! **Ends.** The guest's FIN becomes `shutdown(SHUT_WR)` after the last byte; the host's end of file becomes a FIN.
 //! A RST of the guest's closes the host's socket with a RST; an error of the host's socket is a RST to the guest, after
-//! the bytes that came before it. Unreachable hosts and time-outs are told by RST as well.
+//! the bytes that came before it. That the other end could not be reached at all is told by ICMP ([`unreachable`]).
 //!
-//! **Bounds.** The table, the half-open flows and the memory for what is kept are limited. If there is no room, the
-//! oldest half-open flow makes it; if no descriptor is left and no flow is half-open, the guest gets a RST and the log
-//! a line every ten seconds at most.
+//! **Bounds.** The table, the half-open flows and the memory for what is kept are limited. If there is no room, or no
+//! descriptor, the oldest half-open flow makes it, so that a flood of SYNs drives out itself; if there is none, of some
+//! flows that are looked at in turn the one that was idle longest. If all are busy the guest gets a RST. The log has a
+//! line about it every ten seconds at most.
 //!
 //! **Not done.** Urgent data is delivered in line, both ways, without its mark. No timestamps, no PAWS, no ECN, no data
 //! on a SYN. IP options and type of service are not carried over.
@@ -50,6 +51,7 @@ mod table;
 #[cfg(test)]
 mod tests;
 mod timer;
+mod unreachable;
 pub(crate) mod view;
 
 use std::collections::VecDeque;
@@ -88,6 +90,9 @@ struct Limits {
 }
 
 const LIMITS: Limits = Limits { flows: 128 << 10, half_open: 4096, memory: 64 << 20 };
+
+/// How long a flow must have been idle to make room for another.
+const IDLE: Duration = Duration::from_secs(30);
 
 /// At most one warning in this time.
 const WARNING_INTERVAL: Duration = Duration::from_secs(10);
@@ -189,8 +194,8 @@ impl Tcp {
                     }
                 }
                 Err(error) => {
-                    self.evict_half_open(cx);
-                    self.warn(cx.now, "cannot accept connections now", error);
+                    self.evict(cx);
+                    self.warn(cx.now, "cannot accept connections now (`ulimit -n` allows more)", error);
                     return;
                 }
             }
@@ -287,51 +292,51 @@ impl Tcp {
 
     /// The guest begins a connection. Another engine may have had the same SYN: then it is that one's.
     fn open(&mut self, cx: &mut Context<'_>, ends: Ends, view: &TcpView<'_>) {
-        if self.table.claim(&ends) && !self.begin(cx, ends, view) {
+        if self.table.claim(&ends)
+            && let Err(error) = self.begin(cx, ends, view)
+        {
             self.table.renounce(&ends);
-            self.refuse(cx, &ends, view);
+            if !unreachable::tell(cx, &ends, Seq(view.seq), error) {
+                self.refuse(cx, &ends, view);
+            }
         }
     }
 
-    /// Makes the flow that the guest asks for. Whether it could.
-    fn begin(&mut self, cx: &mut Context<'_>, ends: Ends, view: &TcpView<'_>) -> bool {
+    /// Makes the flow that the guest asks for.
+    fn begin(&mut self, cx: &mut Context<'_>, ends: Ends, view: &TcpView<'_>) -> Result<(), Errno> {
         // The addresses by which a host means itself are never taken literally.
         let addresses = Addresses::new(ends.guest, ends.peer);
         if is_group(ends.peer) || !addresses.is_some_and(|addresses| addresses.plausible()) {
-            return false;
+            return Err(Errno::CONNREFUSED);
         }
         let to = cx.outside(SocketAddr::new(ends.peer, ends.peer_port));
         if !self.make_room(cx) {
-            self.warn(cx.now, "too many TCP flows", Errno::NOBUFS);
-            return false;
+            self.warn(cx.now, "too many TCP flows, and none is idle", Errno::NOBUFS);
+            return Err(Errno::NOBUFS);
         }
         let mut connected = flow::connect(to, &cx.binding(to.ip()));
-        if let Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) = connected
-            && self.evict_half_open(cx)
-        {
+        if connected.as_ref().is_err_and(|error| is_exhausted(*error)) && self.evict(cx) {
             connected = flow::connect(to, &cx.binding(to.ip()));
         }
-        let socket = match connected {
-            Ok(socket) => socket,
-            Err(error) => {
-                if let Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM | Errno::ADDRNOTAVAIL =
-                    error
-                {
-                    self.warn(cx.now, "no socket for a connection of the guest's", error);
-                }
-                tracing::debug!(%to, %error, "cannot connect");
-                return false;
+        let socket = connected.inspect_err(|&error| {
+            tracing::debug!(%to, %error, "cannot connect");
+            if is_exhausted(error) {
+                self.warn(cx.now, "no descriptor for a connection of the guest's (`ulimit -n` allows more)", error);
+            } else if error == Errno::ADDRNOTAVAIL {
+                let what = "no port or no address for a connection of the guest's (the sysctl \
+                            net.ipv4.ip_local_port_range has the ports; an outbound address must be the host's)";
+                self.warn(cx.now, what, error);
             }
-        };
+        })?;
         let iss = self.initial_sequence(&ends, cx.now);
         let number = self.table.next_number();
         if !self.watch(cx, &socket, number) {
-            return false;
+            return Err(Errno::NOSPC);
         }
         self.table.add(Flow::outward(cx, &self.shared, ends, number, socket, iss, view));
         // It may be connected already.
         self.enqueue(number, true);
-        true
+        Ok(())
     }
 
     /// A connection to the host leads to the guest.
@@ -339,7 +344,7 @@ impl Tcp {
         let Accepted { socket, peer, guest_address, guest_port } = accepted;
         let Some((guest, peer)) = cx.arrival(peer, guest_address) else { return };
         if !self.make_room(cx) {
-            self.warn(cx.now, "too many TCP flows", Errno::NOBUFS);
+            self.warn(cx.now, "too many TCP flows, and none is idle", Errno::NOBUFS);
             return;
         }
         let mut ends = Ends { guest, peer: peer.ip(), guest_port, peer_port: peer.port() };
@@ -378,15 +383,35 @@ impl Tcp {
 
     /// Makes room for one more flow that is half-open.
     fn make_room(&mut self, cx: &mut Context<'_>) -> bool {
-        if self.table.half_open() >= self.limits.half_open || self.table.is_full() {
+        if self.table.half_open() >= self.limits.half_open {
             self.evict_half_open(cx);
+        } else if self.table.is_full() {
+            self.evict(cx);
         }
         !self.table.is_full()
+    }
+
+    /// Gives up a flow that others need more, if there is one.
+    fn evict(&mut self, cx: &mut Context<'_>) -> bool {
+        self.evict_half_open(cx) || self.evict_idle(cx)
     }
 
     /// Gives up the flow that has been half-open for longest.
     fn evict_half_open(&mut self, cx: &mut Context<'_>) -> bool {
         let Some(number) = self.table.oldest_half_open() else { return false };
+        cx.link.stats.evicted += 1;
+        self.run(cx, number, Flow::give_up);
+        true
+    }
+
+    /// Gives up a flow that has been idle for long.
+    fn evict_idle(&mut self, cx: &mut Context<'_>) -> bool {
+        let Some((number, active)) = self.table.idle_longest() else { return false };
+        if cx.now.saturating_duration_since(active) < IDLE {
+            return false;
+        }
+        cx.link.stats.evicted += 1;
+        self.warn(cx.now, "a connection that was idle makes room for another", Errno::NOBUFS);
         self.run(cx, number, Flow::give_up);
         true
     }
@@ -419,6 +444,11 @@ impl Tcp {
             tracing::warn!(%error, flows = self.flows(), "{what}");
         }
     }
+}
+
+/// Whether there are no descriptors, or no memory for them.
+fn is_exhausted(error: Errno) -> bool {
+    matches!(error, Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM)
 }
 
 /// Gives a connection to the bypass, if it is for that.

@@ -3,6 +3,7 @@
 //! The map's hash is keyed with a secret of this process, so that no guest can choose ends that collide.
 
 use std::collections::{HashMap, VecDeque};
+use std::time::Instant;
 
 use super::emit::Ends;
 use super::flow::Flow;
@@ -16,6 +17,8 @@ pub(super) struct Table {
     /// Those that were not open when they were added, oldest first: with ends, because numbers are used again.
     half_open: VecDeque<(u32, Ends)>,
     half_open_count: usize,
+    /// Where [`Self::idle_longest`] looked last.
+    hand: usize,
     limit: usize,
     claims: Claims<Ends>,
 }
@@ -28,6 +31,7 @@ impl Table {
             by_ends: HashMap::new(),
             half_open: VecDeque::new(),
             half_open_count: 0,
+            hand: 0,
             limit,
             claims,
         }
@@ -112,6 +116,23 @@ impl Table {
 
     fn is_half_open(slots: &[Option<Box<Flow>>], number: u32, ends: &Ends) -> bool {
         matches!(slots.get(number as usize), Some(Some(flow)) if flow.ends == *ends && flow.is_half_open())
+    }
+
+    /// Of some flows that are open, looked at in turn, the one that has been idle for longest, and since when it is.
+    pub(super) fn idle_longest(&mut self) -> Option<(u32, Instant)> {
+        /// As many as are looked at: enough that one of them is among the most idle.
+        const SAMPLE: usize = 64;
+        let mut found: Option<(u32, Instant)> = None;
+        for _ in 0..self.slots.len().min(SAMPLE) {
+            self.hand = (self.hand + 1) % self.slots.len();
+            if let Some(Some(flow)) = self.slots.get(self.hand)
+                && !flow.is_half_open()
+                && found.is_none_or(|(_, active)| flow.active < active)
+            {
+                found = Some((flow.number, flow.active));
+            }
+        }
+        found
     }
 
     /// The flow that has been half-open for longest.

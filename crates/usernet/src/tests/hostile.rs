@@ -5,10 +5,13 @@ use std::net::{IpAddr, SocketAddr};
 use etherparse::{IpFragOffset, IpNumber, Ipv4Header, Ipv6FragmentHeader, PacketBuilder};
 use proptest::prelude::*;
 
-use super::{guest_v4, guest_v6, udp_frame};
+use super::{as_icmp, guest_v4, guest_v6, udp_frame};
 use crate::packet::{Packet, Refused, parse};
 use crate::tap::Offload;
-use crate::testing::{GATEWAY_MAC, GATEWAY_V4, GATEWAY_V6, GUEST_MAC, GUEST_V4, GUEST_V6, any_frames};
+use crate::testing::{
+    GATEWAY_MAC, GATEWAY_V4, GATEWAY_V6, GUEST_MAC, GUEST_V4, GUEST_V6, Net, any_dhcp, any_dhcpv6,
+    any_frames, any_ndp, config,
+};
 
 const CHECKED: Offload = Offload { needs_checksum: false, segment: None };
 const UNCHECKED: Offload = Offload { needs_checksum: true, segment: None };
@@ -87,7 +90,23 @@ fn addresses_that_mean_the_host_itself_are_refused() {
 }
 
 #[test]
-fn fragments_are_refused() {
+fn fragments_are_refused_and_the_first_is_answered_for() {
+    let check = |frame: Vec<u8>, offset: u16| {
+        let mut net = Net::new(config());
+        net.guest.send(frame.clone());
+        net.settle();
+        let told: Vec<_> = net.frames().iter().filter_map(|f| as_icmp(f)).filter(|m| m.kind != 134).collect();
+        assert_eq!(net.stats().dropped.fragment, 1);
+        if offset > 0 {
+            assert_eq!(refused(&frame), Some(Refused::Fragment));
+            assert_eq!(told, []);
+            return;
+        }
+        let v6 = frame[12] == 0x86;
+        assert_eq!((told[0].kind, told[0].code), if v6 { (3, 1) } else { (11, 1) });
+        assert_eq!(told[0].body[4..], frame[14..], "the packet that it is about");
+    };
+
     for (offset, more) in [(0, true), (8, true), (8, false)] {
         let mut header =
             Ipv4Header::new(8, 64, IpNumber::UDP, GUEST_V4.octets(), GATEWAY_V4.octets()).unwrap();
@@ -97,14 +116,14 @@ fn fragments_are_refused() {
         header.header_checksum = header.calc_header_checksum();
         let ethernet = [&GATEWAY_MAC[..], &GUEST_MAC, &[8, 0]].concat();
         let frame = [&ethernet, &header.to_bytes()[..], &[0; 8]].concat();
-        assert_eq!(refused(&frame), Some(Refused::Fragment));
+        check(frame, offset);
 
         let extension =
             Ipv6FragmentHeader::new(IpNumber::UDP, IpFragOffset::try_new(offset).unwrap(), more, 1)
                 .to_bytes();
         let ethernet = [&GATEWAY_MAC[..], &GUEST_MAC, &[0x86, 0xdd]].concat();
         let ip = [&[0x60, 0, 0, 0, 0, 16, 44, 64][..], &GUEST_V6.octets(), &GATEWAY_V6.octets()].concat();
-        assert_eq!(refused(&[&ethernet[..], &ip, &extension, &[0; 8]].concat()), Some(Refused::Fragment));
+        check([&ethernet[..], &ip, &extension, &[0; 8]].concat(), offset);
     }
 }
 
@@ -163,18 +182,28 @@ proptest! {
     }
 }
 
-/// About a second of the fuzz target, from a fixed seed.
-#[test]
-fn any_frames_do_no_harm() {
+/// About a second of each fuzz target, from a fixed seed.
+fn fuzz(cases: u32, longest: usize, target: fn(&[u8])) {
     use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
     let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[7; 32]);
-    let mut runner =
-        TestRunner::new_with_rng(Config { cases: 2000, failure_persistence: None, ..Config::default() }, rng);
-    let frames = proptest::collection::vec(any::<u8>(), 0..4000);
+    let config = Config { cases, failure_persistence: None, ..Config::default() };
+    let mut runner = TestRunner::new_with_rng(config, rng);
     runner
-        .run(&frames, |data| {
-            any_frames(&data);
+        .run(&proptest::collection::vec(any::<u8>(), 0..longest), |data| {
+            target(&data);
             Ok(())
         })
         .unwrap();
+}
+
+#[test]
+fn any_frames_do_no_harm() {
+    fuzz(2000, 4000, any_frames);
+}
+
+#[test]
+fn any_requests_do_no_harm() {
+    fuzz(2000, 400, any_dhcp);
+    fuzz(2000, 400, any_dhcpv6);
+    fuzz(2000, 400, any_ndp);
 }

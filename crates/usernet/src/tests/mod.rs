@@ -3,6 +3,7 @@
 mod change;
 mod dhcp;
 mod engine;
+mod exhaustion;
 mod forward;
 mod hostile;
 mod icmp;

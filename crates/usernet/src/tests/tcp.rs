@@ -83,3 +83,20 @@ fn tcp_can_be_off() {
     net.settle();
     assert_eq!((net.stats().tcp_flows, net.stats().dropped.disabled), (0, 1));
 }
+
+/// Nothing but the loopback is there.
+#[test]
+fn a_host_that_cannot_be_reached_is_told_by_icmp() {
+    if !super::process::in_namespace() {
+        return;
+    }
+    let mut net = Net::new(config());
+    let to = SocketAddr::from(([203, 0, 113, 1], 80));
+    let syn = segment_to(to, 4000, |h| (h.syn, h.sequence_number) = (true, 12345), b"");
+    net.guest.send(syn.clone());
+    let told = net.expect(super::as_icmp);
+    assert_eq!((told.kind, told.code), (3, 0), "no route to the network");
+    // The addresses, the ports and the sequence number, by which the guest finds its connection.
+    assert_eq!(told.body[4..][12..28], syn[14..][12..28]);
+    assert_eq!(net.stats().tcp_flows, 0);
+}

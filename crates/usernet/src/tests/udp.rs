@@ -339,3 +339,52 @@ fn more_flows_than_the_table_holds_push_the_oldest_out() {
     assert!(stats.udp_flows <= 4096);
     assert_eq!(stats.evicted + stats.udp_flows as u64, 5000);
 }
+
+#[test]
+fn what_is_sent_in_one_go_arrives_as_it_was_sent() {
+    let (server, port) = host(Ipv4Addr::LOCALHOST);
+    let (other, other_port) = host(Ipv4Addr::LOCALHOST);
+    let mut net = Net::new(config());
+    let (remote, other_remote) = (SocketAddr::from((GATEWAY_V4, port)), (GATEWAY_V4, other_port).into());
+    // Runs of one length, a shorter one, a longer one, none at all, and another flow in between.
+    let lengths = [[700; 40].as_slice(), &[1, 700, 700, 800, 800, 0, 0, 3, 3, 2]].concat();
+    for (number, &length) in lengths.iter().enumerate() {
+        net.guest.send(udp_frame(guest_v4(9), remote, &vec![number as u8; length]));
+        if number % 20 == 19 {
+            net.guest.send(udp_frame(guest_v4(9), other_remote, b"other"));
+        }
+    }
+    net.settle();
+    for (number, &length) in lengths.iter().enumerate() {
+        assert_eq!(receive(&server).0, vec![number as u8; length], "{number}");
+    }
+    assert_eq!([receive(&other).0, receive(&other).0], [b"other", b"other"]);
+    assert_eq!((net.stats().udp_flows, net.stats().dropped.host), (2, 0));
+}
+
+#[test]
+fn answers_by_a_forwarded_port_in_one_go() {
+    let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port(Ipv4Addr::LOCALHOST)));
+    let mut net = Net::new(forwarding(listen, 53));
+    let (client, port) = host(Ipv4Addr::LOCALHOST);
+    client.send_to(b"question", listen).unwrap();
+    net.expect(as_udp);
+    for number in 0..50u8 {
+        net.guest.send(udp_frame(guest_v4(53), (GATEWAY_V4, port).into(), &[number; 1000]));
+    }
+    net.settle();
+    for number in 0..50u8 {
+        assert_eq!(receive(&client), (vec![number; 1000], listen));
+    }
+}
+
+#[test]
+fn each_of_many_datagrams_to_a_closed_port_is_answered_for() {
+    let remote = SocketAddr::from((GATEWAY_V4, free_port(Ipv4Addr::LOCALHOST)));
+    let mut net = Net::new(config());
+    for _ in 0..10 {
+        net.guest.send(udp_frame(guest_v4(4000), remote, b"anybody?"));
+    }
+    let message = net.expect(|f| as_icmp(f).filter(|m| (m.kind, m.code) == (3, 3)));
+    assert_eq!(message.body[4 + 28..], *b"anybody?");
+}

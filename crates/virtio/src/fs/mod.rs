@@ -121,7 +121,8 @@ fn raise_fd_limit() {
 /// How many descriptors the guest may make this process hold.
 fn fd_budget() -> usize {
     let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
-    let budget = limit.saturating_sub(SPARE_FDS).clamp(MIN_FDS, MAX_FDS);
+    // The guest's connections are sockets: they are the other half.
+    let budget = (limit.saturating_sub(SPARE_FDS) / 2).clamp(MIN_FDS, MAX_FDS);
     usize::try_from(budget).unwrap_or(usize::MAX)
 }
 

@@ -87,9 +87,12 @@ pub(crate) fn write_pid(file: Option<File>, pid: i32) -> io::Result<()> {
     file.map_or(Ok(()), |mut file| writeln!(file, "{pid}"))
 }
 
-/// Forks: `None` in the child.
+/// Forks: `None` in the child. The process must have a single thread.
+///
+/// # Errors
+/// It has several, or there are no processes to be had.
 #[allow(unsafe_code, reason = "fork is unsafe in processes with several threads")]
-fn fork() -> io::Result<Option<Pid>> {
+pub(crate) fn fork() -> io::Result<Option<Pid>> {
     if fs::read_dir("/proc/self/task")?.count() != 1 {
         return Err(io::Error::other("a process with several threads cannot fork"));
     }

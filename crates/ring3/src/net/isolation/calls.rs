@@ -63,6 +63,12 @@ impl Mode {
     }
 }
 
+/// What is called in every mode, and so by `ring3 run` too.
+#[cfg(test)]
+pub(crate) fn for_all_modes() -> impl Iterator<Item = (&'static str, c_long)> {
+    TAGS.iter().filter(|(mode, ..)| mode.is_empty()).map(|&(_, name, number)| (name, number))
+}
+
 // What the standard library and the C library call by themselves.
 //
 // The allocator and threads' stacks:

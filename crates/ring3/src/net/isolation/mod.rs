@@ -31,6 +31,8 @@ use rustix::thread::{CapabilitySet, set_no_new_privs};
 use super::{Because, NetError};
 
 pub use calls::Mode;
+#[cfg(test)]
+pub(crate) use calls::for_all_modes;
 
 /// Step 3, for a process whose only thread is the caller. See [`root::empty`] for `chroot_fallback`.
 ///

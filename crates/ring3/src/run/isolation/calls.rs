@@ -2,7 +2,8 @@
 //!
 //! # Theory of operation
 //! Two filters, on all threads. The first ends the process at a call that only somebody else's code can want in
-//! it ([`FATAL`]): starting a program, a socket, a look into another process. The second lets through what
+//! it ([`FATAL`]): starting a program, a look into another process, a mount, and where the guest has no network of
+//! the kind `user`, a socket. The second lets through what
 //! [`allowed`] lists, where it matters by its arguments too, and answers every other call with ENOSYS: the
 //! libraries below us take that as an older kernel's answer and do without, so that a new version of one of them
 //! does not end the run.
@@ -11,13 +12,15 @@
 //!
 //! A call that is missing shows in `strace -f ring3 run ...` as an ENOSYS that goes away with `--isolation off`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use libc::c_long;
 use seccompiler::{
     BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, TargetArch, apply_filter_all_threads,
 };
+
+use super::Use;
 
 /// A condition on one argument: its bits under `mask` are `value`.
 pub(crate) struct Arg {
@@ -55,8 +58,45 @@ fn one_of(number: c_long, index: u8, values: &[u64]) -> Vec<Call> {
     values.iter().flat_map(|&value| when(number, [arg(index, INT, value)])).collect()
 }
 
+/// What the guest's network calls: `usernet`'s engine, on its own thread.
+fn network() -> Vec<Call> {
+    const STREAM: u64 = libc::SOCK_STREAM as u64;
+    const DATAGRAM: u64 = libc::SOCK_DGRAM as u64;
+    /// The kind of a socket, without its flags.
+    const KIND: u64 = 0xf;
+    let socket = |family: libc::c_int, kind: u64| {
+        when(libc::SYS_socket, [arg(0, INT, family as u64), arg(1, KIND, kind)])
+    };
+    [
+        // TCP, UDP and ping sockets; no raw ones, no packet, netlink or local sockets, no others.
+        socket(libc::AF_INET, STREAM),
+        socket(libc::AF_INET, DATAGRAM),
+        socket(libc::AF_INET6, STREAM),
+        socket(libc::AF_INET6, DATAGRAM),
+        all(&[libc::SYS_connect, libc::SYS_bind, libc::SYS_accept4]),
+        all(&[libc::SYS_getsockname, libc::SYS_getpeername, libc::SYS_getsockopt]),
+        // Options of sockets, IP, TCP and UDP.
+        one_of(
+            libc::SYS_setsockopt,
+            1,
+            &[
+                libc::SOL_SOCKET as u64,
+                libc::IPPROTO_IP as u64,
+                libc::IPPROTO_IPV6 as u64,
+                libc::IPPROTO_TCP as u64,
+                libc::IPPROTO_UDP as u64,
+            ],
+        ),
+        // From sockets that are not connected, and what is said about them.
+        all(&[libc::SYS_sendmsg, libc::SYS_recvmsg]),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
 /// What the process `pid` may call, and why.
-fn allowed(pid: u32) -> Vec<Call> {
+fn allowed(pid: u32, uses: Use) -> Vec<Call> {
     const EXEC: u64 = libc::PROT_EXEC as u64;
     const WRITE: u64 = libc::PROT_WRITE as u64;
     const THREAD: u64 = libc::CLONE_THREAD as u64;
@@ -125,6 +165,10 @@ fn allowed(pid: u32) -> Vec<Call> {
         when(libc::SYS_tgkill, [arg(0, INT, u64::from(pid))]),
         // The entropy device, and hash tables.
         all(&[libc::SYS_getrandom]),
+        match uses {
+            Use::Nothing => Vec::new(),
+            Use::Sockets => network(),
+        },
     ]
     .into_iter()
     .flatten()
@@ -204,23 +248,29 @@ pub(crate) const FATAL: [c_long; 63] = [
     libc::SYS_iopl,
 ];
 
+/// The calls that end the process: those that this run makes all the same are none of them.
+fn fatal(uses: Use) -> Vec<c_long> {
+    let allowed: BTreeSet<c_long> = allowed(0, uses).iter().map(|call| call.number).collect();
+    FATAL.iter().copied().filter(|number| !allowed.contains(number)).collect()
+}
+
 /// Puts the filters on all threads of the process.
-pub(super) fn filter() -> Result<(), seccompiler::Error> {
-    let fatal = fatal_program()?;
-    let allowed = allowed_program(std::process::id())?;
+pub(super) fn filter(uses: Use) -> Result<(), seccompiler::Error> {
+    let fatal = fatal_program(uses)?;
+    let allowed = allowed_program(std::process::id(), uses)?;
     // Later filters add to earlier ones; this one lets the next be added.
     apply_filter_all_threads(&fatal)?;
     apply_filter_all_threads(&allowed)
 }
 
-fn fatal_program() -> Result<BpfProgram, BackendError> {
-    let rules = FATAL.iter().map(|&number| (number, Vec::new())).collect();
+fn fatal_program(uses: Use) -> Result<BpfProgram, BackendError> {
+    let rules = fatal(uses).into_iter().map(|number| (number, Vec::new())).collect();
     program(rules, SeccompAction::Allow, SeccompAction::KillProcess)
 }
 
-fn allowed_program(pid: u32) -> Result<BpfProgram, BackendError> {
+fn allowed_program(pid: u32, uses: Use) -> Result<BpfProgram, BackendError> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
-    for call in allowed(pid) {
+    for call in allowed(pid, uses) {
         // No rule at all means always.
         let alternatives = rules.entry(call.number).or_default();
         if !call.when.is_empty() {
@@ -252,39 +302,60 @@ pub(crate) fn program(
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-
     use super::*;
+
+    const USES: [Use; 2] = [Use::Nothing, Use::Sockets];
 
     #[test]
     fn the_tables_do_not_contradict_themselves() {
-        let calls = allowed(1);
-        let (always, limited): (Vec<_>, Vec<_>) = calls.iter().partition(|call| call.when.is_empty());
-        let unique: BTreeSet<c_long> = always.iter().map(|call| call.number).collect();
-        assert_eq!(unique.len(), always.len(), "listed twice");
-        assert!(limited.iter().all(|call| !unique.contains(&call.number)), "limited, and not limited");
-        assert!(calls.iter().all(|call| !FATAL.contains(&call.number)), "allowed, and fatal");
-        assert_eq!(FATAL.iter().collect::<BTreeSet<_>>().len(), FATAL.len(), "fatal twice");
+        for uses in USES {
+            let calls = allowed(1, uses);
+            let (always, limited): (Vec<_>, Vec<_>) = calls.iter().partition(|call| call.when.is_empty());
+            let unique: BTreeSet<c_long> = always.iter().map(|call| call.number).collect();
+            assert_eq!(unique.len(), always.len(), "listed twice");
+            assert!(limited.iter().all(|call| !unique.contains(&call.number)), "limited, and not limited");
+            let fatal = fatal(uses);
+            assert!(calls.iter().all(|call| !fatal.contains(&call.number)), "allowed, and fatal");
+            assert_eq!(fatal.iter().collect::<BTreeSet<_>>().len(), fatal.len(), "fatal twice");
+            assert_eq!(FATAL.len() - fatal.len(), if uses == Use::Nothing { 0 } else { 4 });
+        }
+    }
+
+    /// What the engine calls is tagged beside the calls.
+    #[test]
+    fn the_network_can_do_what_its_tags_say() {
+        // While it is made, and not once the guest runs.
+        let before = [libc::SYS_listen, libc::SYS_inotify_init1, libc::SYS_inotify_add_watch];
+        let allowed: BTreeSet<c_long> = allowed(1, Use::Sockets).iter().map(|call| call.number).collect();
+        for (name, number) in crate::net::isolation::for_all_modes() {
+            assert!(allowed.contains(&number) || before.contains(&number), "{name}");
+        }
     }
 
     #[test]
     fn the_document_has_the_numbers() {
-        let calls = allowed(1);
-        let count = |numbers: Vec<c_long>| numbers.into_iter().collect::<BTreeSet<_>>().len();
-        let total = count(calls.iter().map(|call| call.number).collect());
-        let limited = count(calls.iter().filter(|c| !c.when.is_empty()).map(|c| c.number).collect());
         let text = include_str!("../../../../../docs/isolation.md");
-        let allowed = format!("{total} system calls, {limited} of them only with certain arguments");
-        for words in [allowed, format!("{} system calls that nobody", FATAL.len())] {
-            assert!(text.contains(&words), "docs/isolation.md does not say: {words}");
+        let count = |numbers: Vec<c_long>| numbers.into_iter().collect::<BTreeSet<_>>().len();
+        for (uses, network) in USES.into_iter().zip(["without a network", "with a network"]) {
+            let calls = allowed(1, uses);
+            let total = count(calls.iter().map(|call| call.number).collect());
+            let limited = count(calls.iter().filter(|c| !c.when.is_empty()).map(|c| c.number).collect());
+            let allowed =
+                format!("{network} {total} system calls, {limited} of them only with certain arguments");
+            let fatal = format!("{network} {} system calls that nobody", fatal(uses).len());
+            for words in [allowed, fatal] {
+                assert!(text.contains(&words), "docs/isolation.md does not say: {words}");
+            }
         }
     }
 
     #[test]
     fn the_programs_are_within_the_kernels_limit() {
         // BPF_MAXINSNS, and the sum that every system call pays for at worst.
-        for program in [fatal_program().unwrap(), allowed_program(1).unwrap()] {
-            assert!((10..4096).contains(&program.len()), "{}", program.len());
+        for uses in USES {
+            for program in [fatal_program(uses).unwrap(), allowed_program(1, uses).unwrap()] {
+                assert!((10..4096).contains(&program.len()), "{}", program.len());
+            }
         }
     }
 }

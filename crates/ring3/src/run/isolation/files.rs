@@ -1,4 +1,4 @@
-//! Landlock: which files can still be opened, and no network.
+//! Landlock: which files can still be opened, and what of the network.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -10,18 +10,25 @@ use landlock::{
 };
 use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
 
+use super::Use;
+
 /// The newest rights that the rules below were written and tested for; an older kernel enforces those it knows.
 const NEWEST: ABI = ABI::V6;
 
 /// What the machine reads about the host when it starts: the trust in the TSC and its frequency.
 const ABOUT_THE_HOST: [&str; 2] = ["/sys/devices/system/clocksource", "/sys/devices/system/cpu"];
 
-/// Leaves the calling thread, and those it starts, only reading below `root` and what the standard streams need.
-/// Returns what is enforced.
-pub(super) fn restrict(root: Option<&Path>) -> Result<String, RulesetError> {
+/// Leaves the calling thread, and those it starts, only reading below `root` and what the standard streams need,
+/// and connecting if the guest has sockets. Returns what is enforced.
+pub(super) fn restrict(root: Option<&Path>, network: Use) -> Result<String, RulesetError> {
+    let forbidden = match network {
+        Use::Nothing => AccessNet::from_all(NEWEST),
+        // The ports that lead into the guest are bound already.
+        Use::Sockets => AccessNet::BindTcp.into(),
+    };
     let mut rules = Ruleset::default()
         .handle_access(AccessFs::from_all(NEWEST))?
-        .handle_access(AccessNet::from_all(NEWEST))?
+        .handle_access(forbidden)?
         .scope(Scope::from_all(NEWEST))?
         .create()?;
     let read = AccessFs::ReadFile | AccessFs::ReadDir;

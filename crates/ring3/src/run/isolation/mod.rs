@@ -11,7 +11,8 @@
 //! 2. [`Confined::seal`], on the machine's thread when everything is open: a system call filter on all threads
 //!    at once (`calls`).
 //!
-//! What the guest may use is open by then: disks, streams, its root. Between the steps ring3 runs its own code
+//! What the guest may use is open by then: disks, streams, its root, the ports that lead into it. Its own connections
+//! are not: where it has a network of the kind `user`, sockets of the internet can still be opened ([`Use`]). Between the steps ring3 runs its own code
 //! only and has not looked at the guest's words, apart from loading the kernel that the user chose.
 //!
 //! **Failures.** A kernel or a container may refuse any of this. Each measure stands alone: what is refused is
@@ -30,6 +31,15 @@ use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities, set_no_new_privs};
 
 pub use descriptors::Inherited;
+
+/// What of the host's network a run uses once it is confined.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Use {
+    /// None of it.
+    Nothing,
+    /// Sockets of IPv4 and IPv6 that it opens for the guest; it listens to no more ports than it does already.
+    Sockets,
+}
 
 /// What became of each measure, as words for the user.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,16 +69,16 @@ impl fmt::Display for Measures {
 /// A process after the first step. The second is due when everything is open.
 #[derive(Debug)]
 #[must_use = "without its second step the process is only half confined"]
-pub struct Confined(Measures);
+pub struct Confined(Measures, Use);
 
 /// The first step, for a process whose only thread is the caller. Below `root` files can be read from now on; none
 /// can be written that is not open yet, apart from what the standard streams are.
-pub fn confine(inherited: Inherited, root: Option<&Path>) -> Confined {
+pub fn confine(inherited: Inherited, root: Option<&Path>, network: Use) -> Confined {
     let mut measures = Measures(Vec::new());
     inherited.close();
     // Before Landlock and the filter, for which the kernel demands it.
     measures.add("no_new_privs", set_no_new_privs(true));
-    measures.0.push(match files::restrict(root) {
+    measures.0.push(match files::restrict(root, network) {
         Ok(measure) => measure,
         Err(error) => format!("no Landlock ({error})"),
     });
@@ -77,15 +87,15 @@ pub fn confine(inherited: Inherited, root: Option<&Path>) -> Confined {
         Err(error) => format!("all capabilities kept ({error})"),
     });
     measures.add("not dumpable", set_dumpable_behavior(DumpableBehavior::NotDumpable));
-    Confined(measures)
+    Confined(measures, network)
 }
 
 impl Confined {
     /// The second step, for all threads. Returns what was done in both.
     #[must_use]
     pub fn seal(self) -> Measures {
-        let Self(mut measures) = self;
-        measures.add("seccomp", calls::filter());
+        let Self(mut measures, network) = self;
+        measures.add("seccomp", calls::filter(network));
         measures
     }
 }

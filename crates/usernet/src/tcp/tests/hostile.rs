@@ -176,3 +176,29 @@ fn full_table_refuses_and_recovers() {
     sim.run(|sim| (sim.tcp.flows() == 2, false));
     works(&mut sim);
 }
+
+/// A table full of open flows, all of them idle: the one that was idle longest makes room.
+#[test]
+fn full_table_gives_up_what_is_idle_longest() {
+    let mut sim = Sim::new(Setup::default());
+    sim.tcp = Tcp::with_limits(Limits { flows: 3, half_open: 3, memory: 1 << 20 }, Claims::alone(), false);
+    let (listener, port) = listener(false);
+    let mut streams = Vec::new();
+    let handles: Vec<_> = (0..3).map(|_| sim.connect(port, false, 1000)).collect();
+    sim.run(|sim| {
+        streams.extend(accept(&listener));
+        let open = handles.iter().all(|h| sim.guest(*h).may_send());
+        (open && streams.len() == 3, false)
+    });
+    sim.pass(Duration::from_secs(20));
+    // Who is who does not matter: two speak now, and a probe's answer is none.
+    for handle in &handles[1..] {
+        sim.guest(*handle).send_slice(b"still here").unwrap();
+    }
+    sim.run(|sim| (handles[1..].iter().all(|h| sim.guest(*h).send_queue() == 0), false));
+    sim.pass(Duration::from_secs(15));
+    let more = sim.connect(port, false, 1000);
+    sim.run(|sim| (sim.guest(more).may_send() && !sim.guest(handles[0]).is_open(), false));
+    assert!(handles[1..].iter().all(|h| sim.guest(*h).is_open()), "those that spoke go on");
+    assert_eq!((sim.tcp.flows(), sim.evicted()), (3, 1));
+}

@@ -297,6 +297,11 @@ impl Sim {
         smoltcp::time::Instant::from_micros(self.now.duration_since(self.start).as_micros() as i64)
     }
 
+    /// Flows that had to make room.
+    pub(super) fn evicted(&self) -> u64 {
+        self.link.stats.evicted
+    }
+
     /// Forwards a port of the host's. Returns where it listens.
     pub(super) fn listen(&mut self, forward: &Forward) -> SocketAddr {
         self.engine(|tcp, cx| tcp.listen(cx, forward)).unwrap()

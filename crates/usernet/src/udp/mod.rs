@@ -6,6 +6,8 @@
 //! stands for the host's loopback or for a resolver is replaced: [`Context::outside`]), with the guest's own port if
 //! the host has it free. Multicast and broadcast do not leave the link.
 //!
+//! Datagrams that the guest sends in one go leave the host in one go ([`burst`]).
+//!
 //! **Into the guest.** A forwarded port is one socket for all of its peers. A datagram on it makes a flow
 //! without a socket of its own: the guest's answers go out by the same one, from the address that the peer had sent to.
 //!
@@ -18,6 +20,8 @@
 //! those idle longest go first. Sockets are watched edge-triggered. One that is ready is queued, and [`Udp::turn`]
 //! takes a few datagrams of each in turn, so that no flow starves others; while the guest takes nothing, they
 //! stay in the host's receive buffers.
+
+mod burst;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -39,6 +43,7 @@ use crate::frame::{HOP_LIMIT, IcmpError, quoted_udp};
 use crate::packet::{Addresses, UdpView};
 use crate::poller::Token;
 use crate::socket::{self, Received};
+use burst::Burst;
 
 /// How long flows may be idle: without an answer as long as a resolver's patience, with one as long as
 /// RFC 4787 4.3 asks of translators at least, and some.
@@ -93,6 +98,14 @@ struct Flow {
     queued: bool,
     /// Whether there may be errors to read.
     failed: bool,
+    /// Whether its datagrams go one by one, because the host cannot take them together.
+    alone: bool,
+}
+
+impl Flow {
+    fn new(way: Way) -> Self {
+        Self { way, hop_limit: HOP_LIMIT, queued: false, failed: false, alone: false }
+    }
 }
 
 #[derive(Debug)]
@@ -123,6 +136,7 @@ pub(crate) struct Udp {
     listeners: HashMap<u32, Listener>,
     next_listener: u32,
     queue: VecDeque<Source>,
+    burst: Burst,
     buffer: Vec<u8>,
     shares_ports: bool,
 }
@@ -135,6 +149,7 @@ impl Udp {
             listeners: HashMap::new(),
             next_listener: 0,
             queue: VecDeque::new(),
+            burst: Burst::default(),
             buffer: vec![0; LONGEST],
             shares_ports,
         }
@@ -211,7 +226,7 @@ impl Udp {
         }
         let number = match self.flows.find(&key) {
             Some(number) => number,
-            None => match self.open(cx, key) {
+            None => match self.open_after_burst(cx, key) {
                 Ok(number) => number,
                 Err(error) => {
                     cx.link.stats.dropped.host += 1;
@@ -222,6 +237,12 @@ impl Udp {
             },
         };
         self.send(cx, number, datagram);
+    }
+
+    /// Makes a flow of the guest's own. One that it takes the place of still sends what it was given.
+    fn open_after_burst(&mut self, cx: &mut Context<'_>, key: Key) -> io::Result<u32> {
+        self.send_burst(cx);
+        self.open(cx, key)
     }
 
     /// Makes a flow of the guest's own.
@@ -238,7 +259,7 @@ impl Udp {
             }
             result => result?,
         };
-        let flow = Flow { way: Way::Own(fd), hop_limit: HOP_LIMIT, queued: false, failed: false };
+        let flow = Flow::new(Way::Own(fd));
         // The guest's next datagram will find whose it is.
         let number = self.insert(cx, key, flow).ok_or(io::ErrorKind::AlreadyExists)?;
         if let Some((_, Flow { way: Way::Own(fd), .. })) = self.flows.get_mut(number) {
@@ -258,62 +279,117 @@ impl Udp {
         Some(number)
     }
 
-    /// Sends a datagram of the guest's by its flow.
+    /// Sends a datagram of the guest's by its flow, now or with those that follow.
     fn send(&mut self, cx: &mut Context<'_>, number: u32, datagram: &UdpView<'_>) {
-        let Some(class) = self.flows.class(number) else { return };
-        let Some((_, flow)) = self.flows.get_mut(number) else { return };
-        let hops = datagram.ip.hop_limit;
-        let (result, class) = match &flow.way {
+        let (hops, payload) = (datagram.ip.hop_limit, datagram.payload);
+        if !self.burst.add(number, hops, payload) {
+            self.send_burst(cx);
+            self.burst.add(number, hops, payload);
+        }
+        if self.flows.get_mut(number).is_some_and(|(_, flow)| flow.alone) {
+            self.send_burst(cx);
+        }
+    }
+
+    /// Sends what was gathered.
+    fn send_burst(&mut self, cx: &mut Context<'_>) {
+        let burst = std::mem::take(&mut self.burst);
+        let number = burst.flow;
+        if burst.len() > 0
+            && let Some(class) = self.set_off(number, burst.hop_limit)
+        {
+            self.flows.touch(number, class, cx.now);
+            let (bytes, length) = burst.together();
+            if burst.len() == 1 {
+                self.send_one(cx, number, bytes);
+            } else if let Err(error) = self.transmit(number, bytes, Some(length)) {
+                if is_full(&error) {
+                    cx.link.stats.dropped.host += burst.len() as u64;
+                } else {
+                    // One of them may be too long, or the way out cannot cut them.
+                    self.set_alone(number);
+                    burst.each().for_each(|payload| self.send_one(cx, number, payload));
+                }
+            }
+            if self.flows.get_mut(number).is_some_and(|(_, flow)| flow.failed) {
+                self.enqueue(number);
+            }
+        }
+        self.burst = burst;
+        self.burst.clear();
+    }
+
+    /// Prepares a flow's socket for packets that live for `hops`. The flow's class from now on; `None` if it is gone.
+    fn set_off(&mut self, number: u32, hops: u8) -> Option<Class> {
+        let class = self.flows.class(number)?;
+        let (key, flow) = self.flows.get_mut(number)?;
+        match &flow.way {
             Way::Own(fd) => {
                 if flow.hop_limit != hops {
                     flow.hop_limit = hops;
-                    socket::set_hop_limit(fd, datagram.ip.addresses.is_v6(), hops);
+                    socket::set_hop_limit(fd, key.remote.is_ipv6(), hops);
                 }
-                let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-                // syscalls: sendto
-                let mut result = rustix::net::send(fd, datagram.payload, flags);
-                if matches!(result, Err(error) if is_pending(error)) {
-                    // The error of an earlier datagram, which took this one's place.
-                    flow.failed = true;
-                    result = rustix::net::send(fd, datagram.payload, flags);
-                }
-                (result.map_err(io::Error::from), class)
+                Some(class)
             }
-            Way::Forwarded { listener, peer, local } => {
-                let Some(listener) = self.listeners.get_mut(listener) else { return };
-                let mut result = socket::send(&listener.fd, datagram.payload, *local, *peer);
-                if matches!(&result, Err(error) if is_pending(errno(error))) {
-                    listener.failed = true;
-                    result = socket::send(&listener.fd, datagram.payload, *local, *peer);
-                }
-                (result, Class::BothWays)
-            }
+            Way::Forwarded { .. } => Some(Class::BothWays),
+        }
+    }
+
+    fn set_alone(&mut self, number: u32) {
+        if let Some((_, flow)) = self.flows.get_mut(number) {
+            flow.alone = true;
+        }
+    }
+
+    /// Sends one datagram by a flow.
+    fn send_one(&mut self, cx: &mut Context<'_>, number: u32, payload: &[u8]) {
+        let Err(error) = self.transmit(number, payload, None) else { return };
+        cx.link.stats.dropped.host += 1;
+        // The host's queue is full: a datagram is lost, as on any link.
+        if is_full(&error) {
+            return;
+        }
+        let Some((key, flow)) = self.flows.get_mut(number) else { return };
+        flow.failed = true;
+        // Longer than the path takes: the error's queue knows by how much.
+        if errno(&error) != Errno::MSGSIZE {
+            let why = socket::local_error(key.remote.is_ipv6(), errno(&error), 0);
+            tell(cx, key, why, None, payload);
+        }
+    }
+
+    /// Gives a flow's socket one datagram, or several of `length` bytes each.
+    fn transmit(&mut self, number: u32, bytes: &[u8], length: Option<u16>) -> io::Result<()> {
+        let Some((_, flow)) = self.flows.get_mut(number) else { return Ok(()) };
+        let listener = match &flow.way {
+            Way::Own(_) => None,
+            Way::Forwarded { listener, .. } => self.listeners.get_mut(listener),
         };
-        self.flows.touch(number, class, cx.now);
-        match result {
-            Ok(_) => {}
-            // The host's queue is full: a datagram is lost, as on any link.
-            Err(error) if matches!(errno(&error), Errno::AGAIN | Errno::NOBUFS) => {
-                cx.link.stats.dropped.host += 1
+        let send = || match (&flow.way, &listener) {
+            (Way::Own(fd), _) => match length {
+                Some(_) => socket::send(fd, bytes, length, None, None),
+                None => {
+                    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+                    // syscalls: sendto
+                    rustix::net::send(fd, bytes, flags).map_err(io::Error::from)
+                }
+            },
+            (Way::Forwarded { peer, local, .. }, Some(listener)) => {
+                socket::send(&listener.fd, bytes, length, *local, Some(*peer))
             }
-            Err(error) => {
-                cx.link.stats.dropped.host += 1;
-                // Longer than the path takes: the error's queue knows by how much.
-                if errno(&error) != Errno::MSGSIZE {
-                    refuse(
-                        cx,
-                        socket::local_error(datagram.ip.addresses.is_v6(), errno(&error), 0),
-                        datagram,
-                    );
-                }
-                if let Some((_, flow)) = self.flows.get_mut(number) {
-                    flow.failed = true;
-                }
+            (Way::Forwarded { .. }, None) => Ok(0),
+        };
+        let mut result = send();
+        let pending = matches!(&result, Err(error) if is_pending(errno(error)));
+        if pending {
+            // The error of an earlier datagram, which took this one's place.
+            result = send();
+            match listener {
+                Some(listener) => listener.failed = true,
+                None => flow.failed = true,
             }
         }
-        if self.flows.get_mut(number).is_some_and(|(_, flow)| flow.failed) {
-            self.enqueue(number);
-        }
+        result.map(|_| ())
     }
 
     fn enqueue(&mut self, number: u32) {
@@ -346,8 +422,9 @@ impl Udp {
         !self.queue.is_empty()
     }
 
-    /// Reads some of the sockets that are ready, as long as the guest takes what they give.
+    /// Sends what was gathered, and reads some of the sockets that are ready, as long as the guest takes what they give.
     pub(crate) fn turn(&mut self, cx: &mut Context<'_>) {
+        self.send_burst(cx);
         for _ in 0..self.queue.len().min(SOURCES) {
             if cx.link.full {
                 return;
@@ -453,7 +530,7 @@ impl Udp {
     /// A datagram came by a forwarded port: makes its flow or keeps it alive.
     fn note_peer(&mut self, cx: &mut Context<'_>, key: Key, number: Option<u32>, way: Way) {
         let Some(number) = number else {
-            self.insert(cx, key, Flow { way, hop_limit: HOP_LIMIT, queued: false, failed: false });
+            self.insert(cx, key, Flow::new(way));
             return;
         };
         let class = self.flows.class(number).unwrap_or(Class::OneWay);
@@ -601,6 +678,11 @@ fn refuse(cx: &mut Context<'_>, error: IcmpError, datagram: &UdpView<'_>) {
 
 fn errno(error: &io::Error) -> Errno {
     Errno::from_io_error(error).unwrap_or(Errno::IO)
+}
+
+/// Whether the host's queue has no room.
+fn is_full(error: &io::Error) -> bool {
+    matches!(errno(error), Errno::AGAIN | Errno::NOBUFS)
 }
 
 /// Whether an error may be that of a datagram sent earlier (ip(7), IP_RECVERR).

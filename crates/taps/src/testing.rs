@@ -1,0 +1,3 @@
+//! Bodies of fuzz targets.
+
+pub use crate::vhost_net::any_completions;

@@ -1,0 +1,367 @@
+//! The kernel's own vhost-net, under `taps::vhost_net` and `usernet`'s engine.
+//!
+//! Few machines that run tests have the module, and fewer let anybody use it. Debian's kernels have it: so the test
+//! boots one, and runs itself in the guest, which is host and guest of the network in one. A network namespace
+//! with a tap device is the guest; the engine outside serves it, by vhost-net and then by read and write.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on is to fail")]
+
+mod support;
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use support::Noise;
+use support::kernels::kernels;
+use support::process::{boot, run};
+use taps::tun::{self, Tun};
+use taps::vhost_net::{self, Mode};
+use usernet::config::{Config, Family, Forward, Services, Transport};
+use usernet::{Engine, Handle};
+
+/// Names the directory of the kernel's modules to the guest's side.
+const MODULES: &str = "RING3_TEST_MODULES";
+
+#[test]
+fn the_kernels_vhost_net_carries_frames() {
+    let Some(kernels) = kernels() else { return };
+    if ip().is_none() {
+        return support::skip("there is no ip(8): apt-get install iproute2");
+    }
+    let this = std::env::current_exe().unwrap();
+    let command = [
+        this.to_str().unwrap(),
+        "--ignored",
+        "--exact",
+        "the_guests_side",
+        "--nocapture",
+        "--test-threads=1",
+    ];
+    for (kernel, cpus) in [(kernels.newer(), "2"), (kernels.older(), "1")] {
+        let modules = format!("{MODULES}={}", kernel.parent().unwrap().join("modules").display());
+        let end = boot(run(kernel, &["--cpus", cpus, "--env", &modules], &command));
+        end.expect(0);
+        // What it measured.
+        let text = end.text();
+        for line in text.lines().filter(|line| line.starts_with("vhost-net:") || line.starts_with("PASS")) {
+            println!("{line}");
+        }
+    }
+}
+
+#[test]
+#[ignore = "runs in the guest of another test"]
+fn the_guests_side() {
+    let modules = PathBuf::from(std::env::var_os(MODULES).unwrap());
+    load(&modules, "kernel/drivers/net/tun.ko");
+    without_the_module_there_is_the_tap_device();
+    load(&modules, "kernel/drivers/vhost/vhost_net.ko");
+    assert!(Path::new("/dev/vhost-net").exists());
+    let vhost = carries_everything(Mode::On);
+    let plain = carries_everything(Mode::Off);
+    println!("vhost-net: {vhost:?}; read and write: {plain:?}");
+}
+
+/// `auto` does without vhost-net, `on` says why it cannot.
+fn without_the_module_there_is_the_tap_device() {
+    let namespace = Namespace::new();
+    let Err(error) = vhost_net::open(Mode::On, namespace.tap("refused")) else {
+        panic!("there is no vhost-net yet")
+    };
+    let error = error.to_string();
+    assert!(error.contains("/dev/vhost-net") && error.contains("modprobe vhost_net"), "{error}");
+    assert!(vhost_net::open(Mode::Auto, namespace.tap("plain")).is_ok());
+    println!("PASS without the module");
+}
+
+// ---- the guest's network ----
+
+const GUEST_V4: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 15);
+const HOST_V4: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 2);
+const GUEST_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 15);
+const HOST_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 2);
+const MTU: u16 = 65520;
+
+fn config() -> Config {
+    Config {
+        guest_mac: None,
+        gateway_mac: [0x9a, 0x55, 0x9a, 0x55, 0x9a, 0x55],
+        ipv4: Some(Family {
+            guest: GUEST_V4,
+            prefix: 24,
+            gateway: HOST_V4,
+            host_loopback: Some(HOST_V4),
+            host_global: None,
+        }),
+        ipv6: Some(Family {
+            guest: GUEST_V6,
+            prefix: 64,
+            gateway: HOST_V6,
+            host_loopback: Some(HOST_V6),
+            host_global: None,
+        }),
+        mtu: MTU,
+        dns: Vec::new(),
+        dns_forward: Vec::new(),
+        search: Vec::new(),
+        hostname: None,
+        fqdn: None,
+        services: Services::default(),
+        forwards: Vec::new(),
+        freebind: false,
+        outbound: usernet::config::Outbound::default(),
+    }
+}
+
+/// A thread in a network namespace of its own, which does what it is sent.
+struct Namespace {
+    work: Option<Sender<Box<dyn FnOnce() + Send>>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Namespace {
+    fn new() -> Self {
+        let (work, queue): (_, Receiver<Box<dyn FnOnce() + Send>>) = channel();
+        let thread = std::thread::spawn(move || {
+            // SAFETY: needed for a system call without a safe wrapper here; it concerns this thread alone, which has
+            // no descriptor of the old namespace.
+            assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNET) }, 0);
+            queue.into_iter().for_each(|job| job());
+        });
+        Self { work: Some(work), thread: Some(thread) }
+    }
+
+    /// Starts something in the namespace; its result comes by the channel.
+    fn start<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> Receiver<T> {
+        let (sender, receiver) = channel();
+        let job = Box::new(move || sender.send(job()).unwrap());
+        self.work.as_ref().unwrap().send(job).unwrap();
+        receiver
+    }
+
+    fn run<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> T {
+        self.start(job).recv().unwrap()
+    }
+
+    fn tap(&self, name: &'static str) -> Tun {
+        self.run(move || {
+            let options = tun::Options { name, multi_queue: false, mtu: MTU };
+            Tun::attach(tun::open().unwrap(), options).unwrap()
+        })
+    }
+
+    /// Runs an ip(8) command.
+    fn ip(&self, arguments: &str) {
+        let arguments: Vec<String> = arguments.split(' ').map(str::to_owned).collect();
+        let status = self.run(move || Command::new(ip().unwrap()).args(&arguments).status().unwrap());
+        assert!(status.success());
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        drop(self.work.take());
+        let ended = self.thread.take().unwrap().join();
+        assert!(ended.is_ok() || std::thread::panicking());
+    }
+}
+
+fn ip() -> Option<PathBuf> {
+    ["/usr/sbin/ip", "/sbin/ip", "/usr/bin/ip", "/bin/ip"]
+        .map(PathBuf::from)
+        .into_iter()
+        .find(|ip| ip.exists())
+}
+
+/// How long the transfers took.
+#[derive(Debug)]
+#[expect(dead_code, reason = "it is printed")]
+struct Took {
+    into_v4: Duration,
+    out_v4: Duration,
+    into_v6: Duration,
+    out_v6: Duration,
+}
+
+fn carries_everything(mode: Mode) -> Took {
+    let namespace = Namespace::new();
+    let tap = vhost_net::open(mode, namespace.tap("tap0")).unwrap();
+    namespace.ip("link set lo up");
+    namespace.ip(&format!("link set tap0 mtu {MTU} up"));
+    namespace.ip(&format!("address add {GUEST_V4}/24 dev tap0"));
+    namespace.ip(&format!("address add {GUEST_V6}/64 dev tap0 nodad"));
+    let engine = Engine::new(config(), tap).unwrap();
+    let handle = engine.handle();
+    let engine = std::thread::spawn(move || engine.run());
+
+    let (v4, v6) =
+        ([Ipv4Addr::LOCALHOST.into(), HOST_V4.into()], [Ipv6Addr::LOCALHOST.into(), HOST_V6.into()]);
+    let took = Took {
+        into_v4: into(&namespace, v4, 64),
+        out_v4: out(&namespace, v4, 64),
+        into_v6: into(&namespace, v6, 32),
+        out_v6: out(&namespace, v6, 32),
+    };
+    println!("PASS {mode:?}: transfers");
+    short_connections(&namespace, 200);
+    println!("PASS {mode:?}: short connections");
+    datagrams(&namespace, v4);
+    datagrams(&namespace, v6);
+    println!("PASS {mode:?}: datagrams");
+    forwarded(&namespace, &handle, 16);
+    println!("PASS {mode:?}: a forwarded port");
+    let stats = handle.stats().unwrap();
+    assert!(stats.frames_in > 1000 && stats.frames_out > 1000, "{stats:?}");
+    assert_eq!((stats.dropped.malformed, stats.dropped.checksum), (0, 0), "{stats:?}");
+
+    namespace.ip("link delete tap0");
+    // Each question is a turn of the engine, in which it can notice.
+    while handle.stats().is_ok() {}
+    let error = engine.join().unwrap().unwrap_err();
+    println!("PASS {mode:?}: the interface's end: {error}");
+    took
+}
+
+// ---- what crosses it ----
+
+/// Sends the noise of `seed`.
+fn send(stream: &mut TcpStream, seed: u64, megabytes: usize) {
+    let mut noise = Noise(seed);
+    let mut buffer = vec![0; 1 << 20];
+    for _ in 0..megabytes {
+        noise.fill(&mut buffer);
+        stream.write_all(&buffer).unwrap();
+    }
+}
+
+/// Receives that noise, then the end.
+fn receive(stream: &mut TcpStream, seed: u64, megabytes: usize) {
+    let mut noise = Noise(seed);
+    let (mut expected, mut buffer) = (vec![0; 1 << 20], vec![0; 1 << 20]);
+    for megabyte in 0..megabytes {
+        noise.fill(&mut expected);
+        stream.read_exact(&mut buffer).unwrap();
+        assert!(buffer == expected, "megabyte {megabyte} is not what was sent");
+    }
+    assert_eq!(stream.read(&mut buffer).unwrap(), 0);
+}
+
+/// From the host into the namespace.
+fn into(namespace: &Namespace, [host, seen]: [IpAddr; 2], megabytes: usize) -> Duration {
+    let listener = TcpListener::bind((host, 0)).unwrap();
+    let target = SocketAddr::new(seen, listener.local_addr().unwrap().port());
+    let client = namespace.start(move || receive(&mut TcpStream::connect(target).unwrap(), 1, megabytes));
+    let mut server = listener.accept().unwrap().0;
+    let began = Instant::now();
+    send(&mut server, 1, megabytes);
+    drop(server);
+    client.recv().unwrap();
+    began.elapsed()
+}
+
+/// Out of the namespace to the host.
+fn out(namespace: &Namespace, [host, seen]: [IpAddr; 2], megabytes: usize) -> Duration {
+    let listener = TcpListener::bind((host, 0)).unwrap();
+    let target = SocketAddr::new(seen, listener.local_addr().unwrap().port());
+    let client = namespace.start(move || send(&mut TcpStream::connect(target).unwrap(), 2, megabytes));
+    let mut server = listener.accept().unwrap().0;
+    let began = Instant::now();
+    receive(&mut server, 2, megabytes);
+    client.recv().unwrap();
+    began.elapsed()
+}
+
+/// One after the other, with a byte each way.
+fn short_connections(namespace: &Namespace, count: usize) {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let client = namespace.start(move || {
+        for number in 0..count {
+            let mut stream = TcpStream::connect((HOST_V4, port)).unwrap();
+            let mut byte = [number as u8];
+            stream.write_all(&byte).unwrap();
+            stream.read_exact(&mut byte).unwrap();
+            assert_eq!(byte, [!(number as u8)]);
+        }
+    });
+    for _ in 0..count {
+        let mut stream = listener.accept().unwrap().0;
+        let mut byte = [0];
+        stream.read_exact(&mut byte).unwrap();
+        stream.write_all(&[!byte[0]]).unwrap();
+    }
+    client.recv().unwrap();
+}
+
+/// Of many sizes, up to the longest that the link carries, there and back.
+fn datagrams(namespace: &Namespace, [host, seen]: [IpAddr; 2]) {
+    let server = UdpSocket::bind((host, 0)).unwrap();
+    let target = SocketAddr::new(seen, server.local_addr().unwrap().port());
+    let longest = usize::from(MTU) - if host.is_ipv4() { 28 } else { 48 };
+    let sizes = [0, 1, 1000, 8192 - 12, 8192, 20_000, longest];
+    let client = namespace.start(move || {
+        let any: IpAddr =
+            if seen.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+        let client = UdpSocket::bind((any, 0)).unwrap();
+        client.connect(target).unwrap();
+        client.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        let mut buffer = vec![0; 1 << 16];
+        for size in sizes {
+            let sent: Vec<u8> = (0..size).map(|place| (place % 251) as u8).collect();
+            client.send(&sent).unwrap();
+            let length = client.recv(&mut buffer).unwrap();
+            assert!(buffer[..length] == sent, "{size} bytes became {length}");
+        }
+    });
+    let mut buffer = vec![0; 1 << 16];
+    for _ in sizes {
+        let (length, from) = server.recv_from(&mut buffer).unwrap();
+        server.send_to(&buffer[..length], from).unwrap();
+    }
+    client.recv().unwrap();
+}
+
+/// By a port of the host's.
+fn forwarded(namespace: &Namespace, handle: &Handle, megabytes: usize) {
+    let (ready, port) = channel();
+    let server = namespace.start(move || {
+        let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
+        ready.send(listener.local_addr().unwrap().port()).unwrap();
+        receive(&mut listener.accept().unwrap().0, 3, megabytes);
+    });
+    let listen = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0);
+    let forward = handle.add_forward(Forward::new(Transport::Tcp, listen, port.recv().unwrap())).unwrap();
+    send(&mut TcpStream::connect(forward.listen).unwrap(), 3, megabytes);
+    server.recv().unwrap();
+}
+
+// ---- modules ----
+
+/// Loads a module after those that it needs.
+fn load(modules: &Path, name: &str) {
+    let dependencies = fs::read_to_string(modules.join("modules.dep")).unwrap();
+    let (module, needs) = dependencies
+        .lines()
+        .filter_map(|line| line.split_once(':'))
+        .find(|(module, _)| module.strip_suffix(".xz").unwrap_or(module) == name)
+        .unwrap_or_else(|| panic!("the kernel has no {name}"));
+    // They are listed the other way round.
+    for file in needs.split_whitespace().rev().chain([module]) {
+        let mut image = fs::read(modules.join(file)).unwrap();
+        if file.ends_with(".xz") {
+            let mut plain = Vec::new();
+            liblzma::read::XzDecoder::new(image.as_slice()).read_to_end(&mut plain).unwrap();
+            image = plain;
+        }
+        match rustix::system::init_module(&image, c"") {
+            Ok(()) | Err(rustix::io::Errno::EXIST) => {}
+            Err(error) => panic!("{file}: {error}"),
+        }
+    }
+}

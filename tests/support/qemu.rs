@@ -1,0 +1,102 @@
+//! QEMU guests, translated by TCG: Debian's kernel, busybox, and a script.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+use ring3::initramfs::cpio::Archive;
+use ring3::initramfs::modules::ModuleTree;
+
+use super::kernels::{Kernels, kernels};
+use super::process;
+
+/// What the guests are made of.
+pub struct Guests {
+    kernel: PathBuf,
+    busybox: Vec<u8>,
+    modules: Vec<(String, Vec<u8>)>,
+}
+
+/// What the guests are made of, or none after having said aloud why.
+pub fn guests() -> Option<&'static Guests> {
+    static GUESTS: OnceLock<Result<Guests, String>> = OnceLock::new();
+    let kernels = kernels()?;
+    match GUESTS.get_or_init(|| get(&kernels)) {
+        Ok(guests) => Some(guests),
+        Err(why) => {
+            super::skip(why);
+            None
+        }
+    }
+}
+
+fn get(kernels: &Kernels) -> Result<Guests, String> {
+    let mut version = Command::new("qemu-system-x86_64");
+    version.arg("--version").stdout(std::process::Stdio::null());
+    version.status().map_err(|error| format!("no qemu-system-x86_64: {error}"))?;
+    let busybox = ["/bin/busybox", "/usr/bin/busybox"].into_iter().find_map(|path| std::fs::read(path).ok());
+    let busybox = busybox.ok_or("no busybox")?;
+    // An interpreter is named near the beginning of a program that is not linked statically.
+    if busybox.iter().take(4096).copied().collect::<Vec<_>>().windows(9).any(|bytes| bytes == b"/ld-linux") {
+        return Err("busybox is not a static one (package busybox-static)".into());
+    }
+    let kernel = kernels.older().to_owned();
+    let modules = ModuleTree::open(&kernel.parent().ok_or("a kernel in no directory")?.join("modules"))
+        .and_then(|modules| modules.load(&["virtio_pci", "virtio_net"], &[]))
+        .map_err(|error| error.to_string())?;
+    let modules = modules.into_iter().map(|module| (module.file_name(), module.bytes)).collect();
+    Ok(Guests { kernel, busybox, modules })
+}
+
+/// What every guest's script begins with.
+const BEGINNING: &str = "#!/bin/busybox sh
+busybox mkdir -p /proc /sys /dev /tmp /etc
+busybox mount -t proc proc /proc
+busybox mount -t sysfs sys /sys
+busybox mount -t devtmpfs dev /dev
+busybox mkdir -p /sbin /usr/bin /usr/sbin
+busybox --install -s
+for module in $(cat /modules/order); do insmod /modules/$module; done
+ip link set lo up
+ip link set eth0 up
+";
+
+/// What udhcpc calls.
+const LEASE: &str = "#!/bin/busybox sh
+[ \"$1\" = bound ] || exit 0
+ip link set eth0 mtu ${mtu:-1500}
+ip address add $ip/$mask dev eth0
+ip route add default via $router dev eth0
+echo \"LEASE $ip/$mask via $router mtu $mtu dns $dns\"
+";
+
+impl Guests {
+    /// A guest that runs a script (of busybox's shell) with its network card, `eth0`, up; `udhcpc -s /lease` configures it.
+    /// What the script prints is the command's standard output. The initramfs goes into `dir`.
+    pub fn command(&self, dir: &Path, script: &str) -> Command {
+        let mut archive = Archive::new();
+        archive.character_device("/dev/console", 0o600, 5, 1);
+        archive.file("/bin/busybox", 0o755, &self.busybox);
+        let init = format!("{BEGINNING}{script}\npoweroff -f\n");
+        archive.file("/init", 0o755, init.as_bytes());
+        archive.file("/lease", 0o755, LEASE.as_bytes());
+        let mut order = String::new();
+        for (name, bytes) in &self.modules {
+            archive.file(format!("/modules/{name}"), 0o644, bytes);
+            order = format!("{order} {name}");
+        }
+        archive.file("/modules/order", 0o644, order.as_bytes());
+        let initramfs = super::write(dir, "initramfs", &archive.finish());
+
+        let mut qemu = Command::new("qemu-system-x86_64");
+        qemu.args(["-accel", "tcg", "-cpu", "max", "-m", "256M", "-nodefaults", "-no-user-config"])
+            .args(["-display", "none", "-serial", "stdio", "-no-reboot", "-kernel"])
+            .arg(&self.kernel)
+            .arg("-initrd")
+            .arg(initramfs)
+            .args(["-append", "console=ttyS0 quiet panic=-1 mitigations=off random.trust_cpu=on"]);
+        qemu.stdin(std::process::Stdio::null());
+        process::as_other_user(&mut qemu);
+        qemu
+    }
+}
