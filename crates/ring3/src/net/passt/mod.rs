@@ -64,6 +64,7 @@ pub fn run(settings: &PasstSettings) -> Result<u8, NetError> {
     let mtu = if config.mtu == 0 { MTU } else { config.mtu };
     let (taps, control) =
         links(settings, socket, mtu).because(|| "cannot make a link to the guest".into())?;
+    // After the keeper has started, which would keep the control socket too.
     let prepared = Prepared::open(common)?;
     let taps = taps.into_iter().map(|tap| prepared.tap(tap)).collect();
     let network = Network::new(config, taps).because(|| "cannot start the network".into())?;
@@ -79,8 +80,8 @@ pub fn run(settings: &PasstSettings) -> Result<u8, NetError> {
     isolation::drop_capabilities(false)?;
     let (sender, events) = channel();
     start_threads(network, control, sender)?;
+    let attendants = prepared.attend(&handle)?;
     add_best_effort(&handle, &common.forwards())?;
-    let _attendants = prepared.attend(&handle)?;
     isolation::seal(if settings.vhost_user { Mode::VhostUser } else { Mode::Passt }, None)?;
 
     background::write_pid(pid_file, std::process::id() as i32)
@@ -88,6 +89,7 @@ pub fn run(settings: &PasstSettings) -> Result<u8, NetError> {
     background.map(background::Background::ready).transpose()?;
     let result = attend(&events);
     handle.stop();
+    drop(attendants);
     result
 }
 
