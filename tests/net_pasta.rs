@@ -2,6 +2,8 @@
 //!
 //! All sockets are in namespaces that the tests make, or on the host's loopback.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on is to fail")]
+
 mod support;
 
 use std::fs;

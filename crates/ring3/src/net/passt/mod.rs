@@ -131,11 +131,10 @@ fn inherited(number: i32) -> io::Result<OwnedFd> {
 }
 
 /// The links to guests, and who listens to what their front ends say.
-fn links(
-    settings: &PasstSettings,
-    socket: Socket,
-    mtu: u16,
-) -> io::Result<(Vec<Box<dyn Tap>>, Option<Control>)> {
+type Links = (Vec<Box<dyn Tap>>, Option<Control>);
+
+/// Makes the links to guests.
+fn links(settings: &PasstSettings, socket: Socket, mtu: u16) -> io::Result<Links> {
     let clients = if settings.one_off { Clients::One } else { Clients::OneAfterTheOther };
     if settings.vhost_user {
         let source = match socket {

@@ -83,8 +83,8 @@ fn advice(error: &io::Error) -> &'static str {
 /// What moves the guest's frames.
 enum Service {
     Engine {
-        network: usernet::Network,
-        changes: Changes,
+        network: Box<usernet::Network>,
+        changes: Box<Changes>,
         /// Whether to say where the guest's ports are.
         announce: bool,
     },
@@ -180,7 +180,11 @@ fn user(args: &RunArgs) -> Result<Network, NetworkError> {
     })?;
     // Which port it became is not for the guest's user to find out by trying.
     let announce = args.verbose || publish.iter().any(|port| port.host == 0);
-    Ok(Network { device, service: Service::Engine { network: engine, changes, announce }, guest })
+    Ok(Network {
+        device,
+        service: Service::Engine { network: Box::new(engine), changes: Box::new(changes), announce },
+        guest,
+    })
 }
 
 /// What the guest is told, which a DHCP client would find out too.
