@@ -76,16 +76,18 @@ fn the_guests_side() {
 
 /// Where a command in `ring3 pasta`'s namespace finds this test's server.
 const SERVER: &str = "RING3_TEST_SERVER";
+/// The host's loopback in that namespace: no address that the guest itself may have been given.
+const LOOPBACK: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 2);
 
 /// The whole way, with the process isolated as it always is.
 fn pasta_uses_it() {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-    let server = SocketAddr::new(HOST_V4.into(), listener.local_addr().unwrap().port());
+    let server = SocketAddr::new(LOOPBACK.into(), listener.local_addr().unwrap().port());
     let this = std::env::current_exe().unwrap();
     let sender = std::thread::spawn(move || send(&mut listener.accept().unwrap().0, 4));
     let status = Command::new(env!("CARGO_BIN_EXE_ring3"))
         .args(["pasta", "--vhost", "on", "--config-net", "--map-host-loopback"])
-        .arg(HOST_V4.to_string())
+        .arg(LOOPBACK.to_string())
         .arg("--")
         .arg(this)
         .args(["--ignored", "--exact", "a_commands_side", "--nocapture", "--test-threads=1"])

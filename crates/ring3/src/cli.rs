@@ -132,7 +132,7 @@ pub enum Task {
     Passt(Box<PasstArgs>),
     /// List, add or remove the forwarded ports of a running network
     ///
-    /// The network is that of `ring3 pasta -c PATH`, `ring3 passt -c PATH` or `ring3 run --net-control PATH`.
+    /// The network is that of `ring3 pasta -c PATH` or `ring3 passt -c PATH`.
     #[command(after_long_help = NET_EXAMPLES)]
     Net {
         /// What to do.

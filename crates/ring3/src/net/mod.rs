@@ -3,6 +3,7 @@
 //! The engine is crate `usernet`, the links to a guest are crate `taps`; here they are put together.
 
 pub mod attendants;
+mod changes;
 pub mod command;
 pub mod control;
 pub mod isolation;

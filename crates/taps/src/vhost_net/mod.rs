@@ -132,7 +132,7 @@ fn optional<T>(mode: Mode, result: Result<T, Error>) -> Result<Option<T>, Error>
     match result {
         Ok(value) => Ok(Some(value)),
         Err(error) if mode == Mode::Auto => {
-            tracing::info!("without vhost-net: {error}");
+            tracing::debug!("without vhost-net: {error}");
             Ok(None)
         }
         Err(error) => Err(error),

@@ -5,7 +5,7 @@ use std::io;
 
 use vhost::vhost_user::message::VhostUserMemoryRegion;
 use vm_memory::mmap::{GuestRegionMmap, MmapRegion};
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestMemoryRegion};
 
 /// Memory, and where the front end has it in its own process.
 pub(super) struct Shared {
@@ -34,7 +34,7 @@ impl Shared {
             mapped.push(region.ok_or_else(|| bad("a region of memory is beyond all addresses"))?);
             user.push((user_addr, guest, size));
         }
-        mapped.sort_by_key(|region| vm_memory::GuestMemoryRegion::start_addr(region));
+        mapped.sort_by_key(GuestMemoryRegion::start_addr);
         let memory = GuestMemoryMmap::from_regions(mapped)
             .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error.to_string()))?;
         Ok(Self { memory, user })

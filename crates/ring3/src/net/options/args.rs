@@ -261,10 +261,10 @@ pub struct CommonArgs {
     /// Fully qualified name for the guest (DHCP option 81, DHCPv6 option 39) [default: none]
     #[arg(long, value_name = "NAME", value_parser = parse_name)]
     pub fqdn: Option<String>,
-    /// TCP ports of the host that lead inside, see below [default: none (passt), auto (pasta)]
+    /// TCP ports of the host that lead inside [default: none (passt), auto (pasta)]
     #[arg(short, long, value_name = "SPEC")]
     pub tcp_ports: Vec<PortSpec>,
-    /// UDP ports of the host that lead inside, see below [default: none (passt), auto (pasta)]
+    /// UDP ports of the host that lead inside [default: none (passt), auto (pasta)]
     #[arg(short, long, value_name = "SPEC")]
     pub udp_ports: Vec<PortSpec>,
     /// Threads that carry the traffic (ring3's own) [default: 1]
@@ -278,10 +278,10 @@ pub struct PastaOnly {
     /// Name of the tap device in the namespace [default: that of the host's interface, else tap0]
     #[arg(short = 'I', long, value_name = "NAME", value_parser = parse_interface)]
     pub ns_ifname: Option<String>,
-    /// TCP ports of the namespace's loopback that lead to the host's, see below [default: auto]
+    /// TCP ports of the namespace's loopback that lead to the host's [default: auto]
     #[arg(short = 'T', long, value_name = "SPEC")]
     pub tcp_ns: Vec<PortSpec>,
-    /// UDP ports of the namespace's loopback that lead to the host's, see below [default: auto]
+    /// UDP ports of the namespace's loopback that lead to the host's [default: auto]
     #[arg(short = 'U', long, value_name = "SPEC")]
     pub udp_ns: Vec<PortSpec>,
     /// Connections to forwarded ports by the host's loopback arrive on the namespace's loopback

@@ -27,10 +27,11 @@ use signal_hook::consts::{SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::iterator::Signals;
 use taps::stream::{Clients, Stream};
 use taps::vhost_user::{self, Control, Source};
-use usernet::Network;
 use usernet::tap::Tap;
+use usernet::{Config, Network};
 
 use super::attendants::Prepared;
+use super::changes::Changes;
 use super::isolation::{self, Mode, background, user};
 use super::options::PasstSettings;
 use super::options::settings::GuestSocket;
@@ -54,7 +55,9 @@ enum Event {
 /// What could not be done.
 pub fn run(settings: &PasstSettings) -> Result<u8, NetError> {
     let common = &settings.common;
-    let config = common.config().because(|| "cannot make the guest's network".into())?;
+    let changes = Changes::open(&common.network)?;
+    let forwards = common.forwards();
+    let config = Config { forwards: forwards.required.clone(), ..changes.config()? };
     let mut pid_file = common
         .pid_file
         .as_ref()
@@ -81,7 +84,8 @@ pub fn run(settings: &PasstSettings) -> Result<u8, NetError> {
     let (sender, events) = channel();
     start_threads(network, control, sender)?;
     let attendants = prepared.attend(&handle)?;
-    add_best_effort(&handle, &common.forwards())?;
+    add_best_effort(&handle, &forwards)?;
+    let following = changes.follow(handle.clone())?;
     isolation::seal(if settings.vhost_user { Mode::VhostUser } else { Mode::Passt }, None)?;
 
     background::write_pid(pid_file, std::process::id() as i32)
@@ -89,7 +93,7 @@ pub fn run(settings: &PasstSettings) -> Result<u8, NetError> {
     background.map(background::Background::ready).transpose()?;
     let result = attend(&events);
     handle.stop();
-    drop(attendants);
+    drop((attendants, following));
     result
 }
 

@@ -32,10 +32,10 @@ use std::io;
 
 use taps::vhost_net::{self, Device};
 use usernet::HostNetwork;
-use usernet::follow::Follower;
 use usernet::tap::Tap;
 
 use super::attendants::Prepared;
+use super::changes::Changes;
 use super::isolation::{self, Mode, background, user};
 use super::options::settings::{Splice, Target};
 use super::options::{PastaSettings, Vhost};
@@ -58,12 +58,9 @@ const IFNAME: &str = "tap0";
 pub fn run(settings: &PastaSettings) -> Result<u8, NetError> {
     let common = &settings.common;
     // Without forwards: which are there, and who serves them, is decided by `serve`.
-    let mut follower =
-        Follower::open(common.network.template()).because(|| "cannot follow the host's network".into())?;
-    let (host, template) = follower.config().because(|| "cannot take after the host's network".into())?;
-    let config = common.network.apply(template.clone());
-    let config = config.because(|| "cannot make the namespace's network".into())?;
-    let ifname = settings.ifname.clone().unwrap_or_else(|| name_after(&host));
+    let changes = Changes::open(&common.network)?;
+    let config = changes.config()?;
+    let ifname = settings.ifname.clone().unwrap_or_else(|| name_after(changes.host()));
     let pid_file = common
         .pid_file
         .as_ref()
@@ -91,7 +88,7 @@ pub fn run(settings: &PastaSettings) -> Result<u8, NetError> {
         mac: settings.ns_mac,
         queues: common.threads,
         configure: settings.configure,
-        host: &host,
+        host: changes.host(),
         config: &config,
     };
     let file = opener.map(|opener| opener.open(&namespace)).transpose();
@@ -107,7 +104,7 @@ pub fn run(settings: &PastaSettings) -> Result<u8, NetError> {
         taps.collect::<Result<_, _>>().map_err(io::Error::other).because(|| "cannot use vhost-net".into())?;
     isolation::enclose(common.chroot_fallback)?;
     let serving = Serving::start(settings, config, taps, namespace, tables, watch, prepared)?;
-    let _following = serving.follow(follower, (host, template), common.network.clone())?;
+    let _following = serving.engine().map(|engine| changes.follow(engine)).transpose()?;
     isolation::seal(Mode::Pasta, command.as_ref().map(Command::pid))?;
 
     background::write_pid(pid_file, std::process::id().cast_signed())

@@ -11,11 +11,10 @@ use std::thread;
 use rustix::process::Signal;
 use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::iterator::Signals;
-use usernet::follow::{Follower, Following};
 use usernet::splice::sockets::{self, Here, There};
 use usernet::splice::{self, Bypass, Side, Splicer};
 use usernet::tap::Tap;
-use usernet::{Config, Handle, HostNetwork, Network};
+use usernet::{Config, Handle, Network};
 
 use super::auto::{AnyForwarder, Auto, Direction};
 use super::bound::Bound;
@@ -24,8 +23,8 @@ use super::namespace::NetNamespace;
 use super::watch::Watch;
 use crate::net::attendants::{Attendants, Prepared};
 use crate::net::isolation;
+use crate::net::options::PastaSettings;
 use crate::net::options::settings::{Ports, Splice};
-use crate::net::options::{self, PastaSettings};
 use crate::net::{Because, NetError};
 
 /// Something that happened.
@@ -106,22 +105,9 @@ impl Serving {
         Ok(Self { events, engine, splicer, _auto: auto, _attendants: attendants })
     }
 
-    /// Follows the host's network, which was `known` when the namespace's was made after it, until what is returned is
-    /// dropped. What was configured in the namespace (`--config-net`) stays as it is.
-    pub(super) fn follow(
-        &self,
-        follower: Follower,
-        known: (HostNetwork, Config),
-        options: options::network::Network,
-    ) -> Result<Option<Following>, NetError> {
-        let Some(engine) = self.engine.clone() else { return Ok(None) };
-        let changed = move |_: &HostNetwork, template: Config| {
-            let told = options.apply(template).and_then(|config| engine.reconfigure(config));
-            if let Err(error) = told {
-                tracing::warn!("the guest's network does not follow the host's: {error}");
-            }
-        };
-        follower.start(known, changed).map(Some).because(|| "cannot start a thread".into())
+    /// The engine behind the tap device, if there is one.
+    pub(super) fn engine(&self) -> Option<Handle> {
+        self.engine.clone()
     }
 
     /// Waits for the end, and returns the exit status: the command's, or 0.
