@@ -539,11 +539,14 @@ fn dhclient_gets_leases_of_both_families() {
         rustix::fs::chmod(&script, rustix::fs::Mode::from_raw_mode(0o755)).unwrap();
         // Without an address of the link, DHCPv6 has no source.
         wait_until("a link-local address", || {
-            guest
-                .namespace
-                .proc_net("if_inet6")
-                .lines()
-                .any(|line| line.starts_with("fe80") && !line.contains(" 40 "))
+            guest.namespace.proc_net("if_inet6").lines().any(|line| {
+                // Address, interface, prefix length, scope, flags, name.
+                let flags = line.split_whitespace().nth(4).and_then(|word| u8::from_str_radix(word, 16).ok());
+                const TENTATIVE: u8 = 0x40;
+                line.starts_with("fe80")
+                    && line.ends_with("eth0")
+                    && flags.is_some_and(|f| f & TENTATIVE == 0)
+            })
         });
         for (family, expected) in [
             (

@@ -11,7 +11,7 @@ use std::process::Command;
 use std::sync::OnceLock;
 
 use support::process::{Running, finish};
-use support::world::{GATEWAY, HOST, PATIENCE, World, at, inside, listens, wait_until};
+use support::world::{GATEWAY, HOST, PATIENCE, World, at, inside, listens, skip, wait_until};
 
 /// Where Debian's podman is unpacked, or why it is not.
 fn podman() -> &'static Result<PathBuf, String> {
@@ -27,6 +27,7 @@ fn podman() -> &'static Result<PathBuf, String> {
             "busybox-static",
             "bash",
             "coreutils",
+            "mount",
             "util-linux",
         ]);
         let done = finish(command, PATIENCE);
@@ -49,15 +50,17 @@ fn script(root: &PathBuf, script: &str) -> Command {
 
 /// Runs a test where podman is, and works with the network that is always there.
 fn with_podman(name: &str, body: impl FnOnce(&World, &PathBuf)) {
-    inside(name, |world| match podman() {
-        Err(why) => world.skip(why),
-        Ok(root) => {
-            let done = finish(script(root, "podman run --rm --network none busybox echo works"), PATIENCE);
-            if done.text() != "works\n" {
-                return world.skip(&format!("podman does not work here: {}", done.stderr.trim()));
-            }
-            body(world, root);
+    // Before the world is made: there is no archive in it. There, what was fetched is found.
+    let root = match podman() {
+        Err(why) => return skip(name, why),
+        Ok(root) => root,
+    };
+    inside(name, |world| {
+        let done = finish(script(root, "podman run --rm --network none busybox echo works"), PATIENCE);
+        if done.text() != "works\n" {
+            return world.skip(&format!("podman does not work here: {}", done.stderr.trim()));
         }
+        body(world, root);
     });
 }
 
