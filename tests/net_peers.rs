@@ -1,6 +1,8 @@
 //! `ring3 pasta` next to programs that are not ours: iperf3, DHCP clients, and the host's own TCP and UDP on both sides
 //! of it, in a network that each test makes.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on is to fail")]
+
 mod support;
 
 use std::io::{ErrorKind, Read as _, Write as _};

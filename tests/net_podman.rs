@@ -1,5 +1,7 @@
 //! Rootless podman with `ring3 pasta` in the place of pasta.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on is to fail")]
+
 mod support;
 
 use std::io::{Read as _, Write as _};
