@@ -103,7 +103,7 @@ fn iperf3_runs_both_ways() {
             server.args(["--server", "--one-off", "--forceflush", "--port", &port]);
             server.stdout(std::process::Stdio::null());
             let mut server = server.spawn().unwrap();
-            wait_until("iperf3's server", &listening);
+            wait_until("iperf3's server", listening);
             client.args(["--connect-timeout", "10000", "--port", &port, "--time", "1"]).args(extra);
             client.args(["--client", &to.ip().to_string()]);
             let done = client.output().unwrap();
