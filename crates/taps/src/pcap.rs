@@ -2,7 +2,7 @@
 //!
 //! A [`Recorded`] tap stands between the engine and another tap and writes down every frame that crosses it. The queues of one
 //! link share a [`Capture`]. Frames are kept in memory until the engine has done a turn ([`Tap::flush`]) or there
-//! are [`BUFFERED`] bytes of them, so the file is never more than a turn behind.
+//! are `BUFFERED` bytes of them, so the file is never more than a turn behind.
 //!
 //! Frames are recorded as the engine handles them: those to be cut into segments by the receiver are longer than the
 //! link's MTU, and their checksums may be left to be filled in.

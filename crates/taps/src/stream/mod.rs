@@ -2,14 +2,14 @@
 //!
 //! # Theory of operation
 //!
-//! Frames go both ways one after the other, each preceded by its length ([`framing`]). Nothing is negotiated, so there
+//! Frames go both ways one after the other, each preceded by its length (`framing`). Nothing is negotiated, so there
 //! are no offloads: every frame is complete, and as long as the guest's MTU allows.
 //!
 //! Frames are received and sent many at a time. One `recv` takes what there is, up to several of the longest frames;
 //! [`Tap::receive`] hands them out one by one. Short frames to the guest are gathered until [`Tap::flush`], or until there
-//! are [`BATCH`] bytes of them; a long one goes out at once together with those, without being copied.
+//! are `BATCH` bytes of them; a long one goes out at once together with those, without being copied.
 //!
-//! When the socket is full, what it did not take of a frame is kept, at most [`BATCH`] bytes and a frame, and everything
+//! When the socket is full, what it did not take of a frame is kept, at most `BATCH` bytes and a frame, and everything
 //! else is refused ([`Sent::Full`]) until it has room again.
 //!
 //! The engine watches one descriptor, an epoll of the sockets here. All of it is level-triggered: a byte that was left

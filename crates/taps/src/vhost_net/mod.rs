@@ -35,7 +35,7 @@
 //! **Readiness** is an epoll instance: the call eventfds of both rings and the device's error eventfd. The call eventfds
 //! are watched by edge, so they are never read. The tap device is not among them: the kernel cannot be asked
 //! to wake us at its end and not at each of its frames, which are the device's. So its end is noticed by looking, at most
-//! once in [`LOOK`], when the engine has something to do.
+//! once in `LOOK`, when the engine has something to do.
 //!
 //! **The kernel is trusted to be the kernel, and yet** everything that arrives in the rings is checked: what the guest
 //! sends, the header included, comes to us by it, and a fault here would be a fault in a process with open sockets. A

@@ -2,16 +2,16 @@
 //!
 //! # Theory of operation
 //!
-//! There are two sides to it. A thread of its own ([`control`]) reads the front end's messages, which come rarely, block,
-//! and change everything: memory, addresses, features ([`handler`]). The frames are moved on the engines' threads: each
+//! There are two sides to it. A thread of its own (`control`) reads the front end's messages, which come rarely, block,
+//! and change everything: memory, addresses, features (`handler`). The frames are moved on the engines' threads: each
 //! pair of queues is a link of its own ([`QueuePair`]), so that each can have an engine of its own. Both meet in a
-//! [`Slot`] per pair, under a lock which is free but for those few moments.
+//! `Slot` per pair, under a lock which is free but for those few moments.
 //!
 //! The crate `vhost` reads the messages. Its companion `vhost-user-backend` is not used, for it answers kicks on threads
 //! of its own, from where every frame would have to be handed on; here the engine waits for the kicks themselves, in
-//! one descriptor with everything else ([`Slot::epoll`]). A kick is watched edge-triggered and never read.
+//! one descriptor with everything else (`Slot::epoll`). A kick is watched edge-triggered and never read.
 //!
-//! - *Frames from the guest*: a chain is taken, walked and checked, copied, and given back at once ([`pair`], [`ring`]).
+//! - *Frames from the guest*: a chain is taken, walked and checked, copied, and given back at once (`pair`, `ring`).
 //! - *Frames to the guest*: chains are taken until the frame fits, several if buffers can be merged. With too few of them
 //!   the link is full, keeps those it has, and asks for a kick.
 //! - The driver is notified once for all frames of an engine's turn, and only if it wants to be.

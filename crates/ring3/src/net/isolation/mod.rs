@@ -34,7 +34,7 @@ pub use calls::Mode;
 #[cfg(test)]
 pub(crate) use calls::for_all_modes;
 
-/// Step 3, for a process whose only thread is the caller. See [`root::empty`] for `chroot_fallback`.
+/// Step 3, for a process whose only thread is the caller. See `root::empty` for `chroot_fallback`.
 ///
 /// # Errors
 /// The system does not allow one of the measures.

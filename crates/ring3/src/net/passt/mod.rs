@@ -1,8 +1,8 @@
 //! `ring3 passt`: the network of a virtual machine, by a socket.
 //!
 //! # Theory of operation
-//! 1. **While the process has its rights and sees the host**: the host's network is read, the socket listens ([`socket`]), the
-//!    engine opens its ports. A process that does nothing else is left to remove the socket at the end ([`keeper`]).
+//! 1. **While the process has its rights and sees the host**: the host's network is read, the socket listens (`socket`), the
+//!    engine opens its ports. A process that does nothing else is left to remove the socket at the end (`keeper`).
 //! 2. Root becomes an ordinary user; the process moves to a user namespace, goes to the background unless it is to stay,
 //!    and leaves the host's files behind ([`super::isolation`]).
 //! 3. It starts its threads, gives up all that it no longer needs, and lets the user know that everything is ready.

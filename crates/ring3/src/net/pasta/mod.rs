@@ -5,15 +5,15 @@
 //! network namespace, and what has to be done in the other one is done by threads that enter it.
 //!
 //! 1. **While the process has its rights and sees the host**: the host's network is read ([`usernet::HostNetwork`]),
-//!    what the options name is opened, the namespaces are found ([`namespace`]).
+//!    what the options name is opened, the namespaces are found (`namespace`).
 //! 2. Root becomes an ordinary user; the process moves to the user namespace; a command is started in further namespaces,
-//!    where it waits ([`command`]).
+//!    where it waits (`command`).
 //! 3. Without a command the process goes to the background, unless it is to stay.
-//! 4. A thread enters the network namespace, makes the tap device there and configures it ([`link`]).
-//! 5. The process leaves the host's files behind ([`super::isolation`]), starts its threads ([`serve`]), and gives up all
+//! 4. A thread enters the network namespace, makes the tap device there and configures it (`link`).
+//! 5. The process leaves the host's files behind ([`super::isolation`]), starts its threads (`serve`), and gives up all
 //!    that it no longer needs.
 //! 6. Everything is ready: the command is let go, or whoever waits for the background process.
-//! 7. The process waits for the command's end, for the namespace's ([`watch`]), or for a signal.
+//! 7. The process waits for the command's end, for the namespace's (`watch`), or for a signal.
 //!
 //! Whatever goes wrong before 6 is an error, and neither has a command run nor anybody been told that there is a network.
 

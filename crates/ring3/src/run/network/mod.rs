@@ -9,7 +9,7 @@
 //! stay; its sockets go where the host's routes lead then. Its resolvers stay too, for it was told once; what it asks them
 //! goes to the ones that the host has now.
 //!
-//! With a tap device there is no engine: frames pass as they are ([`bridge`]).
+//! With a tap device there is no engine: frames pass as they are (`bridge`).
 
 mod bridge;
 
