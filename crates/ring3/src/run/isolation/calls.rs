@@ -326,8 +326,8 @@ mod tests {
     fn the_network_can_do_what_its_tags_say() {
         // While it is made, and not once the guest runs.
         let before = [libc::SYS_listen, libc::SYS_inotify_init1, libc::SYS_inotify_add_watch];
-        // What the other front ends do with their standard streams.
-        let others = [libc::SYS_dup2, libc::SYS_dup3];
+        // What the other front ends do with their standard streams, and with their control socket.
+        let others = [libc::SYS_dup2, libc::SYS_dup3, libc::SYS_unlinkat];
         let allowed: BTreeSet<c_long> = allowed(1, Use::Sockets).iter().map(|call| call.number).collect();
         for (name, number) in crate::net::isolation::for_all_modes() {
             let elsewhere = before.contains(&number) || others.contains(&number);
