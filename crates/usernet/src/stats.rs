@@ -83,6 +83,12 @@ impl AddAssign for Dropped {
 }
 
 impl Dropped {
+    /// All of them.
+    #[must_use]
+    pub fn total(&self) -> u64 {
+        self.by_reason().iter().map(|(_, count)| count).sum()
+    }
+
     /// The counters, by name.
     #[must_use]
     pub fn by_reason(&self) -> [(&'static str, u64); 9] {
@@ -118,11 +124,10 @@ impl fmt::Display for Stats {
         write!(f, "in {} frames {}, ", self.frames_in, Bytes(self.bytes_in))?;
         write!(f, "out {} frames {}, ", self.frames_out, Bytes(self.bytes_out))?;
         write!(f, "flows {} TCP {} UDP {} ping", self.tcp_flows, self.udp_flows, self.ping_flows)?;
-        let reasons = self.dropped.by_reason();
-        let dropped: u64 = reasons.iter().map(|(_, count)| count).sum();
+        let dropped = self.dropped.total();
         if dropped > 0 {
             write!(f, ", dropped {dropped} (")?;
-            let happened = reasons.iter().filter(|(_, count)| *count > 0);
+            let happened = self.dropped.by_reason().into_iter().filter(|(_, count)| *count > 0);
             for (index, (reason, count)) in happened.enumerate() {
                 let comma = if index > 0 { ", " } else { "" };
                 write!(f, "{comma}{reason} {count}")?;

@@ -7,7 +7,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use usernet::Handle;
-use usernet::stats::{Dropped, Stats};
+use usernet::stats::Stats;
 
 /// A thread that prints statistics, until this is dropped.
 #[derive(Debug)]
@@ -59,25 +59,11 @@ struct Line<'a>(&'a Stats, &'a Stats);
 impl fmt::Display for Line<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self(now, last) = self;
-        let sum = |dropped: &Dropped| {
-            let Dropped {
-                malformed,
-                checksum,
-                fragment,
-                address,
-                unsupported,
-                other_mac,
-                multicast,
-                disabled,
-                host,
-            } = dropped;
-            malformed + checksum + fragment + address + unsupported + other_mac + multicast + disabled + host
-        };
         let mut total =
             |name: &str, now: u64, last: u64| write!(f, "{name} {now} (+{}) ", now.wrapping_sub(last));
         total("from guest: frames", now.frames_in, last.frames_in)?;
         total("bytes", now.bytes_in, last.bytes_in)?;
-        total("dropped", sum(&now.dropped), sum(&last.dropped))?;
+        total("dropped", now.dropped.total(), last.dropped.total())?;
         total("| to guest: frames", now.frames_out, last.frames_out)?;
         total("bytes", now.bytes_out, last.bytes_out)?;
         total("overruns", now.overruns, last.overruns)?;
