@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use support::Noise;
 use support::kernels::kernels;
-use support::process::{boot, run};
+use support::process::{boot, run_the_guests_side};
 use taps::tun::{self, Tun};
 use taps::vhost_net::{Device, Mode};
 use usernet::config::{Config, Family, Forward, Services, Transport};
@@ -36,20 +36,11 @@ fn the_kernels_vhost_net_carries_frames() {
     if ip().is_none() {
         return support::skip("there is no ip(8): apt-get install iproute2");
     }
-    let this = std::env::current_exe().unwrap();
-    let command = [
-        this.to_str().unwrap(),
-        "--ignored",
-        "--exact",
-        "the_guests_side",
-        "--nocapture",
-        "--test-threads=1",
-    ];
     for (kernel, cpus, megabytes) in [(kernels.newer(), "2", 64), (kernels.older(), "1", 16)] {
         let modules = format!("{MODULES}={}", kernel.parent().unwrap().join("modules").display());
         let megabytes = format!("{MEGABYTES}={megabytes}");
         let options = ["--cpus", cpus, "--env", &modules, "--env", &megabytes];
-        let end = boot(run(kernel, &options, &command));
+        let end = boot(run_the_guests_side(kernel, &options));
         end.expect(0);
         // What it measured.
         let text = end.text();

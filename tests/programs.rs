@@ -12,7 +12,7 @@ use std::sync::{Barrier, Mutex, mpsc};
 
 use support::Noise;
 use support::kernels::kernels;
-use support::process::{boot, run};
+use support::process::{boot, run, run_the_guests_side};
 
 /// Tools on the host that a fresh Debian has; the ones behind `has` may be missing.
 const TOOLS: &str = r#"
@@ -59,17 +59,8 @@ fn the_hosts_tools_say_the_same_in_the_guest() {
 #[test]
 fn threads_and_vector_code_compute_the_same_in_the_guest() {
     let Some(kernels) = kernels() else { return };
-    let this = std::env::current_exe().unwrap();
-    let command = [
-        this.to_str().unwrap(),
-        "--ignored",
-        "--exact",
-        "the_guests_side",
-        "--nocapture",
-        "--test-threads=1",
-    ];
     for (kernel, cpus) in [(kernels.older(), "1"), (kernels.newer(), "2")] {
-        let guest = boot(run(kernel, &["--cpus", cpus], &command));
+        let guest = boot(run_the_guests_side(kernel, &["--cpus", cpus]));
         guest.expect(0);
         let report = report();
         assert!(guest.text().contains(&report), "expected:\n{report}\ngot:\n{}", guest.text());

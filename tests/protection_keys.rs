@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering::SeqCst};
 
 use libc::{MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_EXEC, PROT_READ, PROT_WRITE};
 use support::kernels::kernels;
-use support::process::{boot, run};
+use support::process::{boot, run_the_guests_side};
 
 /// `si_code` of a SIGSEGV that a protection key is the reason of.
 const SEGV_PKUERR: i32 = 4;
@@ -32,17 +32,8 @@ const PAGE: usize = 4096;
 #[test]
 fn programs_have_protection_keys() {
     let Some(kernels) = kernels() else { return };
-    let this = std::env::current_exe().unwrap();
-    let command = [
-        this.to_str().unwrap(),
-        "--ignored",
-        "--exact",
-        "the_guests_side",
-        "--nocapture",
-        "--test-threads=1",
-    ];
     for (kernel, cpus) in [(kernels.older(), "1"), (kernels.newer(), "2")] {
-        boot(run(kernel, &["--cpus", cpus], &command)).expect(0);
+        boot(run_the_guests_side(kernel, &["--cpus", cpus])).expect(0);
     }
 }
 

@@ -72,6 +72,20 @@ pub fn run(kernel: &Path, options: &[&str], command: &[&str]) -> Command {
     ring3
 }
 
+/// `ring3 run` with a kernel, options, and the ignored test `the_guests_side` of this program as the command.
+pub fn run_the_guests_side(kernel: &Path, options: &[&str]) -> Command {
+    let this = std::env::current_exe().unwrap();
+    let command = [
+        this.to_str().unwrap(),
+        "--ignored",
+        "--exact",
+        "the_guests_side",
+        "--nocapture",
+        "--test-threads=1",
+    ];
+    run(kernel, options, &command)
+}
+
 /// How a process ended.
 #[derive(Debug)]
 pub struct Finished {
