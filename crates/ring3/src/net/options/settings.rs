@@ -1,11 +1,9 @@
 //! What the front ends do: options that were found to fit together.
 
 use std::ffi::OsString;
-use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use usernet::Config;
 use usernet::config::{Forward, MacAddress, Transport};
 
 use super::args::Vhost;
@@ -205,14 +203,6 @@ impl Common {
             }
         }
         forwards
-    }
-
-    /// The engine's configuration: the host's network, changed by what was said, with the required forwards.
-    ///
-    /// # Errors
-    /// The host does not tell, or has nothing that the options ask for.
-    pub fn config(&self) -> io::Result<Config> {
-        Ok(Config { forwards: self.forwards().required, ..self.network.config()? })
     }
 }
 

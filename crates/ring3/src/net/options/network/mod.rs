@@ -69,15 +69,6 @@ pub struct HostLoopback {
 }
 
 impl Network {
-    /// The configuration of the engine: asks the host, then applies what the options say.
-    ///
-    /// # Errors
-    /// The host does not tell, or has nothing that the options ask for, as an interface; or the options do not fit what it
-    /// has.
-    pub fn config(&self) -> io::Result<Config> {
-        self.apply(Config::from_template(&self.template())?)
-    }
-
     /// The part of the host's network that the guest takes after.
     #[must_use]
     pub fn template(&self) -> Template {
