@@ -1,0 +1,41 @@
+//! Who calls: the parts of a process beside its memory that the ioctls need.
+
+use std::{os::fd::BorrowedFd, sync::Arc};
+
+use crate::{Result, process::Process};
+
+/// What an ioctl gives out as a descriptor: a fault queue, an event queue, the mock's access.
+pub trait File: Send + Sync {
+    /// Reads whole records into `to`: how many bytes. EAGAIN when there is nothing.
+    fn read(&self, to: &mut [u8]) -> Result<usize>;
+    /// Writes whole records from `from`: how many bytes.
+    fn write(&self, from: &[u8]) -> Result<usize>;
+    /// A descriptor that polls readable exactly while [`Self::read`] would give something (an eventfd): what the program
+    /// gets, so that `poll` and `epoll` need no help.
+    fn readiness(&self) -> BorrowedFd<'_>;
+    /// The concrete type behind it, for calls that take the descriptor back.
+    fn as_any(self: Arc<Self>) -> Arc<dyn core::any::Any + Send + Sync>;
+}
+
+/// Privileges that change what an ioctl does.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Capability {
+    /// CAP_IPC_LOCK: no limit on pinned memory.
+    IpcLock,
+    /// CAP_SYS_RESOURCE: may change how pinned memory is counted.
+    SysResource,
+    /// CAP_SYS_RAWIO: devices without an IOMMU.
+    SysRawio,
+}
+
+/// The caller of an ioctl.
+pub trait Caller {
+    /// Its memory.
+    fn process(&self) -> &Arc<dyn Process>;
+    /// Whether it has `capability`.
+    fn capable(&self, capability: Capability) -> bool;
+    /// Gives it a descriptor for `file`, closed on exec: its number. EMFILE when it has too many.
+    fn install(&self, file: Arc<dyn File>) -> Result<i32>;
+    /// What [`Self::install`] gave descriptor `fd`. EBADF when it is something else.
+    fn installed(&self, fd: i32) -> Result<Arc<dyn File>>;
+}

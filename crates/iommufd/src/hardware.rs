@@ -1,0 +1,107 @@
+//! The IOMMU behind a device.
+
+use core::{any::Any, fmt};
+use std::sync::Arc;
+
+use crate::{Errno, Result, caller::Caller, domain::Domain, iova::IovaRange, process::UserAddr};
+
+bitflags::bitflags! {
+    /// What an IOMMU can do for a device (`IOMMU_HW_CAP_*`, `IOMMU_DEV_FEAT_*`).
+    #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+    pub struct Capabilities: u32 {
+        /// Its domains note which pages were written to.
+        const DIRTY_TRACKING = 1;
+        /// It keeps the device's writes coherent with the caches.
+        const CACHE_COHERENCY = 2;
+        /// It has nested translation: a guest's page table above one of the host's.
+        const NESTING = 4;
+        /// The device's page requests can be delivered.
+        const IOPF = 8;
+    }
+}
+
+/// What is asked of a new paging domain.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct DomainOptions {
+    /// It will be the parent of nested ones.
+    pub nest_parent: bool,
+    /// It must be able to note writes.
+    pub dirty_tracking: bool,
+    /// It will be attached to PASIDs.
+    pub pasid: bool,
+}
+
+/// Data of a driver's own that comes with an ioctl: its type, and where it is in the caller's memory.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct UserData {
+    /// `enum iommu_*_type`.
+    pub kind: u32,
+    /// Where it is.
+    pub addr: UserAddr,
+    /// How long the caller says it is.
+    pub length: u32,
+}
+
+/// A guest's page table above a parent domain. What the IOMMU does with it is its own affair.
+pub trait Nested: Send + Sync + fmt::Debug {
+    /// Runs the entries of a guest's invalidation queue: `done` says how many were.
+    fn invalidate(
+        &self,
+        caller: &dyn Caller,
+        kind: u32,
+        entries: UserAddr,
+        entry_length: u32,
+        entry_num: u32,
+        done: &mut u32,
+    ) -> Result<()>;
+    /// The concrete type, for the driver that made it.
+    fn as_any(&self) -> &dyn Any;
+}
+
+/// What a device is attached to.
+#[derive(Clone, Debug)]
+pub enum Attachment {
+    /// A page table of the host's.
+    Paging(Arc<dyn Domain>),
+    /// A guest's above one of the host's.
+    Nested(Arc<dyn Nested>),
+}
+
+/// A device as its IOMMU sees it: what `iommufd` binds. Objects of vIOMMUs, event queues and hardware queues are added
+/// by further traits beside this one.
+pub trait Hardware: Send + Sync + fmt::Debug {
+    /// Devices with the same number cannot be kept apart and are attached together: the IOMMU group.
+    fn group(&self) -> u64;
+    /// What the IOMMU can do for this device.
+    fn capabilities(&self) -> Capabilities;
+    /// Ranges that must not be mapped for this device (MSI windows among them).
+    fn reserved(&self) -> Vec<IovaRange>;
+    /// log2 of how many PASIDs it has; 0 without.
+    fn max_pasid_log2(&self) -> u8 {
+        0
+    }
+    /// A page table for it. `data` is the driver's own.
+    fn alloc_paging(
+        &self,
+        caller: Option<&dyn Caller>,
+        options: DomainOptions,
+        data: UserData,
+    ) -> Result<Arc<dyn Domain>>;
+    /// A guest's page table above `parent`. EOPNOTSUPP when it has no nesting.
+    fn alloc_nested(
+        &self,
+        caller: &dyn Caller,
+        parent: &Arc<dyn Domain>,
+        data: UserData,
+    ) -> Result<Arc<dyn Nested>> {
+        let _ = (caller, parent, data);
+        Err(Errno::OPNOTSUPP)
+    }
+    /// From now on `pasid` of the device (none: all its plain DMA) is translated by `to`; by nothing when there is none.
+    fn attach(&self, pasid: Option<u32>, to: Option<&Attachment>) -> Result<()>;
+    /// What `IOMMU_GET_HW_INFO` tells: the type (`enum iommu_hw_info_type`) and the structure's bytes. `kind` is the type
+    /// asked for, 0 for the default. EOPNOTSUPP for one that it has not.
+    fn info(&self, kind: u32) -> Result<(u32, Vec<u8>)>;
+    /// The concrete type, for the driver that made it.
+    fn as_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync>;
+}

@@ -1,0 +1,1 @@
+//! The kernel's iommufd and VFIO devices for unmodified programs.
