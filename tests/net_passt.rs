@@ -283,3 +283,22 @@ fn root_of_a_user_namespace_may_stay_that() {
     passt.finish(PATIENCE).expect(0);
     assert!(!socket.exists(), "the socket is left behind");
 }
+
+/// Where the root is an initramfs, as it is in a guest, pivot_root(2) cannot replace it.
+#[test]
+fn an_initramfs_can_be_left_if_told_so() {
+    let Some(guests) = guests() else { return };
+    let dir = temp_dir();
+    let script =
+        "passt=\"ring3 passt -4 -a 192.0.2.77/24 -g 192.0.2.1 --runas 1234:5678 -P /tmp/pid -s /tmp/socket\"
+$passt 2>&1
+echo REFUSED $?
+$passt --chroot-fallback
+echo SERVES $? and sees $(ls /proc/$(cat /tmp/pid)/root/ | wc -l) files";
+    let qemu = guests.command_with(dir.path(), script, &[Path::new(RING3)]);
+    let (running, mut output) = Running::boot_with_output(qemu);
+    let said = output.wait_for("files");
+    assert!(said.contains("--chroot-fallback does with less") && said.contains("REFUSED 1"), "{said}");
+    assert!(said.contains("SERVES 0 and sees 0 files"), "{said}");
+    running.finish(PATIENCE).expect(0);
+}
