@@ -16,7 +16,7 @@ pub const MAJOR: u16 = 0;
 pub const MINOR: u16 = 1;
 
 /// Most descriptors that one message may carry here.
-pub const MAX_FDS: usize = 32;
+pub const MAX_FDS: usize = 128;
 /// Most bytes that one transfer may have here, and the specification's default.
 pub const MAX_TRANSFER: usize = 1 << 20;
 /// The least that a peer may ask transfers to be limited to: what the structures need that come with a transfer.
@@ -86,21 +86,24 @@ impl Capabilities {
     }
 
     fn json(self) -> Value {
-        let mut twin = Map::new();
-        twin.insert("supported".into(), self.twin_socket.into());
-        if let Some(index) = self.twin_fd {
-            twin.insert("fd_index".into(), index.into());
-        }
-        // `migration` is of the specification's older form, and says which page size dirty bitmaps count in.
-        json!({ "capabilities": {
+        let mut capabilities = json!({
             "max_msg_fds": self.max_fds,
             "max_data_xfer_size": self.max_transfer,
             "max_dma_maps": self.max_dma_maps,
             "pgsizes": self.page_sizes,
-            "migration": { "pgsize": 4096 },
-            "write_multiple": self.write_multiple,
-            "twin_socket": twin,
-        }})
+        });
+        // A server names nothing that the client has not proposed.
+        if self.write_multiple {
+            capabilities["write_multiple"] = true.into();
+        }
+        if self.twin_socket {
+            let mut twin = json!({ "supported": true });
+            if let Some(index) = self.twin_fd {
+                twin["fd_index"] = index.into();
+            }
+            capabilities["twin_socket"] = twin;
+        }
+        json!({ "capabilities": capabilities })
     }
 
     /// Reads them from JSON. EINVAL when it is none, or a value is of the wrong type or impossible.
