@@ -1,0 +1,1 @@
+//! Client against server, and peers that break the protocol.
