@@ -168,7 +168,7 @@ impl Space {
                 *byte = *instead;
             }
             if let Some(place) = self.msix {
-                let [low, high] = (self.msix_control | place.vectors - 1).to_le_bytes();
+                let [low, high] = (self.msix_control | (place.vectors - 1)).to_le_bytes();
                 match at.wrapping_sub(place.capability) {
                     2 => *byte = low,
                     3 => *byte = high,
