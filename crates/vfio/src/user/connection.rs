@@ -169,7 +169,7 @@ impl Connection {
     ///
     /// # Errors
     /// The end of the connection.
-    pub fn next_command(&self) -> std::result::Result<Message, Broken> {
+    pub fn next_command(&self) -> Result<Message, Broken> {
         let command = self.wait_for(None, |state| {
             let command = state.commands.pop_front()?;
             state.queued_bytes -= command.payload.len();
@@ -184,12 +184,7 @@ impl Connection {
     ///
     /// # Errors
     /// The end of the connection.
-    pub fn reply(
-        &self,
-        to: &Header,
-        parts: &[&[u8]],
-        fds: &[BorrowedFd<'_>],
-    ) -> std::result::Result<(), Broken> {
+    pub fn reply(&self, to: &Header, parts: &[&[u8]], fds: &[BorrowedFd<'_>]) -> Result<(), Broken> {
         if to.no_reply() {
             return Ok(());
         }
@@ -200,7 +195,7 @@ impl Connection {
     ///
     /// # Errors
     /// The end of the connection.
-    pub fn reply_failure(&self, to: &Header, errno: Errno) -> std::result::Result<(), Broken> {
+    pub fn reply_failure(&self, to: &Header, errno: Errno) -> Result<(), Broken> {
         if to.no_reply() {
             return Ok(());
         }
@@ -231,7 +226,7 @@ impl Connection {
         &self,
         until: Option<Instant>,
         mut find: impl FnMut(&mut State) -> Option<T>,
-    ) -> std::result::Result<Option<T>, Broken> {
+    ) -> Result<Option<T>, Broken> {
         let mut state = lock(&self.state);
         loop {
             if let Some(found) = find(&mut state) {
@@ -263,7 +258,7 @@ impl Connection {
     }
 
     /// Waits for the socket, and reads a message if one has come. Only who has set `reading` calls this.
-    fn read(&self, what: Ready, until: Option<Instant>) -> std::result::Result<Option<Message>, Broken> {
+    fn read(&self, what: Ready, until: Option<Instant>) -> Result<Option<Message>, Broken> {
         let ready = self.socket.wait(what, until)?;
         if !ready.readable {
             return Ok(None);
@@ -272,7 +267,7 @@ impl Connection {
     }
 
     /// Gives what was read to who waits for it. Ends being the one who reads.
-    fn hand_out(&self, state: &mut State, came: std::result::Result<Option<Message>, Broken>) {
+    fn hand_out(&self, state: &mut State, came: Result<Option<Message>, Broken>) {
         state.reading = false;
         let result = match came {
             Ok(None) => Ok(()),
@@ -287,12 +282,7 @@ impl Connection {
     }
 
     /// Sends one message.
-    fn send(
-        &self,
-        header: Header,
-        parts: &[&[u8]],
-        fds: &[BorrowedFd<'_>],
-    ) -> std::result::Result<(), Broken> {
+    fn send(&self, header: Header, parts: &[&[u8]], fds: &[BorrowedFd<'_>]) -> Result<(), Broken> {
         let _writing = lock(&self.writing);
         if let Some(broken) = self.broken() {
             return Err(broken);
@@ -319,7 +309,7 @@ impl Connection {
     }
 
     /// Waits until the socket may take more, and reads what comes meanwhile if nobody else does.
-    fn wait_writable(&self, until: Instant) -> std::result::Result<(), Broken> {
+    fn wait_writable(&self, until: Instant) -> Result<(), Broken> {
         let mut state = lock(&self.state);
         if let Some(broken) = state.broken {
             return Err(broken);
@@ -352,17 +342,15 @@ impl Connection {
 
 impl State {
     /// Takes in one message.
-    fn take(&mut self, message: Message, takes_commands: bool) -> std::result::Result<(), Broken> {
+    fn take(&mut self, message: Message, takes_commands: bool) -> Result<(), Broken> {
         let is_reply = message.header.is_reply();
         if is_reply.map_err(|_| Broken::Protocol("a message is neither command nor reply"))? {
+            let number = message.header.command;
             let slot = self.waiting.get_mut(&message.header.id);
-            match slot {
-                Some(slot @ Slot::Waiting(command)) if *command as u16 == message.header.command => {
-                    *slot = Slot::Arrived(message);
-                    Ok(())
-                }
-                _ => Err(Broken::Protocol("a reply that nobody waits for")),
-            }
+            let slot =
+                slot.filter(|slot| matches!(slot, Slot::Waiting(command) if *command as u16 == number));
+            *slot.ok_or(Broken::Protocol("a reply that nobody waits for"))? = Slot::Arrived(message);
+            Ok(())
         } else if takes_commands {
             self.queued_bytes += message.payload.len();
             self.queued_fds += message.fds.len();

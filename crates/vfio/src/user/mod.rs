@@ -34,4 +34,7 @@ pub mod testing;
 #[cfg(test)]
 mod tests;
 
-pub use crate::{Errno, Result};
+pub use crate::Errno;
+
+/// Most fail with an errno.
+pub type Result<T, E = Errno> = core::result::Result<T, E>;

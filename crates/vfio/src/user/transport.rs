@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, Shutdown, recvmsg, sendmsg, shutdown,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, Shutdown, recvmsg, sendmsg, shutdown,
 };
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -121,7 +121,8 @@ impl Socket {
         self.receive_all(&mut bytes, &mut fds, until)?;
         let header = Header::read_from_bytes(&bytes).map_err(|_| Broken::Protocol("no header"))?;
         let size = usize::try_from(header.size).unwrap_or(usize::MAX);
-        let rest = size.checked_sub(Header::SIZE).ok_or(Broken::Protocol("a message is shorter than its header"))?;
+        let rest =
+            size.checked_sub(Header::SIZE).ok_or(Broken::Protocol("a message is shorter than its header"))?;
         if size > MAX_MESSAGE {
             return Err(Broken::Protocol("a message is too long"));
         }

@@ -75,7 +75,12 @@ impl Header {
     /// The header of the reply that says that this command failed. It has no payload.
     pub fn failed(&self, error: Errno) -> Self {
         let flags = Flags::REPLY | Flags::ERROR;
-        Self { size: message_size(0), flags: flags.bits(), error: error.raw_os_error().unsigned_abs(), ..*self }
+        Self {
+            size: message_size(0),
+            flags: flags.bits(),
+            error: error.raw_os_error().unsigned_abs(),
+            ..*self
+        }
     }
 
     /// The header of a command.

@@ -114,7 +114,8 @@ impl MigrationStream for RemoteStream {
 
     fn write(&self, from: &[u8]) -> Result<usize> {
         let part = from.get(..self.max_transfer).unwrap_or(from);
-        let head = MigData { argsz: wire_length(size_of::<MigData>() + part.len()), size: wire_length(part.len()) };
+        let head =
+            MigData { argsz: wire_length(size_of::<MigData>() + part.len()), size: wire_length(part.len()) };
         self.main.request(Command::MigDataWrite, &[head.as_bytes(), part], &[])?;
         Ok(part.len())
     }
@@ -133,7 +134,8 @@ const PAGE: u64 = 4096;
 impl RemoteLogging {
     /// Whether there is one.
     pub(super) fn probe(main: &Arc<Connection>, max_transfer: usize) -> Result<Option<Self>> {
-        let flags = VFIO_DEVICE_FEATURE_PROBE | VFIO_DEVICE_FEATURE_SET | VFIO_DEVICE_FEATURE_DMA_LOGGING_START;
+        let flags =
+            VFIO_DEVICE_FEATURE_PROBE | VFIO_DEVICE_FEATURE_SET | VFIO_DEVICE_FEATURE_DMA_LOGGING_START;
         let found = feature(main, flags, &[], 0);
         Ok(if_there(main, found)?.map(|_| Self { main: Arc::clone(main), max_transfer }))
     }
@@ -151,7 +153,9 @@ impl DmaLogging for RemoteLogging {
         }
         let flags = VFIO_DEVICE_FEATURE_SET | VFIO_DEVICE_FEATURE_DMA_LOGGING_START;
         let reply = feature(&self.main, flags, &data, 0)?;
-        LoggingControl::read_from_prefix(&reply).map(|(control, _)| control.page_size).map_err(|_| Errno::PROTO)
+        LoggingControl::read_from_prefix(&reply)
+            .map(|(control, _)| control.page_size)
+            .map_err(|_| Errno::PROTO)
     }
 
     fn stop(&self) {

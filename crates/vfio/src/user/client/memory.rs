@@ -61,7 +61,8 @@ fn answer(memory: &Memory, message: &Message, max_transfer: usize) -> Result<Vec
         return Err(Errno::NOTSUP);
     }
     let (access, data) = wire::split::<DmaAccess>(&message.payload)?;
-    let count = usize::try_from(access.count).ok().filter(|count| *count <= max_transfer).ok_or(Errno::INVAL)?;
+    let count =
+        usize::try_from(access.count).ok().filter(|count| *count <= max_transfer).ok_or(Errno::INVAL)?;
     let mut reply = access.as_bytes().to_vec();
     if command == Command::DmaRead {
         let head = reply.len();

@@ -388,7 +388,9 @@ impl Device for RemoteDevice {
     }
 
     fn close(&self) {
-        if let Some(range) = self.options.export.and_then(|length| IovaRange::with_length(Iova(0), length).ok()) {
+        if let Some(range) =
+            self.options.export.and_then(|length| IovaRange::with_length(Iova(0), length).ok())
+        {
             // A server that is gone uses no memory.
             let _ = self.unmap_memory(range);
         }

@@ -65,7 +65,8 @@ impl DirtyLog {
         }
         let Ok(range) = IovaRange::with_length(iova, length) else { return };
         if let Some(log) = &mut *self.lock() {
-            let noted = log.ranges.is_empty() || log.ranges.iter().any(|noted| noted.intersection(range).is_some());
+            let noted =
+                log.ranges.is_empty() || log.ranges.iter().any(|noted| noted.intersection(range).is_some());
             if noted {
                 log.note(range);
             }

@@ -24,7 +24,9 @@ fn methods(index: u32) -> u32 {
     match index {
         VFIO_DEVICE_FEATURE_MIGRATION | VFIO_DEVICE_FEATURE_MIG_DATA_SIZE => VFIO_DEVICE_FEATURE_GET,
         VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE => VFIO_DEVICE_FEATURE_GET | VFIO_DEVICE_FEATURE_SET,
-        VFIO_DEVICE_FEATURE_DMA_LOGGING_START | VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP => VFIO_DEVICE_FEATURE_SET,
+        VFIO_DEVICE_FEATURE_DMA_LOGGING_START | VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP => {
+            VFIO_DEVICE_FEATURE_SET
+        }
         VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT => VFIO_DEVICE_FEATURE_GET,
         _ => 0,
     }
@@ -142,7 +144,8 @@ fn start(session: &Session, feature: Feature, data: &[u8]) -> Result<Reply> {
     let entries = rest.get(..length).ok_or(Errno::INVAL)?;
     let mut ranges = Vec::new();
     for entry in entries.chunks_exact(size_of::<vfio_device_feature_dma_logging_range>()) {
-        let range = vfio_device_feature_dma_logging_range::read_from_bytes(entry).map_err(|_| Errno::INVAL)?;
+        let range =
+            vfio_device_feature_dma_logging_range::read_from_bytes(entry).map_err(|_| Errno::INVAL)?;
         ranges.push(IovaRange::with_length(Iova(range.iova), range.length)?);
     }
     if !control.page_size.is_power_of_two() {
@@ -162,7 +165,9 @@ fn report(session: &Session, feature: Feature, data: &[u8]) -> Result<Reply> {
         return Err(Errno::INVAL);
     }
     let bits = asked.length.div_ceil(asked.page_size);
-    let words = usize::try_from(bits.div_ceil(64)).ok().filter(|words| words.saturating_mul(8) <= session.max_transfer);
+    let words = usize::try_from(bits.div_ceil(64))
+        .ok()
+        .filter(|words| words.saturating_mul(8) <= session.max_transfer);
     let words = words.ok_or(Errno::INVAL)?;
     // Looked at first: what is reported is forgotten.
     check_argsz(feature.argsz, size_of::<Feature>() + size_of::<LoggingReport>() + words * 8)?;

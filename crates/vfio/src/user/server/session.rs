@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use uapi::vfio::{
-    VFIO_IRQ_SET_ACTION_MASK, VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_ACTION_TYPE_MASK, VFIO_IRQ_SET_ACTION_UNMASK,
-    VFIO_IRQ_SET_DATA_BOOL, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE, VFIO_IRQ_SET_DATA_TYPE_MASK,
+    VFIO_IRQ_SET_ACTION_MASK, VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_ACTION_TYPE_MASK,
+    VFIO_IRQ_SET_ACTION_UNMASK, VFIO_IRQ_SET_DATA_BOOL, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE,
+    VFIO_IRQ_SET_DATA_TYPE_MASK,
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -70,7 +71,7 @@ fn greet(
     device: &Arc<dyn Device>,
     connection: &Arc<Connection>,
     options: &Options,
-) -> std::result::Result<Session, Broken> {
+) -> Result<Session, Broken> {
     let message = connection.next_command()?;
     let refuse = |errno, why| {
         // The client is told; whether it still listens makes no difference.
@@ -124,7 +125,6 @@ fn greet(
         stream: None,
         max_transfer: ours.max_transfer,
         client_fds: theirs.max_fds,
-        logging: false,
     };
     let fds: Vec<_> = given.iter().map(AsFd::as_fd).collect();
     match connection.reply(&message.header, &[&version::encode(agreed, answer)], &fds) {
@@ -148,8 +148,6 @@ pub(super) struct Session {
     pub(super) max_transfer: usize,
     /// Descriptors that the client takes in a message.
     pub(super) client_fds: usize,
-    /// The log in `memory` stands in for one of the device's.
-    pub(super) logging: bool,
 }
 
 impl Session {
@@ -197,7 +195,9 @@ impl Session {
         let (map, _) = wire::split::<wire::DmaMap>(payload)?;
         let mut fds = fds.into_iter();
         let file = fds.next();
-        if fds.next().is_some() || usize::try_from(map.argsz).unwrap_or(usize::MAX) < size_of::<wire::DmaMap>() {
+        if fds.next().is_some()
+            || usize::try_from(map.argsz).unwrap_or(usize::MAX) < size_of::<wire::DmaMap>()
+        {
             return Err(Errno::INVAL);
         }
         self.memory.map(&map, file)?;
@@ -316,7 +316,8 @@ impl Session {
         let mut done = 0;
         for write in &writes {
             let data = usize::try_from(write.access.count).ok().and_then(|count| write.data.get(..count));
-            let written = self.device.write(write.access.region, write.access.offset, data.unwrap_or_default());
+            let written =
+                self.device.write(write.access.region, write.access.offset, data.unwrap_or_default());
             match written {
                 Ok(_) => done += 1,
                 Err(errno) if done == 0 => return Err(errno),
