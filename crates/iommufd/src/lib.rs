@@ -30,6 +30,8 @@ pub mod iova;
 pub mod memory;
 pub mod pages;
 pub mod process;
+#[cfg(test)]
+mod tests;
 
 pub use rustix::io::Errno;
 
