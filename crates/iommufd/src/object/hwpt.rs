@@ -133,7 +133,7 @@ impl Target {
         }
     }
 
-    pub(super) fn id(&self) -> u32 {
+    pub(crate) fn id(&self) -> u32 {
         match self {
             Self::Paging(hwpt) => hwpt.id(),
             Self::Nested(hwpt) => hwpt.id(),
@@ -221,7 +221,8 @@ impl Context {
         data: UserData,
     ) -> Result<PendingHwpt> {
         let device = self.table().get::<Device>(device)?;
-        let parent = self.table().get_any(parent)?;
+        // That there is no such parent is EINVAL too, as if it were of a wrong kind.
+        let parent = self.table().get_any(parent).map_err(|_| Errno::INVAL)?;
         let faults = || {
             let queue = options.fault_queue.map(|id| self.table().get::<FaultQueue>(id)).transpose()?;
             Ok(queue.map(|queue| queue.hold()))
