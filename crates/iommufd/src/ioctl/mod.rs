@@ -28,7 +28,7 @@ use crate::{
 };
 
 /// Room for the longest structure that there is.
-const WORDS: usize = 8;
+const WORDS: usize = 9;
 
 /// A structure as it came, zero where the program gave nothing.
 pub(crate) type Words = [u64; WORDS];

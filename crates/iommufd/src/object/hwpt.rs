@@ -229,6 +229,10 @@ impl Context {
         };
         let parent = match parent.downcast::<IoasObject>() {
             Ok(ioas) => {
+                // Page requests for a parent would not say which of the two levels misses the page.
+                if options.nest_parent && options.fault_queue.is_some() {
+                    return Err(Errno::OPNOTSUPP);
+                }
                 return self
                     .paging(caller, &device, &ioas, options, faults()?, data)
                     .map(PendingHwpt::Paging);
@@ -275,10 +279,6 @@ impl Context {
         faults: Option<Use<FaultQueue>>,
         data: UserData,
     ) -> Result<Pending<PagingHwpt>> {
-        // Page requests for a parent would not say which of the two levels misses the page.
-        if options.nest_parent && options.fault_queue.is_some() {
-            return Err(Errno::OPNOTSUPP);
-        }
         let HwptOptions { nest_parent, dirty_tracking, pasid, .. } = options;
         let options = DomainOptions { nest_parent, dirty_tracking, pasid };
         let mut hwpts = ioas.lock_hwpts();
