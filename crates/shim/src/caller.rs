@@ -1,0 +1,136 @@
+//! Who calls: this process, as `iommufd` and `vfio` see it.
+
+use std::{
+    os::fd::OwnedFd,
+    sync::{Arc, OnceLock, Weak},
+};
+
+use iommufd::{
+    Errno, Result,
+    caller::{Caller, Capability, File},
+    domain::HostAddr,
+    process::{PageId, PinObserver, PinnedUser, Process, UserAddr},
+};
+
+use crate::{
+    calls,
+    node::{Mapping, ServedFile},
+    table, user,
+};
+
+/// The program in whose process we are.
+pub(crate) struct ShimCaller {
+    process: Arc<dyn Process>,
+}
+
+impl ShimCaller {
+    /// The one of this process.
+    pub(crate) fn get() -> &'static Self {
+        static CALLER: OnceLock<ShimCaller> = OnceLock::new();
+        CALLER.get_or_init(|| Self { process: Arc::new(ShimProcess) })
+    }
+}
+
+impl Caller for ShimCaller {
+    fn process(&self) -> &Arc<dyn Process> {
+        &self.process
+    }
+
+    fn capable(&self, capability: Capability) -> bool {
+        use rustix::thread::CapabilitySet;
+        let wanted = match capability {
+            Capability::IpcLock => CapabilitySet::IPC_LOCK,
+            Capability::SysResource => CapabilitySet::SYS_RESOURCE,
+            Capability::SysRawio => CapabilitySet::SYS_RAWIO,
+        };
+        rustix::thread::capabilities(None).is_ok_and(|sets| sets.effective.contains(wanted))
+    }
+
+    fn install(&self, file: Arc<dyn File>) -> Result<i32> {
+        let descriptor = file.readiness().try_clone_to_owned().map_err(|_| Errno::MFILE)?;
+        calls::install(descriptor, Arc::new(Given(file)), true)
+    }
+
+    fn installed(&self, fd: i32) -> Result<Arc<dyn File>> {
+        table::get_full(fd).and_then(|description| description.file.given()).ok_or(Errno::BADF)
+    }
+}
+
+/// A file that an ioctl gave out.
+struct Given(Arc<dyn File>);
+
+impl ServedFile for Given {
+    fn ioctl(&self, _caller: &dyn Caller, _request: u32, _argument: UserAddr) -> Result<i32> {
+        Err(Errno::NOTTY)
+    }
+
+    fn read(&self, to: &mut [u8]) -> Result<usize> {
+        self.0.read(to)
+    }
+
+    fn write(&self, from: &[u8]) -> Result<usize> {
+        self.0.write(from)
+    }
+
+    fn mmap(&self, _offset: u64, _length: u64, _prot: i32, _shared: bool) -> Result<Mapping> {
+        Err(Errno::NODEV)
+    }
+
+    fn given(&self) -> Option<Arc<dyn File>> {
+        Some(Arc::clone(&self.0))
+    }
+}
+
+/// This process's memory.
+#[derive(Debug)]
+struct ShimProcess;
+
+impl Process for ShimProcess {
+    fn read(&self, from: UserAddr, to: &mut [u8]) -> Result<()> {
+        user::read(from, to)
+    }
+
+    fn write(&self, to: UserAddr, from: &[u8]) -> Result<()> {
+        user::write(to, from)
+    }
+
+    fn pin(
+        &self,
+        _start: UserAddr,
+        _pages: u64,
+        _writable: bool,
+        _observer: Weak<dyn PinObserver>,
+    ) -> Result<Box<dyn PinnedUser>> {
+        Err(Errno::NOSYS)
+    }
+
+    fn page_id(&self, _at: UserAddr) -> Result<PageId> {
+        Err(Errno::NOSYS)
+    }
+
+    fn host_page_id(&self, _at: HostAddr) -> Result<PageId> {
+        Err(Errno::NOSYS)
+    }
+
+    fn pin_count(&self, _at: UserAddr) -> Result<u64> {
+        Err(Errno::NOSYS)
+    }
+
+    fn account(&self, _pages: i64) {}
+
+    fn locked_limit(&self) -> Option<u64> {
+        None
+    }
+
+    fn user(&self) -> u32 {
+        rustix::process::getuid().as_raw()
+    }
+
+    fn is(&self, _other: &Arc<dyn Process>) -> bool {
+        true
+    }
+
+    fn file(&self, _fd: i32) -> Result<OwnedFd> {
+        Err(Errno::BADF)
+    }
+}

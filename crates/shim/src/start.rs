@@ -1,0 +1,14 @@
+//! What happens when the library is loaded.
+
+#![allow(unsafe_code, reason = "a constructor is a pointer in a section that the loader runs through")]
+
+/// The loader calls this before the constructors of the program.
+// SAFETY: needed because nothing else runs before a program's own constructors, which may open devices already. The section
+// holds pointers to C functions that take what they like of (argc, argv, envp).
+#[unsafe(link_section = ".init_array")]
+#[used]
+static START: extern "C" fn() = start;
+
+extern "C" fn start() {
+    crate::errno::preserved(crate::configuration::apply);
+}
