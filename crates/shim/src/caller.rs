@@ -1,21 +1,18 @@
 //! Who calls: this process, as `iommufd` and `vfio` see it.
 
-use std::{
-    os::fd::OwnedFd,
-    sync::{Arc, OnceLock, Weak},
-};
+use std::sync::{Arc, OnceLock};
 
 use iommufd::{
     Errno, Result,
     caller::{Caller, Capability, File},
-    domain::HostAddr,
-    process::{PageId, PinObserver, PinnedUser, Process, UserAddr},
+    process::{Process, UserAddr},
 };
 
 use crate::{
     calls,
     node::{Mapping, ServedFile},
-    table, user,
+    process::ShimProcess,
+    table,
 };
 
 /// The program in whose process we are.
@@ -27,7 +24,7 @@ impl ShimCaller {
     /// The one of this process.
     pub(crate) fn get() -> &'static Self {
         static CALLER: OnceLock<ShimCaller> = OnceLock::new();
-        CALLER.get_or_init(|| Self { process: Arc::new(ShimProcess) })
+        CALLER.get_or_init(|| Self { process: Arc::new(ShimProcess::default()) })
     }
 }
 
@@ -78,59 +75,5 @@ impl ServedFile for Given {
 
     fn given(&self) -> Option<Arc<dyn File>> {
         Some(Arc::clone(&self.0))
-    }
-}
-
-/// This process's memory.
-#[derive(Debug)]
-struct ShimProcess;
-
-impl Process for ShimProcess {
-    fn read(&self, from: UserAddr, to: &mut [u8]) -> Result<()> {
-        user::read(from, to)
-    }
-
-    fn write(&self, to: UserAddr, from: &[u8]) -> Result<()> {
-        user::write(to, from)
-    }
-
-    fn pin(
-        &self,
-        _start: UserAddr,
-        _pages: u64,
-        _writable: bool,
-        _observer: Weak<dyn PinObserver>,
-    ) -> Result<Box<dyn PinnedUser>> {
-        Err(Errno::NOSYS)
-    }
-
-    fn page_id(&self, _at: UserAddr) -> Result<PageId> {
-        Err(Errno::NOSYS)
-    }
-
-    fn host_page_id(&self, _at: HostAddr) -> Result<PageId> {
-        Err(Errno::NOSYS)
-    }
-
-    fn pin_count(&self, _at: UserAddr) -> Result<u64> {
-        Err(Errno::NOSYS)
-    }
-
-    fn account(&self, _pages: i64) {}
-
-    fn locked_limit(&self) -> Option<u64> {
-        None
-    }
-
-    fn user(&self) -> u32 {
-        rustix::process::getuid().as_raw()
-    }
-
-    fn is(&self, _other: &Arc<dyn Process>) -> bool {
-        true
-    }
-
-    fn file(&self, _fd: i32) -> Result<OwnedFd> {
-        Err(Errno::BADF)
     }
 }

@@ -77,7 +77,12 @@ impl Position {
 }
 
 /// `read`, `pread`.
-pub(crate) fn read(description: &Description, to: UserAddr, count: usize, position: Position) -> Result<usize> {
+pub(crate) fn read(
+    description: &Description,
+    to: UserAddr,
+    count: usize,
+    position: Position,
+) -> Result<usize> {
     let offset = position.offset()?;
     with_buffer(count, |buffer| {
         let done = match offset {
@@ -119,7 +124,9 @@ pub(crate) fn vectored(
     for &(at, length) in pieces {
         let here = match position {
             Position::Current => Position::Current,
-            Position::At(offset) => Position::At(offset.saturating_add(i64::try_from(done).unwrap_or(i64::MAX))),
+            Position::At(offset) => {
+                Position::At(offset.saturating_add(i64::try_from(done).unwrap_or(i64::MAX)))
+            }
         };
         match each((at, length), here) {
             Ok(some) => {

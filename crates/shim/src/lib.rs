@@ -6,12 +6,14 @@ mod caller;
 mod calls;
 mod configuration;
 mod errno;
+mod inside;
 #[cfg(not(test))]
 mod interpose;
 mod mapped;
 mod node;
 mod nodes;
 mod paths;
+mod process;
 mod real;
 mod served;
 mod start;

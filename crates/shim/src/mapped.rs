@@ -7,6 +7,8 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use crate::inside;
+
 /// What a mapping holds: the same for all its parts when it is cut.
 type Held = Arc<dyn Any + Send + Sync>;
 
@@ -22,21 +24,23 @@ fn lock() -> MutexGuard<'static, BTreeMap<usize, (usize, Held)>> {
 
 /// `length` bytes at `at` are a mapping that holds `held`.
 pub(crate) fn insert(at: usize, length: usize, held: Held) {
-    let mut mappings = lock();
-    mappings.insert(at, (end(at, length), held));
-    COUNT.store(mappings.len(), Ordering::Release);
+    inside::run(|| {
+        let mut mappings = lock();
+        mappings.insert(at, (end(at, length), held));
+        COUNT.store(mappings.len(), Ordering::Release);
+    });
 }
 
 /// `length` bytes at `at` were unmapped, or something else was mapped over them.
 pub(crate) fn replaced(at: usize, length: usize) {
-    if COUNT.load(Ordering::Acquire) != 0 {
+    if COUNT.load(Ordering::Acquire) != 0 && !inside::is() {
         drop(take(at, length));
     }
 }
 
 /// A mapping was moved, or its length changed.
 pub(crate) fn moved(from: usize, old_length: usize, to: usize, new_length: usize) {
-    if COUNT.load(Ordering::Acquire) == 0 {
+    if COUNT.load(Ordering::Acquire) == 0 || inside::is() {
         return;
     }
     let taken = take(from, old_length);
@@ -48,6 +52,10 @@ pub(crate) fn moved(from: usize, old_length: usize, to: usize, new_length: usize
 
 /// Cuts a range out of the table: its parts. They are dropped by the caller, without the lock.
 fn take(at: usize, length: usize) -> Vec<(usize, Held)> {
+    inside::run(|| take_locked(at, length))
+}
+
+fn take_locked(at: usize, length: usize) -> Vec<(usize, Held)> {
     let mut mappings = lock();
     let past = end(at, length);
     let overlapping: Vec<usize> = mappings

@@ -90,7 +90,10 @@ pub(crate) fn range(first: c_int, last: c_int) -> impl Iterator<Item = (c_int, A
     chunks
         .filter_map(|index| Some((index, TABLE[index].get()?)))
         .flat_map(|(index, chunk)| {
-            chunk.iter().enumerate().filter_map(move |(at, slot)| Some((index * CHUNK + at, slot.load_full()?)))
+            chunk
+                .iter()
+                .enumerate()
+                .filter_map(move |(at, slot)| Some((index * CHUNK + at, slot.load_full()?)))
         })
         .filter(move |(fd, _)| (first..=last).contains(fd))
         .filter_map(|(fd, description)| Some((c_int::try_from(fd).ok()?, description)))

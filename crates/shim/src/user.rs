@@ -70,7 +70,8 @@ pub(crate) fn read(from: UserAddr, to: &mut [u8]) -> Result<()> {
     crate::errno::preserved(|| {
         // SAFETY: needed because only the kernel can read an address that may not exist. It writes `to.len()` bytes to `to` and
         // only reads the other address.
-        let done = unsafe { libc::process_vm_readv(libc::getpid(), &raw const local, 1, &raw const remote, 1, 0) };
+        let done =
+            unsafe { libc::process_vm_readv(libc::getpid(), &raw const local, 1, &raw const remote, 1, 0) };
         if usize::try_from(done) == Ok(to.len()) { Ok(()) } else { Err(Errno::FAULT) }
     })
 }
@@ -87,7 +88,8 @@ pub(crate) fn write(to: UserAddr, from: &[u8]) -> Result<()> {
     let remote = libc::iovec { iov_base: at as *mut c_void, iov_len: from.len() };
     crate::errno::preserved(|| {
         // SAFETY: as in `read`: the kernel checks the address, and writes what the program gave to be written to.
-        let done = unsafe { libc::process_vm_writev(libc::getpid(), &raw const local, 1, &raw const remote, 1, 0) };
+        let done =
+            unsafe { libc::process_vm_writev(libc::getpid(), &raw const local, 1, &raw const remote, 1, 0) };
         if usize::try_from(done) == Ok(from.len()) { Ok(()) } else { Err(Errno::FAULT) }
     })
 }

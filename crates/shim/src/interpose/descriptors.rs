@@ -57,9 +57,7 @@ fn take(first: c_uint, last: c_uint) -> Vec<(c_int, std::sync::Arc<table::Descri
         return Vec::new();
     }
     let bound = |number| c_int::try_from(number).unwrap_or(c_int::MAX);
-    table::range(bound(first), bound(last))
-        .filter_map(|(fd, _)| Some((fd, table::remove(fd)?)))
-        .collect()
+    table::range(bound(first), bound(last)).filter_map(|(fd, _)| Some((fd, table::remove(fd)?))).collect()
 }
 
 #[unsafe(no_mangle)]

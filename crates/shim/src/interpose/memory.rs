@@ -10,7 +10,7 @@ use iommufd::Errno;
 use libc::{off_t, size_t};
 
 use super::answer_pointer;
-use crate::{mapped, real, table};
+use crate::{mapped, process::moving, real, table};
 
 /// Defines `mmap` under the names that it has.
 macro_rules! mmap {
@@ -28,6 +28,9 @@ macro_rules! mmap {
             let served = if anonymous { None } else { table::get_full(fd) };
             // SAFETY: the caller's arguments but for the file, for the function that it meant to call.
             let map = |fd, offset| unsafe { real::$name()(at, length, prot, flags, fd, offset) };
+            if flags & libc::MAP_FIXED != 0 && moving::evacuate(at as usize, length).is_err() {
+                return out_of_memory();
+            }
             let Some(description) = served else {
                 let result = map(fd, offset);
                 if result != libc::MAP_FAILED {
@@ -54,8 +57,18 @@ macro_rules! mmap {
 
 mmap!(mmap mmap64);
 
+/// MAP_FAILED for want of memory.
+fn out_of_memory() -> *mut c_void {
+    crate::errno::set(libc::ENOMEM);
+    libc::MAP_FAILED
+}
+
 #[unsafe(no_mangle)]
 unsafe extern "C" fn munmap(at: *mut c_void, length: size_t) -> c_int {
+    if moving::evacuate(at as usize, length).is_err() {
+        crate::errno::set(libc::ENOMEM);
+        return -1;
+    }
     // SAFETY: the caller's arguments, for the function that it meant to call.
     let result = unsafe { real::munmap()(at, length) };
     if result == 0 {
@@ -72,11 +85,30 @@ unsafe extern "C" fn mremap(
     flags: c_int,
     to: *mut c_void,
 ) -> *mut c_void {
-    let to = if flags & libc::MREMAP_FIXED != 0 { to } else { ptr::null_mut() };
+    let fixed = flags & libc::MREMAP_FIXED != 0;
+    let to = if fixed { to } else { ptr::null_mut() };
+    let kept = old_length.min(new_length);
+    let cut = moving::evacuate((at as usize).saturating_add(kept), old_length - kept);
+    let covered = if fixed { moving::evacuate(to as usize, new_length) } else { Ok(()) };
+    if cut.and(covered).is_err() {
+        return out_of_memory();
+    }
     // SAFETY: the caller's arguments, for the function that it meant to call.
-    let result = unsafe { real::mremap()(at, old_length, new_length, flags, to) };
+    let remap = || unsafe { real::mremap()(at, old_length, new_length, flags, to) };
+    let result = moving::carry(at as usize, kept, remap);
     if result != libc::MAP_FAILED {
         mapped::moved(at as usize, old_length, result as usize, new_length);
     }
     result
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn madvise(at: *mut c_void, length: size_t, advice: c_int) -> c_int {
+    // Advice that throws private pages away; an empty mapping stays where they were.
+    if matches!(advice, libc::MADV_DONTNEED | libc::MADV_FREE) {
+        // If they cannot be moved they stay, which the advice allows.
+        let _ = moving::evacuate_private(at as usize, length);
+    }
+    // SAFETY: the caller's arguments, for the function that it meant to call.
+    unsafe { real::madvise()(at, length, advice) }
 }

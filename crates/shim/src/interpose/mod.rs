@@ -8,15 +8,17 @@
 //! the integer arguments of a variadic call are in the same registers as those of any other. An argument that the caller
 //! did not give is whatever the register held, and is only passed on, as libc itself does.
 
-#![allow(unsafe_code, reason = "exported C functions, which take the program's pointers and call libc's functions")]
-
+#![allow(
+    unsafe_code,
+    reason = "exported C functions, which take the program's pointers and call libc's functions"
+)]
 
 mod descriptors;
 mod memory;
 mod open;
 mod transfer;
 
-use core::ffi::{c_int, c_void};
+use core::ffi::c_void;
 
 use iommufd::Result;
 
@@ -44,9 +46,4 @@ fn answer_pointer(work: impl FnOnce() -> Result<*mut c_void>) -> *mut c_void {
     };
     crate::errno::set(errno);
     pointer
-}
-
-/// What a real function answered, -1 being errno.
-fn real_result(value: c_int) -> Result<c_int> {
-    if value == -1 { Err(iommufd::Errno::from_raw_os_error(crate::errno::get())) } else { Ok(value) }
 }

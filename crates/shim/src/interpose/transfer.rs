@@ -43,12 +43,22 @@ fn drain(of: &Description, from: *const c_void, count: size_t, position: Positio
     calls::write(of, UserAddr(from as u64), count, position)
 }
 
-fn scatter(of: &Description, pieces: *const iovec, count: c_int, position: Position) -> iommufd::Result<usize> {
+fn scatter(
+    of: &Description,
+    pieces: *const iovec,
+    count: c_int,
+    position: Position,
+) -> iommufd::Result<usize> {
     let each = |(to, length), here| calls::read(of, to, length, here);
     calls::vectored(&calls::pieces(pieces, count)?, position, each)
 }
 
-fn gather(of: &Description, pieces: *const iovec, count: c_int, position: Position) -> iommufd::Result<usize> {
+fn gather(
+    of: &Description,
+    pieces: *const iovec,
+    count: c_int,
+    position: Position,
+) -> iommufd::Result<usize> {
     let each = |(from, length), here| calls::write(of, from, length, here);
     calls::vectored(&calls::pieces(pieces, count)?, position, each)
 }
