@@ -35,9 +35,9 @@ use vm_memory::{GuestAddress, GuestMemory};
 use crate::device::{Activation, GuestMem, VirtioDevice, feature};
 use crate::event::Event;
 use crate::interrupt::{Interrupts, STATUS_NEEDS_RESET};
-use crate::msix::{IntxLine, MsiSink, MsixLayout};
-use crate::pci_config::{Bar, BarKind, ConfigError, PciConfig, PciIds};
 use crate::queue::Virtq;
+use ::pci::config::{Bar, BarKind, ConfigError, PciConfig, PciIds};
+use ::pci::msix::{IntxLine, MsiSink, MsixLayout};
 
 /// PCI vendor of virtio devices.
 const VENDOR: u16 = 0x1af4;

@@ -7,7 +7,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use virtio::device::VirtioDevice;
-use virtio::msix::MsiSink;
+use pci::msix::MsiSink;
 use virtio::pci::VirtioPci;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
