@@ -1,16 +1,16 @@
 //! Who calls: this process, as `iommufd` and `vfio` see it.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
+use arc_swap::ArcSwapOption;
 use iommufd::{
     Errno, Result,
     caller::{Caller, Capability, File},
-    process::{Process, UserAddr},
+    process::Process,
 };
 
 use crate::{
     calls,
-    node::{Mapping, ServedFile},
     process::ShimProcess,
     table,
 };
@@ -20,11 +20,26 @@ pub(crate) struct ShimCaller {
     process: Arc<dyn Process>,
 }
 
+static CALLER: ArcSwapOption<ShimCaller> = ArcSwapOption::const_empty();
+
 impl ShimCaller {
     /// The one of this process.
-    pub(crate) fn get() -> &'static Self {
-        static CALLER: OnceLock<ShimCaller> = OnceLock::new();
-        CALLER.get_or_init(|| Self { process: Arc::new(ShimProcess::default()) })
+    pub(crate) fn get() -> Arc<Self> {
+        if let Some(caller) = &*CALLER.load() {
+            return Arc::clone(caller);
+        }
+        // Who is second takes what the first made.
+        CALLER.compare_and_swap(&None::<Arc<Self>>, Some(Arc::new(Self::new())));
+        CALLER.load_full().unwrap_or_else(|| Arc::new(Self::new()))
+    }
+
+    fn new() -> Self {
+        Self { process: Arc::new(ShimProcess::default()) }
+    }
+
+    /// In a child after `fork`: another process calls, with nothing pinned.
+    pub(crate) fn renew() {
+        core::mem::forget(CALLER.swap(Some(Arc::new(Self::new()))));
     }
 }
 
@@ -45,35 +60,14 @@ impl Caller for ShimCaller {
 
     fn install(&self, file: Arc<dyn File>) -> Result<i32> {
         let descriptor = file.readiness().try_clone_to_owned().map_err(|_| Errno::MFILE)?;
-        calls::install(descriptor, Arc::new(Given(file)), true)
+        calls::install(descriptor, calls::given(file), true)
+    }
+
+    fn uninstall(&self, fd: i32) {
+        calls::uninstall(fd);
     }
 
     fn installed(&self, fd: i32) -> Result<Arc<dyn File>> {
         table::get_full(fd).and_then(|description| description.file.given()).ok_or(Errno::BADF)
-    }
-}
-
-/// A file that an ioctl gave out.
-struct Given(Arc<dyn File>);
-
-impl ServedFile for Given {
-    fn ioctl(&self, _caller: &dyn Caller, _request: u32, _argument: UserAddr) -> Result<i32> {
-        Err(Errno::NOTTY)
-    }
-
-    fn read(&self, to: &mut [u8]) -> Result<usize> {
-        self.0.read(to)
-    }
-
-    fn write(&self, from: &[u8]) -> Result<usize> {
-        self.0.write(from)
-    }
-
-    fn mmap(&self, _offset: u64, _length: u64, _prot: i32, _shared: bool) -> Result<Mapping> {
-        Err(Errno::NODEV)
-    }
-
-    fn given(&self) -> Option<Arc<dyn File>> {
-        Some(Arc::clone(&self.0))
     }
 }

@@ -6,12 +6,20 @@ use std::{
     sync::Arc,
 };
 
-use iommufd::{Errno, Result, process::UserAddr};
-use rustix::fs::MemfdFlags;
+use iommufd::{
+    Errno, Result,
+    caller::{Caller, File},
+    process::UserAddr,
+};
+use rustix::{
+    fs::{MemfdFlags, OFlags},
+    io::FdFlags,
+};
 
 use crate::{
     caller::ShimCaller,
-    node::{Node, Opened},
+    node::{Mapping, Node, Opened, ServedFile},
+    process,
     table::{self, Description},
     user,
 };
@@ -24,29 +32,59 @@ const SMALL: usize = 256;
 
 /// Opens `node`: the new descriptor.
 pub(crate) fn open(node: &dyn Node, flags: c_int) -> Result<c_int> {
-    let Opened { file, descriptor } = node.open(flags)?;
-    let descriptor = match descriptor {
-        Some(descriptor) => descriptor,
-        None => always_ready()?,
-    };
-    install(descriptor, file, flags & libc::O_CLOEXEC != 0)
+    if flags & libc::O_CREAT != 0 && flags & libc::O_EXCL != 0 {
+        return Err(Errno::EXIST);
+    }
+    if flags & libc::O_DIRECTORY != 0 {
+        return Err(Errno::NOTDIR);
+    }
+    let close_on_exec = flags & libc::O_CLOEXEC != 0;
+    match node.open(flags)? {
+        Opened::Served(file) => {
+            let descriptor = stand_in()?;
+            let status = OFlags::from_bits_truncate(flags.cast_unsigned()) & (OFlags::NONBLOCK | OFlags::APPEND);
+            rustix::fs::fcntl_setfl(&descriptor, status)?;
+            install(descriptor, file, close_on_exec)
+        }
+        Opened::Plain(descriptor) => {
+            set_close_on_exec(&descriptor, close_on_exec)?;
+            Ok(descriptor.into_raw_fd())
+        }
+    }
+}
+
+fn set_close_on_exec(descriptor: &OwnedFd, close_on_exec: bool) -> Result<()> {
+    let flags = if close_on_exec { FdFlags::CLOEXEC } else { FdFlags::empty() };
+    rustix::io::fcntl_setfd(descriptor, flags)
 }
 
 /// Gives the program `descriptor`, which stands for `file`.
 pub(crate) fn install(
     descriptor: OwnedFd,
-    file: Arc<dyn crate::node::ServedFile>,
+    file: Arc<dyn ServedFile>,
     close_on_exec: bool,
 ) -> Result<c_int> {
-    let flags = if close_on_exec { rustix::io::FdFlags::CLOEXEC } else { rustix::io::FdFlags::empty() };
-    rustix::io::fcntl_setfd(&descriptor, flags)?;
+    set_close_on_exec(&descriptor, close_on_exec)?;
     let number = descriptor.into_raw_fd();
     table::insert(number, Arc::new(Description { file })).map_err(|_| Errno::MFILE)?;
     Ok(number)
 }
 
+/// Takes back a descriptor that [`install`] gave, before the program has seen its number.
+pub(crate) fn uninstall(number: c_int) {
+    if let Some(description) = table::remove(number) {
+        process::close(number);
+        drop(description);
+    }
+}
+
+/// What serves a file that an ioctl gives out.
+pub(crate) fn given(file: Arc<dyn File>) -> Arc<dyn ServedFile> {
+    Arc::new(Given(file))
+}
+
 /// A descriptor that polls as a device without a poll operation does: always ready, and none of `epoll`'s.
-fn always_ready() -> Result<OwnedFd> {
+fn stand_in() -> Result<OwnedFd> {
     rustix::fs::memfd_create(c"ring3", MemfdFlags::CLOEXEC)
 }
 
@@ -55,7 +93,7 @@ pub(crate) fn ioctl(description: &Description, request: u64, argument: *mut c_vo
     // The kernel's type is an unsigned int; libc's is wider.
     #[expect(clippy::cast_possible_truncation, reason = "as the system call does")]
     let request = request as u32;
-    description.file.ioctl(ShimCaller::get(), request, UserAddr(argument as u64))
+    description.file.ioctl(&*ShimCaller::get(), request, UserAddr(argument as u64))
 }
 
 /// Where a `read` or `write` takes place.
@@ -166,5 +204,30 @@ fn with_buffer<T>(count: usize, work: impl FnOnce(&mut [u8]) -> Result<T>) -> Re
     match small.get_mut(..count) {
         Some(buffer) => work(buffer),
         None => work(&mut vec![0; count]),
+    }
+}
+
+/// A file that an ioctl gave out.
+struct Given(Arc<dyn File>);
+
+impl ServedFile for Given {
+    fn ioctl(&self, _caller: &dyn Caller, _request: u32, _argument: UserAddr) -> Result<i32> {
+        Err(Errno::NOTTY)
+    }
+
+    fn read(&self, to: &mut [u8]) -> Result<usize> {
+        self.0.read(to)
+    }
+
+    fn write(&self, from: &[u8]) -> Result<usize> {
+        self.0.write(from)
+    }
+
+    fn mmap(&self, _offset: u64, _length: u64, _prot: i32, _shared: bool) -> Result<Mapping> {
+        Err(Errno::NODEV)
+    }
+
+    fn given(&self) -> Option<Arc<dyn File>> {
+        Some(Arc::clone(&self.0))
     }
 }

@@ -2,6 +2,7 @@
 
 use std::{any::Any, os::fd::OwnedFd, sync::Arc};
 
+use crate::share::Link;
 use iommufd::{Errno, Result, caller::Caller, process::UserAddr};
 
 /// A path that can be opened.
@@ -14,11 +15,11 @@ pub(crate) trait Node: Send + Sync {
 }
 
 /// What opening gives.
-pub(crate) struct Opened {
-    /// What serves the file.
-    pub file: Arc<dyn ServedFile>,
-    /// The real descriptor that stands for it in the program: what `poll` sees. None: one that is always ready.
-    pub descriptor: Option<OwnedFd>,
+pub(crate) enum Opened {
+    /// A file that this library serves.
+    Served(Arc<dyn ServedFile>),
+    /// An ordinary file.
+    Plain(OwnedFd),
 }
 
 /// What `stat` tells of a node, as far as programs look.
@@ -75,8 +76,18 @@ pub(crate) trait ServedFile: Send + Sync {
         Err(Errno::NODEV)
     }
 
+    /// What `fstat` tells of it; none for what `fstat` tells of its stand-in.
+    fn metadata(&self) -> Option<Metadata> {
+        None
+    }
+
     /// What `iommufd` or `vfio` gave for this descriptor, when they take it back from the program.
     fn given(&self) -> Option<Arc<dyn iommufd::caller::File>> {
+        None
+    }
+
+    /// The connection to the process that serves it, when that is another one, and its number there.
+    fn shared(&self) -> Option<(Arc<Link>, u64)> {
         None
     }
 }

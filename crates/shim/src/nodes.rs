@@ -5,7 +5,7 @@ struct Stub;
 struct StubFile;
 impl Node for Stub {
     fn open(&self, _flags: i32) -> Result<Opened> {
-        Ok(Opened { file: Arc::new(StubFile), descriptor: None })
+        Ok(Opened::Served(Arc::new(StubFile)))
     }
     fn metadata(&self) -> Metadata {
         Metadata { mode: 0o020600, rdev: (10, 200) }

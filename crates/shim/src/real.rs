@@ -11,7 +11,7 @@ use core::{
     sync::atomic::{AtomicPtr, Ordering},
 };
 
-use libc::{FILE, iovec, off_t, size_t, ssize_t};
+use libc::{DIR, FILE, iovec, off_t, size_t, ssize_t};
 
 /// One function's address, null until it was looked up.
 struct Symbol(AtomicPtr<c_void>);
@@ -105,4 +105,20 @@ functions! {
     munmap: fn(*mut c_void, size_t) -> c_int;
     mremap: fn(*mut c_void, size_t, size_t, c_int; ..) -> *mut c_void;
     madvise: fn(*mut c_void, size_t, c_int) -> c_int;
+
+    access: fn(*const c_char, c_int) -> c_int;
+    faccessat: fn(c_int, *const c_char, c_int, c_int) -> c_int;
+    opendir: fn(*const c_char) -> *mut DIR;
+    stat: fn(*const c_char, *mut libc::stat) -> c_int;
+    stat64: fn(*const c_char, *mut libc::stat) -> c_int;
+    lstat: fn(*const c_char, *mut libc::stat) -> c_int;
+    lstat64: fn(*const c_char, *mut libc::stat) -> c_int;
+    fstat: fn(c_int, *mut libc::stat) -> c_int;
+    fstat64: fn(c_int, *mut libc::stat) -> c_int;
+    fstatat: fn(c_int, *const c_char, *mut libc::stat, c_int) -> c_int;
+    fstatat64: fn(c_int, *const c_char, *mut libc::stat, c_int) -> c_int;
+    statx: fn(c_int, *const c_char, c_int, c_uint, *mut libc::statx) -> c_int;
+    readlink: fn(*const c_char, *mut c_char, size_t) -> ssize_t;
+    readlinkat: fn(c_int, *const c_char, *mut c_char, size_t) -> ssize_t;
+    realpath: fn(*const c_char, *mut c_char) -> *mut c_char;
 }

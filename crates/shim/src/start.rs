@@ -10,5 +10,22 @@
 static START: extern "C" fn() = start;
 
 extern "C" fn start() {
-    crate::errno::preserved(crate::configuration::apply);
+    crate::errno::preserved(|| {
+        crate::configuration::apply();
+        // SAFETY: needed because fork may be called by libc itself. The handlers are functions of this library, which is never
+        // unloaded.
+        unsafe { libc::pthread_atfork(Some(prepare), Some(parent), Some(child)) };
+    });
+}
+
+extern "C" fn prepare() {
+    crate::share::prepare();
+}
+
+extern "C" fn parent() {
+    crate::share::parent();
+}
+
+extern "C" fn child() {
+    crate::share::child();
 }

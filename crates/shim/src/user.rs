@@ -94,6 +94,9 @@ pub(crate) fn write(to: UserAddr, from: &[u8]) -> Result<()> {
     })
 }
 
+/// Where [`c_string`] asks whether to go on.
+const HEAD: usize = 4;
+
 /// Whether the byte at `at` can be read, asked of a system call that every sandbox allows: `rt_sigprocmask` looks at its new mask
 /// before it looks at what to do with it, and refuses to do anything.
 fn readable(at: usize) -> bool {
@@ -111,11 +114,16 @@ fn readable(at: usize) -> bool {
     })
 }
 
-/// The C string at `path`, up to `to.len()` bytes of it and without its end. None when it is longer or cannot be read.
-pub(crate) fn c_string<'a>(path: *const core::ffi::c_char, to: &'a mut [u8]) -> Option<&'a [u8]> {
+/// The C string at `path`, up to `to.len()` bytes of it and without its end. None when it is longer or cannot be read, or when
+/// `interesting` says no to what it begins with, which is asked once.
+pub(crate) fn c_string<'a>(
+    path: *const core::ffi::c_char,
+    to: &'a mut [u8],
+    interesting: impl Fn(&[u8]) -> bool,
+) -> Option<&'a [u8]> {
     let start = path as usize;
     let mut checked = None;
-    for (index, byte) in to.iter_mut().enumerate() {
+    for index in 0..to.len() {
         let at = start.checked_add(index)?;
         let page = at / 4096;
         if checked != Some(page) {
@@ -130,7 +138,10 @@ pub(crate) fn c_string<'a>(path: *const core::ffi::c_char, to: &'a mut [u8]) -> 
         if value == 0 {
             return to.get(..index);
         }
-        *byte = value;
+        *to.get_mut(index)? = value;
+        if index == HEAD && !interesting(to.get(..=HEAD)?) {
+            return None;
+        }
     }
     None
 }

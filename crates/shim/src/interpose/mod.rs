@@ -16,6 +16,7 @@
 mod descriptors;
 mod memory;
 mod open;
+mod paths;
 mod transfer;
 
 use core::ffi::c_void;

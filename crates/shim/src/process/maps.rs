@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use iommufd::{Errno, Result};
+use iommufd::{Errno, Result, iova::PAGE_SIZE, process::PageId};
 
 /// One mapping.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -27,11 +27,42 @@ impl Mapped {
         let (dev, ino, offset) = self.file?;
         (self.shared && (dev, ino) == (device, inode)).then_some(offset)
     }
+
+    /// What the page at `at`, which is in it, is.
+    pub(crate) fn page(&self, at: u64) -> PageId {
+        match self.file {
+            Some((dev, ino, offset)) if self.shared => {
+                PageId::File { dev, ino, index: (offset + (at - self.start)) / PAGE_SIZE }
+            }
+            _ => PageId::Private(at / PAGE_SIZE),
+        }
+    }
+
+    /// Where it has `page`.
+    pub(crate) fn find(&self, page: PageId) -> Option<u64> {
+        let at = match page {
+            PageId::Private(number) => number.checked_mul(PAGE_SIZE).filter(|_| self.file.is_none() || !self.shared)?,
+            PageId::File { dev, ino, index } => {
+                let offset = self.shared_file(dev, ino)?;
+                self.start.checked_add(index.checked_mul(PAGE_SIZE)?.checked_sub(offset)?)?
+            }
+        };
+        (self.start..self.end).contains(&at).then_some(at)
+    }
 }
 
 /// All mappings, in the order of their addresses.
 pub(crate) fn all() -> Result<Vec<Mapped>> {
-    let text = fs::read("/proc/self/maps").map_err(|_| Errno::FAULT)?;
+    read("/proc/self/maps")
+}
+
+/// Those of another process.
+pub(crate) fn of(pid: i32) -> Result<Vec<Mapped>> {
+    read(&format!("/proc/{pid}/maps"))
+}
+
+fn read(path: &str) -> Result<Vec<Mapped>> {
+    let text = fs::read(path).map_err(|_| Errno::FAULT)?;
     Ok(text.split(|&byte| byte == b'\n').filter_map(|line| parse(core::str::from_utf8(line).ok()?)).collect())
 }
 

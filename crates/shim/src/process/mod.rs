@@ -1,6 +1,6 @@
 //! The memory of the program, in whose process we are.
 
-mod maps;
+pub(crate) mod maps;
 pub(crate) mod moving;
 mod pins;
 
@@ -71,18 +71,9 @@ impl Process for ShimProcess {
     }
 
     fn pin_count(&self, at: UserAddr) -> Result<u64> {
-        let page = |at: u64| at / PAGE_SIZE;
-        match page_id(at.0)? {
-            PageId::Private(_) => Ok(with_registry(|registry| registry.count(page(at.0)))),
-            // The page may have been pinned where it is mapped elsewhere.
-            PageId::File { dev, ino, index } => {
-                let everywhere = maps::all()?.into_iter().filter_map(|mapped| {
-                    let offset = (index * PAGE_SIZE).checked_sub(mapped.shared_file(dev, ino)?)?;
-                    (offset < mapped.end - mapped.start).then_some(page(mapped.start + offset))
-                });
-                Ok(with_registry(|registry| everywhere.map(|page| registry.count(page)).sum()))
-            }
-        }
+        let page = page_id(at.0)?;
+        // It may have been pinned where it is mapped elsewhere.
+        Ok(maps::all()?.iter().filter_map(|mapped| mapped.find(page)).map(pins_at).sum())
     }
 
     fn usage(&self) -> &Usage {
@@ -120,15 +111,22 @@ fn duplicate(fd: i32) -> Result<OwnedFd> {
     rustix::io::fcntl_dupfd_cloexec(borrowed, 0)
 }
 
+/// Closes a descriptor of the program's that it has not seen yet.
+#[allow(unsafe_code, reason = "closing a number")]
+pub(crate) fn close(fd: i32) {
+    // SAFETY: needed to take back what was given as a number. The caller has just made the descriptor for the program, which does
+    // not know of it.
+    unsafe { crate::real::close()(fd) };
+}
+
 /// What the page at an address is.
 fn page_id(at: u64) -> Result<PageId> {
-    let mapped = maps::at(at)?;
-    match mapped.file {
-        Some((dev, ino, offset)) if mapped.shared => {
-            Ok(PageId::File { dev, ino, index: (offset + (at - mapped.start)) / PAGE_SIZE })
-        }
-        _ => Ok(PageId::Private(at / PAGE_SIZE)),
-    }
+    Ok(maps::at(at)?.page(at))
+}
+
+/// How often the page at an address of ours is pinned by that address.
+pub(crate) fn pins_at(at: u64) -> u64 {
+    with_registry(|registry| registry.count(at / PAGE_SIZE))
 }
 
 /// Makes pages present as a long-term pin of the kernel's does: writable ones for writing; and a private page that is only to

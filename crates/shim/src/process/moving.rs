@@ -8,7 +8,10 @@
 #![allow(unsafe_code, reason = "moving the program's memory")]
 
 use core::{ffi::c_void, ptr};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::{
+    os::fd::{AsRawFd, BorrowedFd},
+    sync::{Mutex, MutexGuard, PoisonError},
+};
 
 use iommufd::{Errno, Result, iova::PAGE_SIZE};
 
@@ -166,7 +169,7 @@ fn remap(start: u64, length: u64, there: u64, behind: Behind) -> bool {
 }
 
 /// Unmaps hidden addresses.
-pub(super) fn release(start: u64, length: u64) {
+pub(crate) fn release(start: u64, length: u64) {
     let Ok(length) = usize::try_from(length) else { return };
     // SAFETY: needed to give memory back. The callers pass addresses of their own reservations, which nobody uses any more.
     unsafe { real::munmap()(start as *mut c_void, length) };
@@ -196,4 +199,25 @@ pub(crate) fn forget() {
     for run in hidden {
         release(run.start * PAGE_SIZE, run.pages * PAGE_SIZE);
     }
+}
+
+/// Maps the shared pages at `start` once more: where.
+pub(crate) fn duplicate(start: u64, length: u64) -> Result<u64> {
+    let length = usize::try_from(length).map_err(|_| Errno::FAULT)?;
+    // SAFETY: needed because shared memory without a file can be mapped again in no other way. An old length of 0 leaves the old
+    // mapping alone, and the new one is at an address of the kernel's choice.
+    let there = unsafe { real::mremap()(start as *mut c_void, 0, length, libc::MREMAP_MAYMOVE) };
+    if there == libc::MAP_FAILED { Err(Errno::FAULT) } else { Ok(there as u64) }
+}
+
+/// Maps `length` bytes at `offset` of a file, shared, at hidden addresses: where.
+pub(crate) fn map_shared(file: BorrowedFd<'_>, offset: u64, length: u64, writable: bool) -> Result<u64> {
+    let length = usize::try_from(length).map_err(|_| Errno::FAULT)?;
+    let offset = i64::try_from(offset).map_err(|_| Errno::FAULT)?;
+    let prot = if writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
+    // SAFETY: needed to have the pages here. A new mapping at an address of the kernel's choice takes nothing from anybody.
+    let there = unsafe {
+        real::mmap64()(ptr::null_mut(), length, prot, libc::MAP_SHARED, file.as_raw_fd(), offset)
+    };
+    if there == libc::MAP_FAILED { Err(Errno::FAULT) } else { Ok(there as u64) }
 }
