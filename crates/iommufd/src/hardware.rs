@@ -24,6 +24,8 @@ bitflags::bitflags! {
         const NESTING = 4;
         /// The device's page requests can be delivered.
         const IOPF = 8;
+        /// The device may use address translation services (PCIe 10).
+        const ATS = 16;
     }
 }
 

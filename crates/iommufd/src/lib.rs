@@ -20,13 +20,16 @@
 #![deny(unsafe_code)]
 
 pub mod account;
+mod api;
 pub mod caller;
 mod context;
+pub mod dmabuf;
 pub mod domain;
 pub mod hardware;
 pub mod hostmem;
 pub mod inject;
 pub mod ioas;
+mod ioctl;
 pub mod iova;
 mod mapping;
 pub mod memory;
@@ -34,9 +37,11 @@ mod object;
 pub mod pages;
 pub mod process;
 mod user_data;
+mod vfio_compat;
 pub mod viommu;
 
 pub use context::{Context, Extension};
+pub use ioctl::support_table;
 pub use mapping::Mapping;
 pub use object::{
     Access, BoundDevice, DeviceDma, DevicePort, HwptOptions, PageRequest, PageRequestFlags, PageResponse,

@@ -11,5 +11,6 @@ pub mod device;
 pub mod dma;
 pub mod irq;
 pub mod migration;
+pub mod user;
 
 pub use iommufd::{Errno, Result};

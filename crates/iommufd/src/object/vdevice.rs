@@ -3,7 +3,12 @@
 use core::fmt;
 use std::sync::{Arc, PoisonError, Weak};
 
-use super::{Pending, device::Device, table::Use, viommu::Viommu};
+use super::{
+    Pending,
+    device::Device,
+    table::{Short, Use},
+    viommu::Viommu,
+};
 use crate::{Context, Errno, Result, inject};
 
 /// A vDEVICE. When its device goes first it goes too, and its id stays behind as a tombstone.
@@ -35,7 +40,14 @@ impl Drop for Vdevice {
 }
 
 impl Context {
-    pub(crate) fn prepare_vdevice(&self, viommu: u32, device: u32, virt_id: u64) -> Result<Pending<Vdevice>> {
+    /// The vDEVICE and its device: the call on the device must not end before the vDEVICE is finished, so that who ends the
+    /// device finds it.
+    pub(crate) fn prepare_vdevice(
+        &self,
+        viommu: u32,
+        device: u32,
+        virt_id: u64,
+    ) -> Result<(Pending<Vdevice>, Short<Device>)> {
         inject::check()?;
         let viommu = self.table().get::<Viommu>(viommu)?;
         let device = self.table().get::<Device>(device)?;
@@ -52,7 +64,7 @@ impl Context {
         parts.devices.insert(virt_id, reservation.id());
         *link = Some(reservation.id());
         drop((link, parts));
-        let device = Arc::downgrade(device.as_arc());
-        Ok(Pending::new(reservation, Vdevice { virt_id, device, viommu: viommu.hold() }))
+        let weak = Arc::downgrade(device.as_arc());
+        Ok((Pending::new(reservation, Vdevice { virt_id, device: weak, viommu: viommu.hold() }), device))
     }
 }
