@@ -9,11 +9,7 @@ use iommufd::{
     process::Process,
 };
 
-use crate::{
-    calls,
-    process::ShimProcess,
-    table,
-};
+use crate::{calls, process::ShimProcess, table};
 
 /// The program in whose process we are.
 pub(crate) struct ShimCaller {

@@ -42,7 +42,8 @@ pub(crate) fn open(node: &dyn Node, flags: c_int) -> Result<c_int> {
     match node.open(flags)? {
         Opened::Served(file) => {
             let descriptor = stand_in()?;
-            let status = OFlags::from_bits_truncate(flags.cast_unsigned()) & (OFlags::NONBLOCK | OFlags::APPEND);
+            let status =
+                OFlags::from_bits_truncate(flags.cast_unsigned()) & (OFlags::NONBLOCK | OFlags::APPEND);
             rustix::fs::fcntl_setfl(&descriptor, status)?;
             install(descriptor, file, close_on_exec)
         }
@@ -59,11 +60,7 @@ fn set_close_on_exec(descriptor: &OwnedFd, close_on_exec: bool) -> Result<()> {
 }
 
 /// Gives the program `descriptor`, which stands for `file`.
-pub(crate) fn install(
-    descriptor: OwnedFd,
-    file: Arc<dyn ServedFile>,
-    close_on_exec: bool,
-) -> Result<c_int> {
+pub(crate) fn install(descriptor: OwnedFd, file: Arc<dyn ServedFile>, close_on_exec: bool) -> Result<c_int> {
     set_close_on_exec(&descriptor, close_on_exec)?;
     let number = descriptor.into_raw_fd();
     table::insert(number, Arc::new(Description { file })).map_err(|_| Errno::MFILE)?;

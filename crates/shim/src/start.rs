@@ -18,6 +18,12 @@ extern "C" fn start() {
     });
 }
 
+/// The loader calls this when the process exits.
+// SAFETY: needed because what is made outside of the process has to be removed. As above.
+#[unsafe(link_section = ".fini_array")]
+#[used]
+static END: extern "C" fn() = crate::tree::remove;
+
 extern "C" fn prepare() {
     crate::share::prepare();
 }

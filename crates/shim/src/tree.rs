@@ -9,7 +9,7 @@ use std::{
     fs, io,
     os::unix::{ffi::OsStrExt, fs::symlink},
     path::{Path, PathBuf},
-    sync::{Mutex, OnceLock, PoisonError},
+    sync::OnceLock,
 };
 
 /// One entry of the tree.
@@ -49,7 +49,9 @@ pub(crate) fn set(plan: Plan) {
 /// Where the file that the program calls `path` is. None for what is not in the tree.
 pub(crate) fn find(path: &str) -> Option<CString> {
     let plan = PLAN.get()?;
-    let below = |top: &String| path.strip_prefix(top.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+    let below = |top: &String| {
+        path.strip_prefix(top.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+    };
     if !plan.tops.iter().any(below) {
         return None;
     }
@@ -76,7 +78,10 @@ fn make(plan: &Plan) -> Option<Tree> {
     match made {
         Ok(tree) => Some(tree),
         Err(error) => {
-            crate::complain(&format!("the device's files cannot be made below {}: {error}", above().display()));
+            crate::complain(&format!(
+                "the device's files cannot be made below {}: {error}",
+                above().display()
+            ));
             None
         }
     }
@@ -109,9 +114,7 @@ impl Tree {
 }
 
 /// The process ends: its tree goes with it. Children that share it keep it for as long as the one that made it lives.
-pub(crate) fn remove() {
-    static ONCE: Mutex<()> = Mutex::new(());
-    let _once = ONCE.lock().unwrap_or_else(PoisonError::into_inner);
+pub(crate) extern "C" fn remove() {
     if let Some(Some(tree)) = TREE.get()
         && tree.owner == rustix::process::getpid()
     {

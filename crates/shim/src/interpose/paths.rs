@@ -71,7 +71,8 @@ fn tell(node: &dyn Node, to: *mut libc::stat) -> c_int {
 /// Copies a structure to the program.
 fn write_to<T>(value: &T, to: *mut c_void) -> c_int {
     // SAFETY: needed to copy it as bytes. The structures here are C's and were zeroed before they were filled, padding included.
-    let bytes = unsafe { core::slice::from_raw_parts(core::ptr::from_ref(value).cast::<u8>(), size_of::<T>()) };
+    let bytes =
+        unsafe { core::slice::from_raw_parts(core::ptr::from_ref(value).cast::<u8>(), size_of::<T>()) };
     match user::write(iommufd::process::UserAddr(to as u64), bytes) {
         Ok(()) => 0,
         Err(error) => {
@@ -165,7 +166,12 @@ unsafe extern "C" fn readlink(path: *const c_char, to: *mut c_char, size: size_t
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn readlinkat(directory: c_int, path: *const c_char, to: *mut c_char, size: size_t) -> ssize_t {
+unsafe extern "C" fn readlinkat(
+    directory: c_int,
+    path: *const c_char,
+    to: *mut c_char,
+    size: size_t,
+) -> ssize_t {
     // SAFETY: as above.
     look(path, no_link, |path| unsafe { real::readlinkat()(directory, path, to, size) })
 }

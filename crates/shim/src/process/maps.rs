@@ -41,7 +41,9 @@ impl Mapped {
     /// Where it has `page`.
     pub(crate) fn find(&self, page: PageId) -> Option<u64> {
         let at = match page {
-            PageId::Private(number) => number.checked_mul(PAGE_SIZE).filter(|_| self.file.is_none() || !self.shared)?,
+            PageId::Private(number) => {
+                number.checked_mul(PAGE_SIZE).filter(|_| self.file.is_none() || !self.shared)?
+            }
             PageId::File { dev, ino, index } => {
                 let offset = self.shared_file(dev, ino)?;
                 self.start.checked_add(index.checked_mul(PAGE_SIZE)?.checked_sub(offset)?)?

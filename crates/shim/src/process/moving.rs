@@ -216,8 +216,7 @@ pub(crate) fn map_shared(file: BorrowedFd<'_>, offset: u64, length: u64, writabl
     let offset = i64::try_from(offset).map_err(|_| Errno::FAULT)?;
     let prot = if writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
     // SAFETY: needed to have the pages here. A new mapping at an address of the kernel's choice takes nothing from anybody.
-    let there = unsafe {
-        real::mmap64()(ptr::null_mut(), length, prot, libc::MAP_SHARED, file.as_raw_fd(), offset)
-    };
+    let there =
+        unsafe { real::mmap64()(ptr::null_mut(), length, prot, libc::MAP_SHARED, file.as_raw_fd(), offset) };
     if there == libc::MAP_FAILED { Err(Errno::FAULT) } else { Ok(there as u64) }
 }

@@ -115,7 +115,8 @@ impl Drop for RemoteFile {
 impl ServedFile for RemoteFile {
     fn ioctl(&self, caller: &dyn Caller, request: u32, argument: UserAddr) -> Result<i32> {
         let all = [Capability::IpcLock, Capability::SysResource, Capability::SysRawio];
-        let capabilities = all.into_iter().filter(|one| caller.capable(*one)).fold(0, |sum, one| sum | bit(one));
+        let capabilities =
+            all.into_iter().filter(|one| caller.capable(*one)).fold(0, |sum, one| sum | bit(one));
         let user = u64::from(rustix::process::getuid().as_raw());
         let limit = rustix::process::getrlimit(Resource::Memlock).current.unwrap_or(u64::MAX);
         let words = [self.id, u64::from(request), argument.0, capabilities, user, limit];

@@ -20,10 +20,7 @@ mod usage;
 mod wire;
 
 use core::cell::RefCell;
-use std::{
-    os::fd::OwnedFd,
-    sync::Arc,
-};
+use std::{os::fd::OwnedFd, sync::Arc};
 
 use iommufd::Result;
 
@@ -123,7 +120,9 @@ fn plan() -> Result<Fork> {
 /// Makes this process's descriptors those of a child. Without `fork` they are not served any more.
 fn become_client(fork: Option<Fork>) {
     // What was inherited is a copy of another process's state, in the middle of anything. Dropping it would act on it.
-    for (fd, _copy) in table::range(0, i32::MAX).map(|(fd, description)| (fd, core::mem::ManuallyDrop::new(description))) {
+    for (fd, _copy) in
+        table::range(0, i32::MAX).map(|(fd, description)| (fd, core::mem::ManuallyDrop::new(description)))
+    {
         core::mem::forget(table::remove(fd));
     }
     let Some(fork) = fork else { return };

@@ -4,7 +4,10 @@
 //! shared memory, either such as both had before the fork, or such as `/proc/PID/map_files` lets us open. Once pinned, a page is
 //! mapped here and outlives the other process; before, it is gone with it.
 
-#![allow(unsafe_code, reason = "another process's memory, and PinnedPages, which is a promise about addresses")]
+#![allow(
+    unsafe_code,
+    reason = "another process's memory, and PinnedPages, which is a promise about addresses"
+)]
 
 use core::{
     ffi::c_void,
@@ -19,10 +22,10 @@ use std::{
 use iommufd::{
     Errno, Result,
     account::Usage,
+    caller::Caller,
     domain::HostAddr,
     hostmem::{HostRun, PinnedPages},
     iova::PAGE_SIZE,
-    caller::Caller,
     process::{PageId, PinObserver, Process, UserAddr},
 };
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -117,7 +120,8 @@ impl RemoteProcess {
         let offset = offset + (start - mapped.start);
         let twin = maps::all()?.into_iter().find_map(|own| {
             let into = offset.checked_sub(own.shared_file(dev, ino)?)?;
-            (own.writable >= mapped.writable && into + length <= own.end - own.start).then(|| own.start + into)
+            (own.writable >= mapped.writable && into + length <= own.end - own.start)
+                .then(|| own.start + into)
         });
         let at = match twin {
             Some(at) => moving::duplicate(at, length)?,
@@ -170,7 +174,10 @@ impl Process for RemoteProcess {
         writable: bool,
         _observer: Weak<dyn PinObserver>,
     ) -> Result<Box<dyn PinnedPages>> {
-        let end = pages.checked_mul(PAGE_SIZE).and_then(|length| start.0.checked_add(length)).ok_or(Errno::FAULT)?;
+        let end = pages
+            .checked_mul(PAGE_SIZE)
+            .and_then(|length| start.0.checked_add(length))
+            .ok_or(Errno::FAULT)?;
         let (mut at, mut parts) = (start.0, Vec::new());
         for mapped in self.maps()? {
             if mapped.end <= at || end <= mapped.start {
@@ -196,7 +203,9 @@ impl Process for RemoteProcess {
         let page = mapped.ok_or(Errno::FAULT)?.page(at.0);
         match page {
             // Not the page of ours that has this address.
-            PageId::Private(number) => Ok(PageId::Private(number | u64::from(self.pid.unsigned_abs()) << 40 | 1 << 63)),
+            PageId::Private(number) => {
+                Ok(PageId::Private(number | u64::from(self.pid.unsigned_abs()) << 40 | 1 << 63))
+            }
             file @ PageId::File { .. } => Ok(file),
         }
     }

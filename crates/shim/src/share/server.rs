@@ -43,8 +43,7 @@ impl Shared {
 
 /// The two ends of a connection: for the process that serves, and for the other.
 pub(super) fn connection() -> Result<(OwnedFd, OwnedFd)> {
-    let (ours, theirs) =
-        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+    let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
     sockopt::set_socket_passcred(&ours, true)?;
     Ok((ours, theirs))
 }
@@ -135,7 +134,8 @@ impl Server {
                     Ok(mapping) => {
                         // What the mapping holds, it holds for as long as the process is there.
                         process.keep(mapping.guard);
-                        let answer = Message::answer(i64::try_from(mapping.offset).map_err(|_| Errno::OVERFLOW));
+                        let answer =
+                            Message::answer(i64::try_from(mapping.offset).map_err(|_| Errno::OVERFLOW));
                         Message { descriptor: Some(mapping.fd), ..answer }
                     }
                     Err(error) => Message::answer(Err(error)),

@@ -12,8 +12,8 @@ use std::{
 
 use iommufd::{Errno, Result};
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, recvmsg, sendmsg,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
 /// How many words a message begins with.
@@ -58,7 +58,8 @@ impl Kind {
     fn from_word(word: u64) -> Option<Self> {
         use Kind::*;
         [
-            Answer, Ioctl, Read, Write, ReadAt, WriteAt, Mmap, Close, Fork, Usage, Install, Uninstall, Installed, File,
+            Answer, Ioctl, Read, Write, ReadAt, WriteAt, Mmap, Close, Fork, Usage, Install, Uninstall,
+            Installed, File,
         ]
         .into_iter()
         .find(|kind| *kind as u64 == word)
@@ -96,9 +97,7 @@ impl Message {
     pub(super) fn result(&self) -> Result<i64> {
         match (self.kind, self.words[0]) {
             (Kind::Answer, 0) => Ok(self.words[1].cast_signed()),
-            (Kind::Answer, error) => {
-                Err(i32::try_from(error).map_or(Errno::IO, Errno::from_raw_os_error))
-            }
+            (Kind::Answer, error) => Err(i32::try_from(error).map_or(Errno::IO, Errno::from_raw_os_error)),
             _ => Err(Errno::IO),
         }
     }
