@@ -30,7 +30,7 @@ impl ShimCaller {
     }
 
     fn new() -> Self {
-        Self { process: Arc::new(ShimProcess::default()) }
+        Self { process: Arc::new(ShimProcess::new()) }
     }
 
     /// In a child after `fork`: another process calls, with nothing pinned.

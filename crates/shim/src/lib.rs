@@ -10,6 +10,7 @@ mod inside;
 #[cfg(not(test))]
 mod interpose;
 mod mapped;
+mod moving;
 mod node;
 mod nodes;
 mod paths;

@@ -10,7 +10,7 @@ use iommufd::Errno;
 use libc::{off_t, size_t};
 
 use super::answer_pointer;
-use crate::{mapped, process::moving, real, table};
+use crate::{mapped, moving, real, table};
 
 /// Defines `mmap` under the names that it has.
 macro_rules! mmap {
@@ -95,7 +95,11 @@ unsafe extern "C" fn mremap(
     }
     // SAFETY: the caller's arguments, for the function that it meant to call.
     let remap = || unsafe { real::mremap()(at, old_length, new_length, flags, to) };
-    let result = moving::carry(at as usize, kept, remap);
+    let mut result = libc::MAP_FAILED;
+    moving::carry(at as usize, kept, || {
+        result = remap();
+        (result != libc::MAP_FAILED).then_some(result as usize)
+    });
     if result != libc::MAP_FAILED {
         mapped::moved(at as usize, old_length, result as usize, new_length);
     }

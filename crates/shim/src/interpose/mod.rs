@@ -26,7 +26,7 @@ use iommufd::Result;
 /// A result as C has it: -1 and errno, or the value with errno as it was before.
 fn answer<T, R: From<i8> + TryFrom<T>>(work: impl FnOnce() -> Result<T>) -> R {
     let before = crate::errno::get();
-    let result = work();
+    let result = crate::inside::run(work);
     let (value, errno) = match result {
         Ok(value) => match R::try_from(value) {
             Ok(value) => (value, before),
@@ -41,7 +41,7 @@ fn answer<T, R: From<i8> + TryFrom<T>>(work: impl FnOnce() -> Result<T>) -> R {
 /// As [`answer`], for functions that give a pointer: MAP_FAILED and errno.
 fn answer_pointer(work: impl FnOnce() -> Result<*mut c_void>) -> *mut c_void {
     let before = crate::errno::get();
-    let (pointer, errno) = match work() {
+    let (pointer, errno) = match crate::inside::run(work) {
         Ok(pointer) => (pointer, before),
         Err(error) => (libc::MAP_FAILED, error.raw_os_error()),
     };

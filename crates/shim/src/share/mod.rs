@@ -4,7 +4,7 @@
 //! copies all memory, but a copy that nobody keeps up to date. So the child's descriptors become [`client::RemoteFile`]s, and its
 //! calls go to the process that opened them (the *server*), by a socket that is made just before the fork. There a thread waits
 //! for them ([`server`]), that exists only while such a child lives. Arguments stay where they are: the server copies them out of
-//! the child's memory, and into it ([`remote`]).
+//! the child's memory, and into it (`iommufd::process::RemoteProcess`).
 //!
 //! A child's connection counts as the child's descriptors: when it ends, by exit, by death or by exec, they are closed. A child of
 //! the child has a connection of its own to the same server. When the server ends, what it served is gone, and the
@@ -13,29 +13,29 @@
 //! `posix_spawn` and `vfork` share the parent's memory until exec and need none of this.
 
 mod client;
-mod remote;
 mod server;
 mod signals;
 mod usage;
 mod wire;
 
-use core::cell::RefCell;
+use core::{any::Any, cell::RefCell};
 use std::{os::fd::OwnedFd, sync::Arc};
 
-use iommufd::Result;
+use iommufd::{Result, process};
 
 pub(crate) use client::Link;
 
 use crate::{
     caller::ShimCaller,
     errno, inside,
-    process::moving,
     table::{self, Description},
 };
 use client::RemoteFile;
 
 /// What is to be done on both sides of a fork that is under way.
 struct Fork {
+    /// Nobody is in the middle of changing what is pinned.
+    quiet: Box<dyn Any>,
     /// The descriptors that this process serves, and their numbers on the new connection.
     served: Vec<(i32, u64)>,
     /// What the new connection serves, and its two ends.
@@ -67,6 +67,7 @@ pub(crate) fn prepare() {
 /// After it, in the parent.
 pub(crate) fn parent() {
     let Some(fork) = FORK.take() else { return };
+    drop(fork.quiet);
     errno::preserved(|| {
         inside::run(|| {
             if let Some((shared, ours, theirs)) = fork.connection {
@@ -79,13 +80,16 @@ pub(crate) fn parent() {
 
 /// After it, in the child.
 pub(crate) fn child() {
-    let fork = FORK.take();
+    let mut fork = FORK.take();
+    if let Some(fork) = &mut fork {
+        fork.quiet = Box::new(());
+    }
     if fork.is_none() && !table::serves_any() {
         return;
     }
     errno::preserved(|| {
         inside::run(|| {
-            moving::forget();
+            process::forget();
             usage::forget();
             ShimCaller::renew();
             become_client(fork);
@@ -114,7 +118,12 @@ fn plan() -> Result<Fork> {
         let (ours, theirs) = server::connection()?;
         Some((shared, ours, theirs))
     };
-    Ok(Fork { served: numbers.into_iter().zip(ids).collect(), connection, upstream })
+    Ok(Fork {
+        quiet: Box::new(process::quiet()),
+        served: numbers.into_iter().zip(ids).collect(),
+        connection,
+        upstream,
+    })
 }
 
 /// Makes this process's descriptors those of a child. Without `fork` they are not served any more.

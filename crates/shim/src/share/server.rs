@@ -1,6 +1,6 @@
 //! The process that serves: a thread for each process that shares its files, which ends with that process.
 
-use core::cell::RefCell;
+use core::{any::Any, cell::RefCell};
 use std::{
     collections::HashMap,
     os::fd::{AsFd, OwnedFd},
@@ -10,14 +10,11 @@ use std::{
 use iommufd::{
     Errno, Result,
     caller::{Caller, Capability, File},
-    process::{Process, UserAddr},
+    process::{Process, RemoteProcess, UserAddr},
 };
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair, sockopt};
 
-use super::{
-    remote::RemoteProcess,
-    wire::{self, Kind, MOST, Message},
-};
+use super::wire::{self, Kind, MOST, Message};
 use crate::{calls, node::ServedFile, table::Description};
 
 /// The files that one process shares, by the numbers that both sides know them by.
@@ -53,7 +50,7 @@ pub(super) fn connection() -> Result<(OwnedFd, OwnedFd)> {
 pub(super) fn start(socket: OwnedFd, shared: Shared) {
     super::signals::blocked(|| {
         let serve = move || {
-            let mut server = Server { socket, shared, process: None };
+            let mut server = Server { socket, shared, process: None, kept: Vec::new() };
             server.run();
         };
         if let Err(error) = std::thread::Builder::new().name("ring3-shim".to_owned()).spawn(serve) {
@@ -66,6 +63,8 @@ struct Server {
     socket: OwnedFd,
     shared: Shared,
     process: Option<Arc<RemoteProcess>>,
+    /// What the process has mapped: held for as long as it is there.
+    kept: Vec<Arc<dyn Any + Send + Sync>>,
 }
 
 impl Server {
@@ -75,7 +74,10 @@ impl Server {
             let process = match (&self.process, from) {
                 (Some(process), _) => Arc::clone(process),
                 (None, Some(from)) => match RemoteProcess::new(from) {
-                    Ok(process) => Arc::clone(self.process.insert(process)),
+                    Ok(process) => {
+                        super::usage::add(&process);
+                        Arc::clone(self.process.insert(process))
+                    }
                     Err(_) => break,
                 },
                 (None, None) => break,
@@ -86,7 +88,7 @@ impl Server {
             }
         }
         if let Some(process) = &self.process {
-            process.gone();
+            process.end();
         }
     }
 
@@ -109,7 +111,11 @@ impl Server {
         let count = |done: Result<usize>| Message::answer(done.map(|done| done as i64));
         match message.kind {
             Kind::Ioctl => {
-                process.set_limits(&message.words);
+                let [.., user, limit, _] = message.words;
+                process.set_caller(
+                    u32::try_from(user).unwrap_or(u32::MAX),
+                    (limit != u64::MAX).then_some(limit),
+                );
                 let process: Arc<dyn Process> = Arc::clone(process) as _;
                 let capabilities = message.words[3];
                 let caller = RemoteCaller { server: RefCell::new(self), process, capabilities };
@@ -132,8 +138,7 @@ impl Server {
                 let prot = i32::try_from(c & 0xffff_ffff).unwrap_or(0);
                 match file.mmap(a, b, prot, c >> 32 != 0) {
                     Ok(mapping) => {
-                        // What the mapping holds, it holds for as long as the process is there.
-                        process.keep(mapping.guard);
+                        self.kept.push(mapping.guard);
                         let answer =
                             Message::answer(i64::try_from(mapping.offset).map_err(|_| Errno::OVERFLOW));
                         Message { descriptor: Some(mapping.fd), ..answer }

@@ -2,9 +2,13 @@
 
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use iommufd::{account::Usage, caller::Caller, process::Process};
+use iommufd::{
+    account::Usage,
+    caller::Caller,
+    process::{Process, RemoteProcess},
+};
 
-use super::{remote::RemoteProcess, wire::Message};
+use super::wire::Message;
 use crate::caller::ShimCaller;
 
 /// The processes that we serve.
@@ -31,7 +35,9 @@ pub(super) fn of(pid: i32) -> (u64, u64) {
     let own = rustix::process::getpid().as_raw_nonzero().get();
     let mut sum = if pid == own { both(ShimCaller::get().process().usage()) } else { (0, 0) };
     let served = SERVED.lock().unwrap_or_else(PoisonError::into_inner).clone();
-    for process in served.iter().filter_map(Weak::upgrade).filter(|process| process.pid() == pid) {
+    for process in
+        served.iter().filter_map(Weak::upgrade).filter(|process| process.pid().as_raw_nonzero().get() == pid)
+    {
         let (pinned, locked) = both(process.usage());
         sum = (sum.0 + pinned, sum.1 + locked);
     }

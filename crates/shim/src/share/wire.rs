@@ -11,9 +11,12 @@ use std::{
 };
 
 use iommufd::{Errno, Result};
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+use rustix::{
+    net::{
+        RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+        SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+    },
+    process::Pid,
 };
 
 /// How many words a message begins with.
@@ -128,7 +131,7 @@ pub(super) fn send(socket: BorrowedFd<'_>, message: &Message) -> Result<()> {
 }
 
 /// Receives a message; none at the end. With the process that sent it, if the socket tells.
-pub(super) fn receive(socket: BorrowedFd<'_>) -> Result<Option<(Message, Option<i32>)>> {
+pub(super) fn receive(socket: BorrowedFd<'_>) -> Result<Option<(Message, Option<Pid>)>> {
     let mut header = [0; HEADER];
     let mut bytes = vec![0; MOST];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1), ScmCredentials(1))];
@@ -146,7 +149,7 @@ pub(super) fn receive(socket: BorrowedFd<'_>) -> Result<Option<(Message, Option<
     for part in ancillary.drain() {
         match part {
             RecvAncillaryMessage::ScmRights(fds) => descriptor = fds.last(),
-            RecvAncillaryMessage::ScmCredentials(from) => process = Some(from.pid.as_raw_nonzero().get()),
+            RecvAncillaryMessage::ScmCredentials(from) => process = Some(from.pid),
             _ => {}
         }
     }
