@@ -36,6 +36,8 @@ pub mod memory;
 mod object;
 pub mod pages;
 pub mod process;
+#[cfg(test)]
+mod tests;
 mod user_data;
 mod vfio_compat;
 pub mod viommu;
