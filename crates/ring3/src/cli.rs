@@ -80,6 +80,22 @@ Examples:
   ring3 run --net-control /tmp/vm &
   ring3 net add -c /tmp/vm 2222:22";
 
+const SHIM_EXAMPLES: &str = "\
+Examples:
+  ring3 shim -- ./uses-iommufd            with a /dev/iommu
+  ring3 shim --mock-iommu -- ./iommufd    the kernel's own tests of iommufd
+  ring3 shim --device SPEC -- ./uses-vfio with a device in /dev/vfio as well
+
+The program and its children are loaded with a library that answers what they ask
+of these devices in the process itself. It stands in front of libc's functions, so
+programs without a loader (statically linked ones), setuid programs, and system
+calls that a program makes without libc are out of its reach. A child uses what its
+parent opened for as long as the parent lives; exec closes it.
+
+Exit status:
+  The program's own; 125 when ring3 itself failed; 126 when the program could not
+  be executed with the library; 127 when it was not found.";
+
 const SELFTEST_STATUS: &str = "\
 Exit status:
   0 when every check of every boot passed, 1 when one did not, 125 when ring3
@@ -143,6 +159,12 @@ pub enum Task {
         #[command(subcommand)]
         task: NetTask,
     },
+    /// Run a program of the host with /dev/iommu and VFIO devices that ring3 serves
+    ///
+    /// The program is not changed and needs no privileges, and the machine no IOMMU. Everything but these devices is
+    /// the machine's own.
+    #[command(after_long_help = SHIM_EXAMPLES)]
+    Shim(ShimArgs),
     /// Print a completion script for a shell
     ///
     /// For example: ring3 completions bash > ~/.local/share/bash-completion/completions/ring3
@@ -157,6 +179,20 @@ pub enum Task {
         /// A subcommand, and one of its own.
         subcommand: Vec<String>,
     },
+}
+
+/// The options of `ring3 shim`.
+#[derive(Debug, Args)]
+pub struct ShimArgs {
+    /// Let /dev/iommu have the IOMMU of the kernel's selftests, with their ioctls and failure injection
+    #[arg(long)]
+    pub mock_iommu: bool,
+    /// Device to serve in /dev/vfio; can be repeated
+    #[arg(long = "device", value_name = "SPEC")]
+    pub devices: Vec<String>,
+    /// The program and its arguments
+    #[arg(last = true, required = true, value_name = "PROGRAM")]
+    pub command: Vec<OsString>,
 }
 
 /// The options of `ring3 run`.
