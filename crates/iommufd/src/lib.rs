@@ -24,6 +24,7 @@ pub mod domain;
 pub mod hardware;
 pub mod iova;
 pub mod process;
+pub mod soft;
 
 pub use rustix::io::Errno;
 
