@@ -67,7 +67,8 @@ fn ports_are_listed_added_and_removed() {
     let engine = Engine::new(testing::config(), Box::new(tap)).unwrap();
     let handle = engine.handle();
     let controlled = Controlled { handle: handle.clone(), v6: true, ephemeral: DEFAULT_EPHEMERAL };
-    let server = ControlSocket::bind(&path).unwrap().serve(controlled).unwrap();
+    let (listening, name) = ControlSocket::bind(&path).unwrap();
+    let server = listening.serve(controlled).unwrap();
     let engine = std::thread::spawn(move || engine.run().unwrap());
     // An address of this process's own, so that no port is in use.
     let [low, high, ..] = std::process::id().to_le_bytes();
@@ -83,7 +84,7 @@ fn ports_are_listed_added_and_removed() {
     assert_eq!(net(&["add", "--socket", socket, "--udp", &format!("{address}/53")]), done);
     let listed = format!("tcp {spec}\ntcp {address}/2005\nudp {address}/53\n");
     assert_eq!(net(&["list", "--socket", socket]), (Some(0), listed, String::new()));
-    assert_eq!(net(&["remove", "--socket", socket, &format!("{address}/all")]), done);
+    assert_eq!(net(&["remove", "-c", socket, &format!("{address}/all")]), done);
     assert_eq!(net(&["list", "--socket", socket]).1, format!("udp {address}/53\n"));
 
     for (words, message) in [
@@ -98,6 +99,6 @@ fn ports_are_listed_added_and_removed() {
     }
     handle.stop();
     engine.join().unwrap();
-    drop(server);
+    drop((server, name));
     assert!(!path.exists());
 }

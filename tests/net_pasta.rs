@@ -13,8 +13,8 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use support::net::{as_user, connect, echo, expect_echo, free_port, part, pasta, playing, possible};
-use support::process::{PATIENCE, Running, finish};
+use support::net::{as_user, connect, echo, expect_echo, free_port, part, pasta, play, playing, possible};
+use support::process::{PATIENCE, Running, finish, privileged};
 use support::{Noise, skip};
 
 /// A network whose addresses do not depend on the host's.
@@ -144,6 +144,36 @@ fn connections_reach_the_hosts_loopback_by_the_gateway() {
     server.join().unwrap();
     let part = format!("refused 192.0.2.1:{}", free_port());
     finish(playing(&with(&[&MAPPED, &CLOSED]), &part), PATIENCE).expect(0);
+}
+
+/// Root becomes nobody, who may open neither the tap device nor what is in root's directories.
+#[test]
+fn root_starts_several_threads_and_leaves_nothing() {
+    if !possible() {
+        return;
+    }
+    if !rustix::process::geteuid().is_root() {
+        return skip("only root can start it as root");
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let control = directory.path().join("control");
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let known = control.clone();
+    let server = std::thread::spawn(move || {
+        let (stream, _) = listener.accept().unwrap();
+        assert!(known.exists(), "the control socket");
+        echo(stream);
+    });
+    let mut command = privileged();
+    command.arg("pasta").args(with(&[
+        &MAPPED,
+        &CLOSED,
+        &["--threads", "3", "-c", control.to_str().unwrap()],
+    ]));
+    finish(play(command, &format!("echo-client 192.0.2.1:{port}")), PATIENCE).expect(0);
+    server.join().unwrap();
+    assert!(!control.exists(), "the control socket is left behind");
 }
 
 #[test]

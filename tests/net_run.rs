@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 use support::kernels::{Kernels, kernels};
-use support::process::{PATIENCE, Running, boot, finish, other_user, run};
+use support::process::{PATIENCE, RING3, Running, boot, finish, other_user, run};
 use support::{Noise, skip, temp_dir};
 
 /// Tells this program in a namespace which test it is.
@@ -45,6 +45,11 @@ const WAIT: Duration = Duration::from_secs(120);
 #[test]
 fn the_guest_and_the_host_talk_both_ways() {
     in_namespace("talk");
+}
+
+#[test]
+fn ports_come_and_go_while_the_guest_runs() {
+    in_namespace("control");
 }
 
 #[test]
@@ -100,6 +105,7 @@ fn inside() {
     let ipv6 = set_up();
     match case.as_str() {
         "talk" => talk(&kernels, ipv6),
+        "control" => controlled(&kernels),
         "interrupted" => interrupted(&kernels),
         "none" => none(&kernels),
         "tap" => on_a_tap(&kernels),
@@ -154,6 +160,7 @@ fn guest_side() {
     let status = match job.as_str() {
         "talk" => guest_talks(false),
         "talk with IPv6" => guest_talks(true),
+        "listen" => guest_listens(),
         "wait" => guest_waits(),
         "tap" => guest_on_a_tap(),
         other => panic!("{other}"),
@@ -329,6 +336,48 @@ fn guest_talks(ipv6: bool) -> i32 {
     7
 }
 
+fn controlled(kernels: &Kernels) {
+    let dir = temp_dir();
+    let path = dir.path().join("control");
+    let socket = path.to_str().unwrap();
+    let net = |words: &[&str]| {
+        let ended = Command::new(RING3).arg("net").args(words).output().unwrap();
+        let said = String::from_utf8(ended.stderr).unwrap();
+        assert!(ended.status.success(), "{words:?}: {said}");
+        String::from_utf8(ended.stdout).unwrap()
+    };
+    let options = ["--net-control", socket, "-p", "127.0.0.1:8080:7000"];
+    let (running, mut output) = Running::boot_with_output(job(kernels.newer(), &options, "listen"));
+    output.wait_for("ready\n");
+    assert_eq!(net(&["list", "-c", socket]), "tcp 127.0.0.1/8080:7000\n");
+    net(&["add", "-c", socket, "127.0.0.1/8081:7000"]);
+    net(&["add", "-c", socket, "--udp", "127.0.0.1/8082:7001"]);
+    give(patient(TcpStream::connect("127.0.0.1:8081").unwrap()), SMALL, 4);
+    expect_echo("127.0.0.1:8082".parse().unwrap(), 1400);
+    net(&["remove", "-c", socket, "127.0.0.1/8081"]);
+    let refused = TcpStream::connect("127.0.0.1:8081").unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
+    let left = "tcp 127.0.0.1/8080:7000\nudp 127.0.0.1/8082:7001\n";
+    assert_eq!(net(&["list", "-c", socket]), left);
+    give(patient(TcpStream::connect("127.0.0.1:8080").unwrap()), SMALL, 4);
+    let end = running.finish(PATIENCE);
+    end.expect(7);
+    assert_eq!(end.stderr, "", "ring3 has nothing to say about it");
+    assert!(!path.exists(), "its name has gone with it");
+}
+
+/// Takes two connections, and gives datagrams back.
+fn guest_listens() -> i32 {
+    let listener = TcpListener::bind("0.0.0.0:7000").unwrap();
+    let datagrams = UdpSocket::bind("0.0.0.0:7001").unwrap();
+    println!("ready");
+    thread::spawn(move || echo(datagrams));
+    for _ in 0..2 {
+        take(patient(listener.accept().unwrap().0), SMALL, 4);
+    }
+    7
+}
+
 fn interrupted(kernels: &Kernels) {
     let server = serve("127.0.0.1:7100", |mut stream| {
         stream.write_all(b"hello").unwrap();
@@ -401,6 +450,8 @@ fn ports(kernels: &Kernels) {
     }
     try_with(&["-p", "192.0.2.99:8081:80"]).expect_error("the host has no such address");
     try_with(&["--net", "none", "-p", "8081:80"]).expect_error("-p 8081:80");
+    try_with(&["--net", "none", "--net-control", "control"]).expect_error("--net-control control");
+    try_with(&["--net-control", "/proc/x"]).expect_error("cannot listen for control at /proc/x");
     try_with(&["--net", "tap=nosuch"]).expect_error("ip tuntap add");
     if other_user().is_some() {
         let end = try_with(&["-p", "127.0.0.1:80:80"]);

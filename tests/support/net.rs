@@ -70,9 +70,13 @@ pub fn pasta(options: &[&str], command: &[&str]) -> Command {
 
 /// `ring3 pasta` with this test program inside, playing `part` in the test of that name.
 pub fn playing(options: &[&str], part: &str) -> Command {
+    play(pasta(options, &[]), part)
+}
+
+/// A `pasta` without a command, with this test program inside as in [`playing`].
+pub fn play(mut pasta: Command, part: &str) -> Command {
     let program = std::env::current_exe().unwrap();
-    let mut pasta = pasta(options, &[program.to_str().unwrap(), "--exact", "inside", "--nocapture"]);
-    pasta.env(PART, part);
+    pasta.arg("--").arg(program).args(["--exact", "inside", "--nocapture"]).env(PART, part);
     pasta
 }
 

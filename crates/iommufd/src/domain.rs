@@ -67,6 +67,13 @@ pub trait Domain: Any + Send + Sync + fmt::Debug {
     /// Waits until no translation that began before is in use: the flush of the IOTLB.
     fn sync(&self);
 
+    /// The memory behind `range` is about to move, and `range` will be mapped again in a moment. Like [`Self::unmap`] and
+    /// [`Self::sync`]; but a domain that can lets accesses wait until then rather than fail.
+    fn suspend(&self, range: IovaRange) {
+        self.unmap(range);
+        self.sync();
+    }
+
     /// Where `iova` is mapped to.
     fn lookup(&self, iova: Iova) -> Option<HostAddr>;
 

@@ -3,13 +3,13 @@
 //! # Theory of operation
 //!
 //! A `Context` is what one open `/dev/iommu` is in the kernel: a table of objects that ioctls make, use and destroy.
-//! The central object is the IOAS (`ioas::Ioas`): a map from I/O virtual addresses to *areas* of user memory or of files.
+//! The central object is the IOAS ([`ioas::Ioas`]): a map from I/O virtual addresses to *areas* of user memory or of files.
 //! Devices and other users of that memory come to it in two ways:
 //!
 //! - A device that translates by an IOMMU is attached to a HWPT, whose [`domain::Domain`] is the page table that the IOMMU
 //!   reads. While an IOAS has a domain, all its areas are pinned and entered there.
 //! - A user without page tables (a software device, a hardware queue) has an access, pins what it needs
-//!   (`ioas::Pinned`) and unpins it when it is told to.
+//!   ([`ioas::Pinned`]) and unpins it when it is told to.
 //!
 //! What the ioctls need of the world are three traits, so that the same code serves a monitor that calls it as a library,
 //! the devices of `ring3 run`, and unmodified programs under `ring3 shim`:
@@ -19,10 +19,16 @@
 
 #![deny(unsafe_code)]
 
+pub mod account;
 pub mod caller;
 pub mod domain;
 pub mod hardware;
+pub mod hostmem;
+pub mod inject;
+pub mod ioas;
 pub mod iova;
+pub mod memory;
+pub mod pages;
 pub mod process;
 pub mod soft;
 

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
+use ::pci::config::{Bar, BarKind};
+use ::pci::msix::MsiSink;
 use cpu::GuestRam;
-use virtio::msix::MsiSink;
 use virtio::pci::VirtioPci;
-use virtio::pci_config::BarKind;
 
 use crate::apic::ApicBus;
 use crate::pci::{BarInfo, PciFunction};
@@ -23,7 +23,7 @@ impl PciFunction for VirtioFunction {
     }
 
     fn bars(&self) -> Vec<BarInfo> {
-        let info = |bar: virtio::pci_config::Bar| BarInfo {
+        let info = |bar: Bar| BarInfo {
             index: bar.index,
             address: bar.address,
             size: bar.size,

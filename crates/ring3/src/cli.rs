@@ -45,7 +45,7 @@ nothing of it reaches the host.
 Network: the guest has the host's addresses, resolvers and ways out, by ordinary
 sockets of ring3's; no privilege is needed. The gateway's address stands for the
 host itself, that is for what listens on 127.0.0.1 or ::1. Nothing reaches the
-guest but through -p.
+guest but through -p, and what is added by --net-control.
 
 Streams: the command gets a terminal when ring3's standard input is one. A first
 Ctrl-C or SIGTERM to ring3 goes to the command, a second one ends the machine.
@@ -74,7 +74,9 @@ Examples:
   ring3 net add 8080:80                 port 8080 of the host leads to port 80
   ring3 net add --udp 127.0.0.1/5353
   ring3 net list
-  ring3 net remove 8080                 wherever it leads to";
+  ring3 net remove 8080                 wherever it leads to
+  ring3 run --net-control /tmp/vm &
+  ring3 net add -c /tmp/vm 2222:22";
 
 const SELFTEST_STATUS: &str = "\
 Exit status:
@@ -132,7 +134,7 @@ pub enum Task {
     Passt(Box<PasstArgs>),
     /// List, add or remove the forwarded ports of a running network
     ///
-    /// The network is that of `ring3 pasta -c PATH` or `ring3 passt -c PATH`.
+    /// The network is that of `ring3 pasta -c PATH`, `ring3 passt -c PATH` or `ring3 run --net-control PATH`.
     #[command(after_long_help = NET_EXAMPLES)]
     Net {
         /// What to do.
@@ -197,6 +199,12 @@ pub struct RunArgs {
     /// host is any that is free, and ring3 says which. Can be repeated.
     #[arg(short, long = "publish", value_name = "[ADDR:]HOST:GUEST[/udp]", value_parser = network::parse_publish)]
     pub publish: Vec<Publish>,
+    /// Socket by which `ring3 net` lists, adds and removes ports while the guest runs
+    ///
+    /// It is made at this path, for the user alone, and removed at the end. ring3 then keeps the right to listen to
+    /// ports.
+    #[arg(long, value_name = "PATH")]
+    pub net_control: Option<PathBuf>,
     /// Environment variable for the command; K alone takes ring3's own value
     ///
     /// By default the command gets PATH, HOME, USER, LOGNAME, SHELL, and from ring3's environment TERM (with a
@@ -366,7 +374,7 @@ pub enum NetTask {
 #[derive(Debug, Args)]
 pub struct NetworkArgs {
     /// Control socket of the network [default: $RING3_NET_SOCKET]
-    #[arg(long, value_name = "PATH")]
+    #[arg(short = 'c', long, value_name = "PATH")]
     pub socket: Option<PathBuf>,
 }
 

@@ -1,1 +1,16 @@
-//! Devices given to user space, with the semantics and the interface of Linux's VFIO.
+//! Devices given to user space: VFIO's doors and devices, without a kernel's VFIO.
+//!
+//! A [`device::Device`] is a trait: regions, interrupts, reset, migration, the log of its DMA. Devices in software, the
+//! other end of a vfio-user socket and the host's real devices are behind the same trait, and whoever gives a device to
+//! somebody (a door of VFIO, a vfio-user server, a virtual machine) sees nothing else of it. A device reaches memory by
+//! a [`dma::Dma`], which it is given when it is opened.
+
+#![forbid(unsafe_code)]
+
+pub mod device;
+pub mod dma;
+pub mod irq;
+pub mod migration;
+pub mod user;
+
+pub use iommufd::{Errno, Result};

@@ -14,8 +14,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use virtio_bindings::virtio_config::VIRTIO_CONFIG_S_NEEDS_RESET;
 
-use crate::msix::{IntxLine, Message, MsiSink, Msix};
 use crate::warn::GuestWarnings;
+use ::pci::msix::{IntxLine, Message, MsiSink, Msix};
 
 /// "No vector assigned" (`VIRTIO_MSI_NO_VECTOR`, virtio 1.2, section 4.1.5.1.2).
 pub(crate) const NO_VECTOR: u16 = 0xffff;

@@ -1,7 +1,7 @@
 //! Virtio devices over PCI (virtio 1.2): console, disk, file system, network, entropy.
 //!
 //! The crate knows nothing of the machine. The machine gives it guest memory, a place for its interrupts
-//! ([`msix::MsiSink`]) and the accesses of the guest; it gives back what the registers say.
+//! ([`MsiSink`](::pci::msix::MsiSink)) and the accesses of the guest; it gives back what the registers say.
 //!
 //! # A buffer's way from driver to device and back
 //!
@@ -16,7 +16,7 @@
 //!    own pages ([`queue::Buffers::slices`]); pages that were written are marked in the dirty bitmap.
 //! 5. [`queue::Virtq::push`] puts the chain into the used ring, and [`queue::Virtq::signal`] looks at the
 //!    driver's event index, whether it wants to know.
-//! 6. If so, [`interrupt::Interrupts`] takes the queue's vector from the MSI-X table and hands the message to
+//! 6. If so, [`interrupt::Interrupts`] takes the queue's vector from the MSI-X table ([`::pci::msix`]) and hands the message to
 //!    the machine, which interrupts a vCPU.
 //!
 //! Nothing on this way trusts the guest. Register accesses of any offset and width have a meaning; a chain
@@ -24,8 +24,6 @@
 //! until the driver resets it.
 //!
 //! # Contents
-//!
-//! For any PCI function: [`pci_config`], the configuration space; [`msix`], its interrupts.
 //!
 //! Virtio itself: [`pci`], the registers and the status protocol; [`queue`], queues and chains; [`interrupt`],
 //! the way back; [`device`], what a device kind implements; [`event`], the eventfd in between.
@@ -39,10 +37,8 @@ pub mod device;
 pub mod event;
 pub mod fs;
 pub mod interrupt;
-pub mod msix;
 pub mod net;
 pub mod pci;
-pub mod pci_config;
 pub mod queue;
 pub mod rng;
 mod serve;

@@ -35,9 +35,9 @@ use vm_memory::{GuestAddress, GuestMemory};
 use crate::device::{Activation, GuestMem, VirtioDevice, feature};
 use crate::event::Event;
 use crate::interrupt::{Interrupts, STATUS_NEEDS_RESET};
-use crate::msix::{IntxLine, MsiSink, MsixLayout};
-use crate::pci_config::{Bar, BarKind, ConfigError, PciConfig, PciIds};
 use crate::queue::Virtq;
+use ::pci::config::{Bar, BarKind, ConfigError, PciConfig, PciIds};
+use ::pci::msix::{IntxLine, MsiSink, MsixLayout};
 
 /// PCI vendor of virtio devices.
 const VENDOR: u16 = 0x1af4;
@@ -293,7 +293,7 @@ impl<M: GuestMem> VirtioPci<M> {
         {
             let mut value = [0; 4];
             self.bar_read(bar, at, &mut value[..length]);
-            self.config.set(self.window_capability + 16, &value[..length]);
+            self.config.set(u16::from(self.window_capability) + 16, &value[..length]);
         }
         self.config.set_interrupt_status(self.interrupts.intx_pending());
         self.config.read(offset, data);

@@ -44,7 +44,7 @@ impl Prepared {
         });
         Ok(Self {
             capture: capture.transpose()?,
-            control: common.control.as_deref().map(ControlSocket::bind).transpose()?,
+            control: common.control.as_deref().map(ControlSocket::bind_kept).transpose()?,
             stats: common.stats,
             v6: common.network.families[1],
             ephemeral: ephemeral_ports(),

@@ -7,6 +7,7 @@ mod changes;
 pub mod command;
 pub mod control;
 pub mod isolation;
+pub mod local;
 pub mod log;
 pub mod options;
 pub mod passt;

@@ -21,7 +21,8 @@ const LONGEST_ANSWER: u64 = 32 << 20;
 pub enum ClientError {
     /// No socket was named.
     #[error(
-        "no socket is named: give --socket PATH, or set {SOCKET_VARIABLE}, to the PATH of `pasta -c PATH` or the like"
+        "no socket is named: give --socket PATH, or set {SOCKET_VARIABLE}, to the PATH of `pasta -c PATH` or \
+         `run --net-control PATH`"
     )]
     NoSocket,
     /// Nobody answers.

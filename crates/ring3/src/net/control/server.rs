@@ -1,24 +1,17 @@
 //! The socket and its clients: one thread, which waits for all of them at once.
 
-use std::ffi::OsString;
-use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use rustix::fs::{AtFlags, Mode, OFlags, openat, unlinkat};
-use rustix::io::Errno;
-use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen,
-    recv, send, socket_with,
-};
+use rustix::io::{Errno, ioctl_fionbio};
+use rustix::net::{RecvFlags, SendFlags, SocketFlags, accept_with, recv, send};
 
 use super::{Controlled, LONGEST_REQUEST, MOST_CLIENTS, Request};
+use crate::net::local::{self, Access, Keeper, Name};
 use crate::net::{Because, NetError};
 
 /// How long no client is accepted when the host has run out of something.
@@ -28,48 +21,32 @@ const PAUSE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 #[derive(Debug)]
 pub struct ControlSocket {
     listener: OwnedFd,
-    file: SocketFile,
-}
-
-/// The socket's name, to be removed at the end: also from within an empty root.
-#[derive(Debug)]
-struct SocketFile {
-    directory: OwnedFd,
-    name: OsString,
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        // syscalls: unlinkat
-        let _ = unlinkat(&self.directory, &self.name, AtFlags::empty());
-    }
+    keeper: Option<Keeper>,
 }
 
 impl ControlSocket {
-    /// Listens at `path`. A socket that nobody listens on any more is replaced.
+    /// Listens at `path`, for the user alone. A socket that nobody listens on any more is replaced.
     ///
     /// # Errors
     /// There is something else, or a process that listens, or the socket cannot be made.
-    pub fn bind(path: &Path) -> Result<Self, NetError> {
+    pub fn bind(path: &Path) -> Result<(Self, Name), NetError> {
         let cannot = || format!("cannot listen for control at {}", path.display());
-        let address = SocketAddrUnix::new(path).because(cannot)?;
-        let stale = fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket())
-            && UnixStream::connect(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
-        if stale {
-            fs::remove_file(path).because(cannot)?;
-        }
-        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let directory = openat(rustix::fs::CWD, parent, flags, Mode::empty()).because(cannot)?;
-        let name = path.file_name().unwrap_or_default().to_owned();
-        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-        let listener = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).because(cannot)?;
-        bind(&listener, &address).because(cannot)?;
-        let file = SocketFile { directory, name };
-        // Before anybody can connect.
-        fs::set_permissions(path, fs::Permissions::from_mode(0o600)).because(cannot)?;
-        listen(&listener, MOST_CLIENTS as i32).because(cannot)?;
-        Ok(Self { listener, file })
+        let (listener, name) = local::listen(path, Access::Owner).because(cannot)?;
+        // Who comes may have gone before it is accepted.
+        ioctl_fionbio(&listener, true).because(cannot)?;
+        Ok((Self { listener, keeper: None }, name))
+    }
+
+    /// Likewise, from a process of one thread that is going to lose sight of the name, or its rights: another process
+    /// removes it at the end.
+    ///
+    /// # Errors
+    /// As [`Self::bind`], or there is no such process to be had.
+    pub fn bind_kept(path: &Path) -> Result<Self, NetError> {
+        let (socket, name) = Self::bind(path)?;
+        let keeper = Keeper::start(name);
+        let keeper = keeper.because(|| "cannot start a process to remove the control socket".into())?;
+        Ok(Self { keeper: Some(keeper), ..socket })
     }
 
     /// Serves clients on a thread of its own.
@@ -79,14 +56,14 @@ impl ControlSocket {
     pub fn serve(self, controlled: Controlled) -> io::Result<Server> {
         let stop = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?);
         let stopped = Arc::clone(&stop);
-        let Self { listener, file } = self;
+        let Self { listener, keeper } = self;
         let serve = move || {
             if let Err(error) = Clients::default().serve(&listener, &stopped, &controlled) {
                 tracing::warn!("the control socket is served no more: {error}");
             }
         };
         let thread = thread::Builder::new().name("control".into()).spawn(serve)?;
-        Ok(Server { stop, thread: Some(thread), _file: file })
+        Ok(Server { stop, thread: Some(thread), _keeper: keeper })
     }
 }
 
@@ -96,7 +73,8 @@ impl ControlSocket {
 pub struct Server {
     stop: Arc<OwnedFd>,
     thread: Option<JoinHandle<()>>,
-    _file: SocketFile,
+    /// Dropped, it removes the name.
+    _keeper: Option<Keeper>,
 }
 
 impl Drop for Server {

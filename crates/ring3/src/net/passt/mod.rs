@@ -1,8 +1,8 @@
 //! `ring3 passt`: the network of a virtual machine, by a socket.
 //!
 //! # Theory of operation
-//! 1. **While the process has its rights and sees the host**: the host's network is read, the socket listens (`socket`), the
-//!    engine opens its ports. A process that does nothing else is left to remove the socket at the end (`keeper`).
+//! 1. **While the process has its rights and sees the host**: the host's network is read, the socket listens ([`super::local`]),
+//!    the engine opens its ports. A process that does nothing else is left to remove the socket at the end.
 //! 2. Root becomes an ordinary user; the process moves to a user namespace, goes to the background unless it is to stay,
 //!    and leaves the host's files behind ([`super::isolation`]).
 //! 3. It starts its threads, gives up all that it no longer needs, and lets the user know that everything is ready.
@@ -11,9 +11,6 @@
 //!    forwarded ports outlive a virtual machine monitor that connects again.
 //!
 //! Whatever goes wrong before 4 is an error, and nobody has been told that there is a network.
-
-mod keeper;
-mod socket;
 
 use std::fs::File;
 use std::io;
@@ -33,10 +30,10 @@ use usernet::{Config, Network};
 use super::attendants::Prepared;
 use super::changes::Changes;
 use super::isolation::{self, Mode, background, user};
+use super::local::{self, Access, Keeper};
 use super::options::PasstSettings;
 use super::options::settings::GuestSocket;
 use super::{Because, NetError, add_best_effort};
-use keeper::Keeper;
 
 /// The longest packet to a guest whose MTU is not said.
 const MTU: u16 = 65520;
@@ -67,7 +64,6 @@ pub fn run(settings: &PasstSettings) -> Result<u8, NetError> {
     let mtu = if config.mtu == 0 { MTU } else { config.mtu };
     let (taps, control) =
         links(settings, socket, mtu).because(|| "cannot make a link to the guest".into())?;
-    // After the keeper has started, which would keep the control socket too.
     let prepared = Prepared::open(common)?;
     let taps = taps.into_iter().map(|tap| prepared.tap(tap)).collect();
     let network = Network::new(config, taps).because(|| "cannot start the network".into())?;
@@ -111,15 +107,15 @@ fn open(wanted: &GuestSocket) -> Result<(Socket, Option<Keeper>), NetError> {
             return Ok((Socket::Connected(socket), None));
         }
         GuestSocket::Path(path) => {
-            socket::listen(path).because(|| format!("cannot listen at {}", path.display()))?
+            let socket = local::listen(path, Access::Umask);
+            socket.because(|| format!("cannot listen at {}", path.display()))?
         }
         GuestSocket::FirstFree => {
-            let result = socket::listen_first(GuestSocket::defaults());
+            let result = local::listen_first(GuestSocket::defaults(), Access::Umask);
             result.because(|| "cannot listen at any of passt's own paths; --socket names another".into())?
         }
     };
-    let (keeper, listener) =
-        Keeper::start(name, listener).because(|| "cannot start a process to remove the socket".into())?;
+    let keeper = Keeper::start(name).because(|| "cannot start a process to remove the socket".into())?;
     Ok((Socket::Listening(listener), Some(keeper)))
 }
 

@@ -49,18 +49,20 @@ pub(super) struct Link<'a> {
 }
 
 impl Link<'_> {
-    /// Makes the interface, in the present thread's namespace. `first` is the first queue's file if that is
-    /// open already.
-    pub(super) fn make(&self, mut first: Option<OwnedFd>) -> Result<Vec<Tun>, NetError> {
+    /// Makes the interface, in the present thread's namespace. `files` are its queues' if they are open
+    /// already.
+    pub(super) fn make(&self, files: Option<Vec<OwnedFd>>) -> Result<Vec<Tun>, NetError> {
         let mtu = if self.config.mtu == 0 { LARGEST_MTU } else { self.config.mtu };
         let options = tun::Options { name: self.name, multi_queue: self.queues > 1, mtu };
-        let mut queues = Vec::new();
-        for _ in 0..self.queues {
-            let file = first.take().map_or_else(tun::open, Ok);
-            let file = file.because(|| format!("cannot open {}", tun::DEVICE))?;
-            let queue = Tun::attach(file, options);
-            queues.push(queue.because(|| format!("cannot make the tap device {}", self.name))?);
-        }
+        let files = match files {
+            Some(files) => files,
+            None => {
+                let files: Result<_, _> = (0..self.queues).map(|_| tun::open()).collect();
+                files.because(|| format!("cannot open {}", tun::DEVICE))?
+            }
+        };
+        let queues: Result<_, _> = files.into_iter().map(|file| Tun::attach(file, options)).collect();
+        let queues = queues.because(|| format!("cannot make the tap device {}", self.name))?;
         self.prepare()?;
         Ok(queues)
     }

@@ -69,8 +69,9 @@ pub fn run(settings: &PastaSettings) -> Result<u8, NetError> {
     let prepared = Prepared::open(common)?;
     let found = Found::find(&settings.target)?;
     let watch = watched(settings)?;
-    let opener = user::is_root().then(Opener::start).transpose()?;
-    let mode = if settings.splice == Splice::Only { Vhost::Off } else { settings.vhost };
+    let taps = settings.splice != Splice::Only;
+    let opener = (taps && user::is_root()).then(Opener::start).transpose()?;
+    let mode = if taps { settings.vhost } else { Vhost::Off };
     let devices = (0..common.threads).map(|_| Device::open(vhost_mode(mode)));
     let devices: Vec<Device> = devices
         .collect::<Result<_, _>>()
@@ -91,19 +92,20 @@ pub fn run(settings: &PastaSettings) -> Result<u8, NetError> {
         host: changes.host(),
         config: &config,
     };
-    let file = opener.map(|opener| opener.open(&namespace)).transpose();
-    let file = file.because(|| format!("cannot open {}", taps::tun::DEVICE))?;
-    let taps = settings.splice != Splice::Only;
+    let files = opener.map(|opener| opener.open(&namespace, link.queues)).transpose();
+    let files = files.because(|| format!("cannot open {}", taps::tun::DEVICE))?;
     let (queues, guest) = namespace.inside(|| {
-        let queues = if taps { link.make(file)? } else { link.make_none()? };
+        let queues = if taps { link.make(files)? } else { link.make_none()? };
         Ok((queues, open_tables()?))
     })?;
     let tables = Tables { host: open_tables()?, guest };
-    let taps = queues.into_iter().zip(devices).map(|(queue, device)| device.serve(queue));
-    let taps: Vec<Box<dyn Tap>> =
-        taps.collect::<Result<_, _>>().map_err(io::Error::other).because(|| "cannot use vhost-net".into())?;
+    let links = queues.into_iter().zip(devices).map(|(queue, device)| device.serve(queue));
+    let links: Vec<Box<dyn Tap>> = links
+        .collect::<Result<_, _>>()
+        .map_err(io::Error::other)
+        .because(|| "cannot use vhost-net".into())?;
     isolation::enclose(common.chroot_fallback)?;
-    let serving = Serving::start(settings, config, taps, namespace, tables, watch, prepared)?;
+    let serving = Serving::start(settings, config, links, namespace, tables, watch, prepared)?;
     let _following = serving.engine().map(|engine| changes.follow(engine)).transpose()?;
     isolation::seal(Mode::Pasta, command.as_ref().map(Command::pid))?;
 

@@ -1,9 +1,9 @@
-//! Root's hand for one deed: opening the tap device's file, where only root may.
+//! Root's hand for one deed: opening the tap device's file, once for each queue, where only root may.
 //!
 //! On systems without udev /dev/net/tun is root's. Whoever is in a user namespace cannot open it then, not even as
 //! root there; and it has to be opened in the network namespace, which is made in the user namespace. So
-//! before root becomes an ordinary user, a process is started that stays root, waits for a network namespace, enters it,
-//! opens the file, hands it over and ends.
+//! before root becomes an ordinary user, a process is started that stays root, waits for a network namespace and a number,
+//! enters the namespace, opens the file that many times, hands over what it gets and ends.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -50,52 +50,67 @@ impl Opener {
         Ok(Self { pid, socket: socket.because(|| "cannot start a process".into())? })
     }
 
-    /// Has it open the tap device's file in `namespace`.
-    pub(super) fn open(self, namespace: &NetNamespace) -> io::Result<OwnedFd> {
-        send(&self.socket, &[0], Some(namespace.as_fd()))?;
-        let answer = receive(&self.socket);
+    /// Has it open the tap device's file `count` times in `namespace`.
+    pub(super) fn open(self, namespace: &NetNamespace, count: u16) -> io::Result<Vec<OwnedFd>> {
+        let files = self.ask(namespace, count);
         drop(self.socket);
         let _ = waitpid(Some(self.pid), WaitOptions::empty());
-        let (error, file) = answer?;
-        file.ok_or_else(|| io::Error::from_raw_os_error(error.into()))
+        files
+    }
+
+    fn ask(&self, namespace: &NetNamespace, count: u16) -> io::Result<Vec<OwnedFd>> {
+        send(&self.socket, count, Some(namespace.as_fd()))?;
+        let answer = || {
+            let (error, file) = receive(&self.socket)?;
+            file.ok_or_else(|| io::Error::from_raw_os_error(error.into()))
+        };
+        (0..count).map(|_| answer()).collect()
     }
 }
 
 /// What the process does.
 fn serve(socket: &OwnedFd) -> io::Result<()> {
-    let (_, namespace) = receive(socket)?;
+    let (count, namespace) = receive(socket)?;
     let Some(namespace) = namespace else { return Ok(()) };
-    let opened = move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))
-        .map_err(io::Error::from)
-        .and_then(|()| tun::open());
-    match opened {
-        Ok(file) => send(socket, &[0], Some(file.as_fd())),
-        // Numbers of errors are small.
-        Err(error) => send(socket, &[error.raw_os_error().unwrap_or(libc::EIO) as u8], None),
+    let entered = move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network));
+    for _ in 0..count {
+        match entered.map_err(io::Error::from).and_then(|()| tun::open()) {
+            Ok(file) => send(socket, 0, Some(file.as_fd()))?,
+            Err(error) => {
+                // They are small positive numbers.
+                let number = error.raw_os_error().and_then(|number| number.try_into().ok());
+                return send(socket, number.unwrap_or(IO), None);
+            }
+        }
     }
+    Ok(())
 }
 
-fn send(socket: &OwnedFd, bytes: &[u8], fd: Option<std::os::fd::BorrowedFd<'_>>) -> io::Result<()> {
+/// An error that is nobody's in particular, and that of a process that has ended.
+const IO: u16 = libc::EIO as u16;
+const ENDED: u16 = libc::EPIPE as u16;
+
+fn send(socket: &OwnedFd, number: u16, fd: Option<std::os::fd::BorrowedFd<'_>>) -> io::Result<()> {
     let fds: Vec<_> = fd.into_iter().collect();
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     if !fds.is_empty() {
         control.push(SendAncillaryMessage::ScmRights(&fds));
     }
-    sendmsg(socket, &[IoSlice::new(bytes)], &mut control, SendFlags::empty())?;
+    sendmsg(socket, &[IoSlice::new(&number.to_ne_bytes())], &mut control, SendFlags::empty())?;
     Ok(())
 }
 
-/// A byte, and a descriptor if one came with it.
-fn receive(socket: &OwnedFd) -> io::Result<(u8, Option<OwnedFd>)> {
-    let mut byte = [0];
+/// A number, and a descriptor if one came with it.
+fn receive(socket: &OwnedFd) -> io::Result<(u16, Option<OwnedFd>)> {
+    let mut number = [0; 2];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let flags = RecvFlags::CMSG_CLOEXEC;
-    let received = recvmsg(socket, &mut [IoSliceMut::new(&mut byte)], &mut control, flags)?;
+    let received = recvmsg(socket, &mut [IoSliceMut::new(&mut number)], &mut control, flags)?;
     let fd = control.drain().find_map(|message| match message {
         RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
         _ => None,
     });
-    if received.bytes == 0 { Ok((libc::EPIPE as u8, None)) } else { Ok((byte[0], fd)) }
+    if received.bytes == 0 { Ok((ENDED, None)) } else { Ok((u16::from_ne_bytes(number), fd)) }
 }

@@ -168,6 +168,7 @@ fn allowed(pid: u32, uses: Use) -> Vec<Call> {
         match uses {
             Use::Nothing => Vec::new(),
             Use::Sockets => network(),
+            Use::Ports => network().into_iter().chain(all(&[libc::SYS_listen])).collect(),
         },
     ]
     .into_iter()
@@ -304,7 +305,7 @@ pub(crate) fn program(
 mod tests {
     use super::*;
 
-    const USES: [Use; 2] = [Use::Nothing, Use::Sockets];
+    const USES: [Use; 3] = [Use::Nothing, Use::Sockets, Use::Ports];
 
     #[test]
     fn the_tables_do_not_contradict_themselves() {
@@ -317,7 +318,12 @@ mod tests {
             let fatal = fatal(uses);
             assert!(calls.iter().all(|call| !fatal.contains(&call.number)), "allowed, and fatal");
             assert_eq!(fatal.iter().collect::<BTreeSet<_>>().len(), fatal.len(), "fatal twice");
-            assert_eq!(FATAL.len() - fatal.len(), if uses == Use::Nothing { 0 } else { 4 });
+            let not_fatal = match uses {
+                Use::Nothing => 0,
+                Use::Sockets => 4,
+                Use::Ports => 5,
+            };
+            assert_eq!(FATAL.len() - fatal.len(), not_fatal);
         }
     }
 
@@ -325,21 +331,25 @@ mod tests {
     #[test]
     fn the_network_can_do_what_its_tags_say() {
         // While it is made, and not once the guest runs.
-        let before = [libc::SYS_listen, libc::SYS_inotify_init1, libc::SYS_inotify_add_watch];
-        // What the other front ends do with their standard streams, and with their control socket.
-        let others = [libc::SYS_dup2, libc::SYS_dup3, libc::SYS_unlinkat];
-        let allowed: BTreeSet<c_long> = allowed(1, Use::Sockets).iter().map(|call| call.number).collect();
+        let before = [libc::SYS_inotify_init1, libc::SYS_inotify_add_watch];
+        // What the other front ends do with their standard streams.
+        let others = [libc::SYS_dup2, libc::SYS_dup3];
+        let numbers = |uses| allowed(1, uses).iter().map(|call| call.number).collect::<BTreeSet<c_long>>();
+        let (sockets, ports) = (numbers(Use::Sockets), numbers(Use::Ports));
         for (name, number) in crate::net::isolation::for_all_modes() {
             let elsewhere = before.contains(&number) || others.contains(&number);
-            assert!(allowed.contains(&number) || elsewhere, "{name}");
+            assert!(ports.contains(&number) || elsewhere, "{name}");
         }
+        assert!(ports.difference(&sockets).eq(&[libc::SYS_listen]), "what control at run time takes");
     }
 
     #[test]
     fn the_document_has_the_numbers() {
         let text = include_str!("../../../../../docs/isolation.md");
         let count = |numbers: Vec<c_long>| numbers.into_iter().collect::<BTreeSet<_>>().len();
-        for (uses, network) in USES.into_iter().zip(["without a network", "with a network"]) {
+        for (uses, network) in
+            USES.into_iter().zip(["without a network", "with a network", "with --net-control"])
+        {
             let calls = allowed(1, uses);
             let total = count(calls.iter().map(|call| call.number).collect());
             let limited = count(calls.iter().filter(|c| !c.when.is_empty()).map(|c| c.number).collect());

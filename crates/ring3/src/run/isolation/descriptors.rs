@@ -23,7 +23,7 @@ impl Inherited {
     }
 
     /// Closes them.
-    pub(super) fn close(self) {
+    pub(crate) fn close(self) {
         for fd in self.0 {
             // One that is closed already is what was wanted.
             let _ = nix::unistd::close(fd);

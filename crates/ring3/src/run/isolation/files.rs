@@ -25,12 +25,13 @@ pub(super) fn restrict(root: Option<&Path>, network: Use) -> Result<String, Rule
         Use::Nothing => AccessNet::from_all(NEWEST),
         // The ports that lead into the guest are bound already.
         Use::Sockets => AccessNet::BindTcp.into(),
+        Use::Ports => BitFlags::empty(),
     };
-    let mut rules = Ruleset::default()
-        .handle_access(AccessFs::from_all(NEWEST))?
-        .handle_access(forbidden)?
-        .scope(Scope::from_all(NEWEST))?
-        .create()?;
+    let mut rules = Ruleset::default().handle_access(AccessFs::from_all(NEWEST))?;
+    if !forbidden.is_empty() {
+        rules = rules.handle_access(forbidden)?;
+    }
+    let mut rules = rules.scope(Scope::from_all(NEWEST))?.create()?;
     let read = AccessFs::ReadFile | AccessFs::ReadDir;
     for path in root.into_iter().chain(ABOUT_THE_HOST.map(Path::new)) {
         // A path that is not there needs no rule.

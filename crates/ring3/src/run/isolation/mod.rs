@@ -39,6 +39,8 @@ pub enum Use {
     Nothing,
     /// Sockets of IPv4 and IPv6 that it opens for the guest; it listens to no more ports than it does already.
     Sockets,
+    /// Such sockets, and ports that it begins to listen to when the user asks for them.
+    Ports,
 }
 
 /// What became of each measure, as words for the user.

@@ -3,7 +3,8 @@
 //! With a link of the kind `user` the device's queues lead to `usernet`'s engine, on a thread of this process. Everything
 //! that needs the host's files or names is done here before the process is confined: its addresses, routes and
 //! resolvers are read, and the ports that lead into the guest are listened to, so that one that is taken ends the
-//! run before the guest boots. After that the engine opens sockets, and nothing else.
+//! run before the guest boots. After that the engine opens sockets, and nothing else. With `--net-control` it may be asked for
+//! more ports later, by a socket that is made first of all, while no thread is in the way of the process that removes it.
 //!
 //! **The host's network may change** while the guest runs. The guest's addresses are names between it and the engine, and
 //! stay; its sockets go where the host's routes lead then. Its resolvers stay too, for it was told once; what it asks them
@@ -15,7 +16,7 @@ mod bridge;
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
@@ -33,6 +34,9 @@ use virtio::net::{Net, NetConfig, QueueTap};
 use super::isolation::Use;
 use super::spinner::Notes;
 use crate::cli::{Link, Publish, RunArgs};
+use crate::net::NetError;
+use crate::net::control::{ControlSocket, Controlled};
+use crate::net::options::ports::ephemeral_ports;
 use bridge::Bridge;
 
 /// The guest's Ethernet address behind an engine, where it has no neighbours: locally administered, and "Ring3".
@@ -47,6 +51,12 @@ pub enum NetworkError {
     /// The options contradict each other.
     #[error("-p {0}: only a guest with --net user has ports of the host's")]
     NotForwarded(Publish),
+    /// Likewise.
+    #[error("--net-control {}: only a guest with --net user has ports of the host's", .0.display())]
+    NotControlled(PathBuf),
+    /// The socket for control cannot be made.
+    #[error(transparent)]
+    Control(NetError),
     /// The host does not tell about its network, or has no descriptors left.
     #[error("cannot make the guest's network (--net none does without)")]
     Host(#[source] io::Error),
@@ -85,6 +95,7 @@ enum Service {
     Engine {
         network: Box<usernet::Network>,
         changes: Box<Changes>,
+        control: Option<Control>,
         /// Whether to say where the guest's ports are.
         announce: bool,
     },
@@ -120,6 +131,12 @@ fn resolved(asked: &[IpAddr], now: &Config) -> Vec<(IpAddr, IpAddr)> {
     pairs.filter(|(asked, server)| asked != server).collect()
 }
 
+/// Control of the ports at run time, before there is anything to be controlled.
+struct Control {
+    socket: ControlSocket,
+    controlled: Controlled,
+}
+
 /// A guest's network, ready to be served.
 pub struct Network {
     device: Net<Arc<GuestRam>>,
@@ -151,11 +168,16 @@ pub fn open(args: &RunArgs) -> Result<Option<Network>, NetworkError> {
     {
         return Err(NetworkError::NotForwarded(port.clone()));
     }
+    if let Some(path) = &args.net_control
+        && link != Link::User
+    {
+        return Err(NetworkError::NotControlled(path.clone()));
+    }
     match link {
         Link::None => Ok(None),
         Link::Tap(name) => tap(&name).map(Some),
         Link::User => match user(args) {
-            Err(NetworkError::Host(error)) if args.net.is_none() && args.publish.is_empty() => {
+            Err(NetworkError::Host(error)) if may_be_missing(args) => {
                 eprintln!("ring3: the guest has no network: {error}");
                 Ok(None)
             }
@@ -164,8 +186,15 @@ pub fn open(args: &RunArgs) -> Result<Option<Network>, NetworkError> {
     }
 }
 
+/// Whether the user has said nothing that needs a network.
+fn may_be_missing(args: &RunArgs) -> bool {
+    args.net.is_none() && args.publish.is_empty() && args.net_control.is_none()
+}
+
 fn user(args: &RunArgs) -> Result<Network, NetworkError> {
     let publish = &args.publish;
+    let control = args.net_control.as_deref().map(ControlSocket::bind_kept).transpose();
+    let control = control.map_err(NetworkError::Control)?;
     let mut follower = Follower::open(Template::default()).map_err(NetworkError::Host)?;
     let (host, mut config) = follower.config().map_err(NetworkError::Host)?;
     let changes = Changes { follower, host, known: config.clone() };
@@ -178,11 +207,13 @@ fn user(args: &RunArgs) -> Result<Network, NetworkError> {
     let engine = usernet::Network::new(config, taps).map_err(|error| {
         if publish.is_empty() { NetworkError::Host(error) } else { NetworkError::Port(error) }
     })?;
+    let controlled = || Controlled { handle: engine.handle(), v6: has_ipv6(), ephemeral: ephemeral_ports() };
+    let control = control.map(|socket| Control { socket, controlled: controlled() });
     // Which port it became is not for the guest's user to find out by trying.
     let announce = args.verbose || publish.iter().any(|port| port.host == 0);
     Ok(Network {
         device,
-        service: Service::Engine { network: Box::new(engine), changes: Box::new(changes), announce },
+        service: Service::Engine { network: Box::new(engine), changes: Box::new(changes), control, announce },
         guest,
     })
 }
@@ -258,7 +289,8 @@ impl Network {
     #[must_use]
     pub fn needs(&self) -> Use {
         match self.service {
-            Service::Engine { .. } => Use::Sockets,
+            Service::Engine { control: Some(_), .. } => Use::Ports,
+            Service::Engine { control: None, .. } => Use::Sockets,
             Service::Bridge(_) => Use::Nothing,
         }
     }
@@ -279,9 +311,10 @@ impl Serve {
     /// There is no thread to be had.
     pub(super) fn start(self, notes: &Notes) -> io::Result<Served> {
         match self.0 {
-            Service::Engine { network, changes, announce } => {
+            Service::Engine { network, changes, control, announce } => {
                 let handle = network.handle();
                 let thread = spawn(move || network.run())?;
+                let control = control.map(|control| control.socket.serve(control.controlled)).transpose()?;
                 let following = changes.follow(&self.1, handle.clone())?;
                 let forwards = if announce { handle.forwards().unwrap_or_default() } else { Vec::new() };
                 for Forward { transport, listen, guest_port, .. } in forwards {
@@ -292,6 +325,8 @@ impl Serve {
                     drop(following);
                     let stats = handle.stats().ok();
                     handle.stop();
+                    // It waits for requests that the engine has.
+                    drop(control);
                     stats
                 });
                 Ok(Served { stop, thread })

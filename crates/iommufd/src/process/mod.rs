@@ -1,9 +1,12 @@
 //! The memory that user addresses refer to.
 
 use core::fmt;
-use std::{os::fd::OwnedFd, sync::Arc};
+use std::{
+    os::fd::OwnedFd,
+    sync::{Arc, Weak},
+};
 
-use crate::{Result, domain::HostAddr};
+use crate::{Result, account::Usage, domain::HostAddr, hostmem::PinnedPages};
 
 /// An address in the memory of the process that called.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -31,31 +34,17 @@ pub enum PageId {
     Private(u64),
 }
 
-/// A run of pinned pages that lie one after the other in this process's memory.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct HostRun {
-    /// Where the run begins; a multiple of the page size.
-    pub start: HostAddr,
-    /// How many pages it has.
-    pub pages: u64,
-}
-
-/// Pages that a [`Process`] keeps in place. Dropping it unpins them.
-///
-/// The host addresses may only change between [`PinObserver::moving`] and [`PinObserver::moved`].
-pub trait PinnedUser: Send + Sync + fmt::Debug {
-    /// Where the pages are now, in order.
-    fn runs(&self) -> Vec<HostRun>;
-}
-
 /// Who has entered pinned pages somewhere and must know when a provider has to move them (because the program unmaps the
 /// addresses that they were found at).
+///
+/// Both calls name pages by the user address at which [`Process::pin`] found them, which a pin keeps however often its
+/// pages move. A provider makes them with no lock held that `pin`, or the end of a pin, takes.
 pub trait PinObserver: Send + Sync {
-    /// The pages (`first` is the index in the pin) are about to move: after this returns nothing may access them by
-    /// their old addresses.
-    fn moving(&self, first: u64, pages: u64);
-    /// The pages have moved: [`PinnedUser::runs`] has the new addresses.
-    fn moved(&self, first: u64, pages: u64);
+    /// The pages are about to move: after this returns nothing accesses them by their old addresses. Who wants to
+    /// access them waits until [`Self::moved`] is called.
+    fn moving(&self, from: UserAddr, pages: u64);
+    /// The pages have moved: [`PinnedPages::run`] has the new addresses.
+    fn moved(&self, from: UserAddr, pages: u64);
 }
 
 /// An address space: the process that calls, or another one.
@@ -69,25 +58,27 @@ pub trait Process: Send + Sync + fmt::Debug {
     /// Makes `pages` pages at `start` (a multiple of the page size) present and keeps them, also when the program unmaps
     /// these addresses, until the result is dropped. EFAULT when a page does not exist or forbids the access
     /// (`writable`: it must take writes; a private page of a file becomes the process's own first).
+    ///
+    /// It must not wait for a page that it is just moving for `observer`: such a page counts as unmapped already.
     fn pin(
         &self,
         start: UserAddr,
         pages: u64,
         writable: bool,
-        observer: std::sync::Weak<dyn PinObserver>,
-    ) -> Result<Box<dyn PinnedUser>>;
+        observer: Weak<dyn PinObserver>,
+    ) -> Result<Box<dyn PinnedPages>>;
 
     /// Which page is at `at`. EFAULT when there is none.
     fn page_id(&self, at: UserAddr) -> Result<PageId>;
 
-    /// Which page is at an address of a [`HostRun`].
+    /// Which page is at an address that pins gave ([`PinnedPages::run`]).
     fn host_page_id(&self, at: HostAddr) -> Result<PageId>;
 
     /// How often the page at `at` is pinned now.
     fn pin_count(&self, at: UserAddr) -> Result<u64>;
 
-    /// Tells the process's accounting that `pages` more (or fewer) of its pages are pinned (`VmPin` in its status).
-    fn account(&self, pages: i64);
+    /// How many pages are pinned on its behalf (`VmPin` and `VmLck` in its status show them).
+    fn usage(&self) -> &Usage;
 
     /// How many pages the process may have locked or pinned (RLIMIT_MEMLOCK); none without a limit.
     fn locked_limit(&self) -> Option<u64>;

@@ -1,31 +1,52 @@
-//! The socket that guests connect to.
+//! Sockets with a name in a file system: who listens there, and who takes the name away at the end.
+//!
+//! A name that was left behind by a process that was killed is taken over; one that is in use, or is no socket, is left alone.
+//!
+//! **At the end** the name goes with its socket. The process that listens may do that itself ([`Name`]'s drop), as long as it sees
+//! the host's files and has the rights that it had. One that gives those up leaves another process behind ([`Keeper`]).
+
+mod keeper;
 
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::UnixListener;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen as start_listening,
+    socket_with,
+};
+
+pub use keeper::Keeper;
+
+/// Connections that wait to be accepted, as the standard library has it.
+const BACKLOG: i32 = 128;
+
+/// Who may connect.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Access {
+    /// Whoever the process's umask lets.
+    Umask,
+    /// The user who made the socket.
+    Owner,
+}
 
 /// Where a socket listens. Dropped, it takes the name away, if it is still its own.
 #[derive(Debug)]
-pub(super) struct Name {
+#[must_use = "dropped, it takes the name away"]
+pub struct Name {
     path: PathBuf,
     /// Device and inode.
     identity: (u64, u64),
 }
 
 impl Name {
-    pub(super) fn path(&self) -> &Path {
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
         &self.path
-    }
-
-    /// Leaves the name alone: another process takes care of it.
-    pub(super) fn forget(self) {
-        std::mem::forget(self);
     }
 }
 
@@ -71,11 +92,12 @@ fn present(path: &Path) -> io::Result<Present> {
     }
 }
 
-/// Listens at `path`, where a socket may have been left behind.
+/// Listens at `path`, where a socket may have been left behind. `SOCK_CLOEXEC`, blocking.
 ///
 /// # Errors
-/// Something else is there or listens there, or the name cannot be made.
-pub(super) fn listen(path: &Path) -> io::Result<(OwnedFd, Name)> {
+/// `AddrInUse`: somebody listens there. `AlreadyExists`: something that is no socket is there. The kernel's, if the name
+/// cannot be made.
+pub fn listen(path: &Path, access: Access) -> io::Result<(OwnedFd, Name)> {
     match present(path)? {
         Present::Nothing => {}
         Present::Stale => fs::remove_file(path)?,
@@ -86,19 +108,25 @@ pub(super) fn listen(path: &Path) -> io::Result<(OwnedFd, Name)> {
             return Err(io::Error::new(io::ErrorKind::AlreadyExists, "a file that is no socket is there"));
         }
     }
-    let listener = UnixListener::bind(path)?;
+    let listener = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    bind(&listener, &SocketAddrUnix::new(path)?)?;
     let name = Name { path: path.to_owned(), identity: identity(path)? };
-    Ok((listener.into(), name))
+    if access == Access::Owner {
+        // Before anybody can connect.
+        fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+    }
+    start_listening(&listener, BACKLOG)?;
+    Ok((listener, name))
 }
 
 /// Listens at the first of `paths` where that is possible.
 ///
 /// # Errors
 /// There is none: why not the last one.
-pub(super) fn listen_first(paths: impl Iterator<Item = PathBuf>) -> io::Result<(OwnedFd, Name)> {
+pub fn listen_first(paths: impl Iterator<Item = PathBuf>, access: Access) -> io::Result<(OwnedFd, Name)> {
     let mut error = io::ErrorKind::AddrNotAvailable.into();
     for path in paths {
-        match listen(&path) {
+        match listen(&path, access) {
             Ok(found) => return Ok(found),
             Err(why) => error = why,
         }
@@ -108,7 +136,7 @@ pub(super) fn listen_first(paths: impl Iterator<Item = PathBuf>) -> io::Result<(
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::net::UnixStream;
+    use std::os::unix::net::{UnixListener, UnixStream};
 
     use super::*;
 
@@ -116,7 +144,7 @@ mod tests {
     fn a_name_goes_with_its_socket() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("socket");
-        let (listener, name) = listen(&path).unwrap();
+        let (listener, name) = listen(&path, Access::Umask).unwrap();
         assert_eq!(name.path(), path);
         UnixStream::connect(&path).unwrap();
         drop(listener);
@@ -125,12 +153,20 @@ mod tests {
     }
 
     #[test]
+    fn who_may_connect_is_settled_before_anybody_does() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let (_listener, _name) = listen(&path, Access::Owner).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    }
+
+    #[test]
     fn what_was_left_behind_is_replaced() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("socket");
         drop(UnixListener::bind(&path).unwrap());
         assert!(path.exists());
-        let _bound = listen(&path).unwrap();
+        let _bound = listen(&path, Access::Umask).unwrap();
         UnixStream::connect(&path).unwrap();
     }
 
@@ -139,7 +175,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("socket");
         let other = UnixListener::bind(&path).unwrap();
-        let error = listen(&path).unwrap_err();
+        let error = listen(&path, Access::Umask).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
         other.set_nonblocking(true).unwrap();
         assert_eq!(other.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
@@ -151,7 +187,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("file");
         fs::write(&path, "precious").unwrap();
-        assert_eq!(listen(&path).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(listen(&path, Access::Umask).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
         assert_eq!(fs::read(&path).unwrap(), b"precious");
     }
 
@@ -159,7 +195,7 @@ mod tests {
     fn a_name_that_became_somebody_elses_stays() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("socket");
-        let (_listener, name) = listen(&path).unwrap();
+        let (_listener, name) = listen(&path, Access::Umask).unwrap();
         fs::remove_file(&path).unwrap();
         let _other = UnixListener::bind(&path).unwrap();
         drop(name);
@@ -171,10 +207,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let paths: Vec<_> = (1..=3).map(|n| dir.path().join(format!("passt_{n}.socket"))).collect();
         let _other = UnixListener::bind(&paths[0]).unwrap();
-        let (_second, name) = listen_first(paths.iter().cloned()).unwrap();
+        let (_second, name) = listen_first(paths.iter().cloned(), Access::Umask).unwrap();
         assert_eq!(name.path(), paths[1]);
-        let (_third, last) = listen_first(paths.iter().cloned()).unwrap();
+        let (_third, last) = listen_first(paths.iter().cloned(), Access::Umask).unwrap();
         assert_eq!(last.path(), paths[2]);
-        assert_eq!(listen_first(paths.into_iter()).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        assert_eq!(
+            listen_first(paths.into_iter(), Access::Umask).unwrap_err().kind(),
+            io::ErrorKind::AddrInUse
+        );
     }
 }

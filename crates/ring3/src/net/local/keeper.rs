@@ -1,11 +1,12 @@
-//! Who removes the socket's name at the end.
+//! Who removes a socket's name at the end.
 //!
 //! The process that serves guests sees no files any more, and must not: whoever breaks out of the engine could remove
 //! anything that it may. So another process is left behind, which knows the name, holds one of a pair of sockets, and does
 //! nothing but wait until the other one is closed. That happens however the serving process ends. Signals by which whole groups of
-//! processes are ended do not end it.
+//! processes are ended do not end it. It keeps the rights that the name was made with.
 
 use std::io;
+use std::mem;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::exit;
@@ -17,12 +18,14 @@ use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, shutdown, so
 use rustix::process::setsid;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
-use super::socket::Name;
+use super::Name;
 use crate::net::isolation::background::fork;
+use crate::run::isolation::Inherited;
 
 /// The name is removed when this is dropped, or when the process ends.
 #[derive(Debug)]
-pub(super) struct Keeper {
+#[must_use = "dropped, it takes the name away"]
+pub struct Keeper {
     path: PathBuf,
     socket: OwnedFd,
 }
@@ -31,45 +34,51 @@ impl Drop for Keeper {
     fn drop(&mut self) {
         // The other process removes the name, and ends; whoever waits for this one finds it gone. If it is gone itself,
         // there is nothing to wait for.
-        // syscalls(passt): shutdown read
-        // syscalls(vhost-user): shutdown read
+        // syscalls: shutdown read
         let _ = shutdown(&self.socket, Shutdown::Write);
         let _ = rustix::io::retry_on_intr(|| rustix::io::read(&self.socket, &mut [0]));
     }
 }
 
 impl Keeper {
-    /// Starts the process, and gives the socket back, which is only open here then.
-    pub(super) fn start(name: Name, listener: OwnedFd) -> io::Result<(Self, OwnedFd)> {
+    /// Starts the process, from one that has a single thread.
+    ///
+    /// # Errors
+    /// This process has several threads, or there are no processes or descriptors to be had. The name is gone then.
+    pub fn start(name: Name) -> io::Result<Self> {
         let (end, socket) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
         if fork()?.is_some() {
             let path = name.path().to_owned();
             // It is the other process's now.
-            name.forget();
-            return Ok((Self { path, socket }, listener));
+            mem::forget(name);
+            return Ok(Self { path, socket });
         }
-        drop((socket, listener));
-        let result = wait(&end);
+        let result = wait(end);
         drop(name);
+        // What the closed descriptors belonged to is not dropped.
         exit(i32::from(result.is_err()));
     }
 
-    pub(super) fn path(&self) -> &Path {
+    /// Where the name is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
         &self.path
     }
 }
 
 /// Waits until the other end is closed.
-fn wait(end: &OwnedFd) -> io::Result<()> {
+fn wait(end: OwnedFd) -> io::Result<()> {
     let _ = setsid();
     for signal in [SIGHUP, SIGINT, SIGTERM] {
         signal_hook::flag::register(signal, Arc::new(AtomicBool::new(false)))?;
     }
-    // Who started passt may wait for the end of its output.
+    // Somebody may wait for the end of what the process has open: its output, or a connection.
     let null = open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
-    rustix::stdio::dup2_stdin(&null)?;
     rustix::stdio::dup2_stdout(&null)?;
     rustix::stdio::dup2_stderr(&null)?;
-    rustix::io::retry_on_intr(|| rustix::io::read(end, &mut [0]))?;
+    rustix::stdio::dup2_stdin(&end)?;
+    drop((null, end));
+    Inherited::find().close();
+    rustix::io::retry_on_intr(|| rustix::io::read(rustix::stdio::stdin(), &mut [0]))?;
     Ok(())
 }

@@ -9,7 +9,7 @@
 //! calls out: messages are returned, and the owner sends them through its [`MsiSink`] without holding locks
 //! of this module.
 
-use crate::pci_config::{ConfigError, PciConfig};
+use crate::config::{ConfigError, PciConfig};
 
 /// Capability ID of MSI-X (PCI 3.0, appendix H).
 const CAPABILITY_ID: u8 = 0x11;

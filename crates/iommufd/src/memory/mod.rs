@@ -1,0 +1,24 @@
+//! Where the pages of a backing store come from.
+
+use core::fmt;
+use std::sync::Weak;
+
+use crate::{Result, hostmem::PinnedPages, process::PinObserver};
+
+/// Memory that is pinned by page and copied by byte. Pages and bytes count from the start of its first page.
+pub trait Memory: Send + Sync + fmt::Debug {
+    /// Pins pages. EFAULT when one is not there or forbids the access.
+    fn pin(
+        &self,
+        first: u64,
+        pages: u64,
+        writable: bool,
+        observer: Weak<dyn PinObserver>,
+    ) -> Result<Box<dyn PinnedPages>>;
+
+    /// Copies from pages that may or may not be pinned. EFAULT when they are not there.
+    fn read(&self, offset: u64, to: &mut [u8]) -> Result<()>;
+
+    /// Copies to them.
+    fn write(&self, offset: u64, from: &[u8]) -> Result<()>;
+}
