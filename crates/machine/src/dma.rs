@@ -112,7 +112,14 @@ impl DeviceMemory {
     pub fn translated(ram: &Arc<GuestRam>, port: Arc<Port>, endpoint: u32, faults: Arc<Faults>) -> Self {
         let idle = Mutex::default();
         let places = places(ram);
-        Self(Arc::new(Way::Translated(Translated { ram: Arc::clone(ram), places, port, idle, endpoint, faults })))
+        Self(Arc::new(Way::Translated(Translated {
+            ram: Arc::clone(ram),
+            places,
+            port,
+            idle,
+            endpoint,
+            faults,
+        })))
     }
 }
 
