@@ -38,6 +38,7 @@ pub mod mock;
 mod object;
 pub mod pages;
 pub mod process;
+pub mod soft;
 #[cfg(test)]
 mod tests;
 mod user_data;
