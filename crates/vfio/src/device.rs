@@ -126,6 +126,17 @@ pub struct IoEventFd {
     pub eventfd: Option<OwnedFd>,
 }
 
+/// A place where an eventfd can stand for a write: what [`Device::ioeventfd`] takes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct IoEventSpot {
+    /// Where in the region.
+    pub offset: u64,
+    /// How many bytes are written: 1, 2, 4 or 8.
+    pub width: u8,
+    /// What is written.
+    pub data: u64,
+}
+
 /// What a user asks of a device's power (`VFIO_DEVICE_FEATURE_LOW_POWER_*`).
 #[derive(Debug)]
 pub enum LowPower {
@@ -229,6 +240,15 @@ pub trait Device: Send + Sync + fmt::Debug {
     fn ioeventfd(&self, ioeventfd: IoEventFd) -> Result<()> {
         let _ = ioeventfd;
         Err(Errno::NOTTY)
+    }
+
+    /// The places of region `index` that are written to often, for users who let eventfds stand for writes on their own
+    /// initiative.
+    ///
+    /// # Errors
+    /// EINVAL when it has not so many regions.
+    fn io_event_spots(&self, index: u32) -> Result<Vec<IoEventSpot>> {
+        self.region(index).map(|_| Vec::new())
     }
 
     /// Its migration, if it can be migrated.

@@ -13,6 +13,7 @@ pub mod eventfd;
 pub mod irq;
 pub mod migration;
 pub mod pci;
+pub mod user;
 
 pub use iommufd::Errno;
 
