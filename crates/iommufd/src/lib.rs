@@ -36,6 +36,7 @@ pub mod memory;
 mod object;
 pub mod pages;
 pub mod process;
+pub mod soft;
 mod user_data;
 mod vfio_compat;
 pub mod viommu;

@@ -5,9 +5,15 @@ use std::sync::Weak;
 
 use crate::{Result, hostmem::PinnedPages, process::PinObserver};
 
-/// Memory that is pinned by page and copied by byte. Pages and bytes count from the start of its first page.
+mod file;
+mod user;
+
+pub(crate) use file::FileMemory;
+pub(crate) use user::UserMemory;
+
+/// Memory that is pinned by page and copied by byte. Both count from the start of its first page.
 pub trait Memory: Send + Sync + fmt::Debug {
-    /// Pins pages. EFAULT when one is not there or forbids the access.
+    /// Pins pages. EFAULT when one is not there or forbids the access. Memory that never moves has no use for `observer`.
     fn pin(
         &self,
         first: u64,

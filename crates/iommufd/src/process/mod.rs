@@ -6,6 +6,10 @@ use std::{
     sync::{Arc, Weak},
 };
 
+pub(crate) mod local;
+
+pub use local::{LocalProcess, vacate};
+
 use crate::{Result, account::Usage, domain::HostAddr, hostmem::PinnedPages};
 
 /// An address in the memory of the process that called.
