@@ -37,6 +37,8 @@ mod object;
 pub mod pages;
 pub mod process;
 pub mod soft;
+#[cfg(test)]
+mod tests;
 mod user_data;
 mod vfio_compat;
 pub mod viommu;

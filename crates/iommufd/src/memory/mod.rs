@@ -27,4 +27,9 @@ pub trait Memory: Send + Sync + fmt::Debug {
 
     /// Copies to them.
     fn write(&self, offset: u64, from: &[u8]) -> Result<()>;
+
+    /// Whether pages that were pinned writable really are: a file may be sealed. Asked after they were pinned.
+    fn may_write(&self) -> bool {
+        true
+    }
 }

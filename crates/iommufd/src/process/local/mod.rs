@@ -117,7 +117,8 @@ fn present_for_reading(start: HostAddr, pages: u64) -> Result<()> {
             return Err(Errno::FAULT);
         }
         let own = mapping.private() && mapping.writable();
-        hostmem::populate(HostAddr(from), to - from, own)?;
+        // Memory that may only be written to can be pinned nevertheless.
+        hostmem::populate(HostAddr(from), to - from, own || !mapping.readable())?;
         at = to;
     }
     if at < end { Err(Errno::FAULT) } else { Ok(()) }
