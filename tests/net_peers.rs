@@ -10,6 +10,7 @@ use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket
 use std::process::Command;
 use std::time::Duration;
 
+use rustix::process::Signal;
 use support::Noise;
 use support::process::Running;
 use support::world::{
@@ -494,24 +495,34 @@ fn leases(path: &std::path::Path) -> String {
     std::fs::read_to_string(path).unwrap_or_default()
 }
 
+fn has_udhcpc() -> bool {
+    let help = Command::new("busybox").args(["udhcpc", "--help"]).output();
+    help.is_ok_and(|done| String::from_utf8_lossy(&done.stderr).contains("Usage: udhcpc"))
+}
+
+/// A script for udhcpc, in `dir`, that leaves each lease in the file `told`.
+fn dhcp_script(dir: &std::path::Path, told: &std::path::Path) -> std::path::PathBuf {
+    let script = dir.join("script");
+    std::fs::write(&script, format!("#!/bin/sh\n[ $1 != bound ] || env >{}\n", told.display())).unwrap();
+    rustix::fs::chmod(&script, rustix::fs::Mode::from_raw_mode(0o755)).unwrap();
+    script
+}
+
 #[test]
 fn udhcpc_gets_a_lease() {
     inside("udhcpc_gets_a_lease", |world| {
-        let has_it = Command::new("busybox").args(["udhcpc", "--help"]).output();
-        if !has_it.is_ok_and(|done| String::from_utf8_lossy(&done.stderr).contains("Usage: udhcpc")) {
+        if !has_udhcpc() {
             return world.skip("no busybox with udhcpc here (apt-get install busybox)");
         }
         let guest = world
             .bare_guest("-t none -u none --dns 203.0.113.53 --search example.org --dhcp-dns --dhcp-search");
         guest.namespace.ip("link set eth0 up");
         let dir = tempfile::tempdir().unwrap();
-        let (script, told) = (dir.path().join("script"), dir.path().join("told"));
-        std::fs::write(&script, format!("#!/bin/sh\n[ $1 != bound ] || env >{}\n", told.display())).unwrap();
-        rustix::fs::chmod(&script, rustix::fs::Mode::from_raw_mode(0o755)).unwrap();
+        let told = dir.path().join("told");
         let mut client = guest.namespace.command("busybox");
         client
             .args(["udhcpc", "-i", "eth0", "-f", "-n", "-q", "-t", "20", "-T", "1", "-O", "search", "-s"])
-            .arg(&script);
+            .arg(dhcp_script(dir.path(), &told));
         support::process::finish(client, PATIENCE).expect(0);
         let text = leases(&told);
         for expected in
@@ -519,6 +530,37 @@ fn udhcpc_gets_a_lease() {
         {
             assert!(text.lines().any(|line| line.trim_end_matches('.') == expected), "{expected}:\n{text}");
         }
+        guest.finish();
+    });
+}
+
+#[test]
+fn udhcpc_follows_the_hosts_address() {
+    inside("udhcpc_follows_the_hosts_address", |world| {
+        if !has_udhcpc() {
+            return world.skip("no busybox with udhcpc here (apt-get install busybox)");
+        }
+        let guest = world.bare_guest("-t none -u none --dns 203.0.113.53 --dhcp-dns");
+        guest.namespace.ip("link set eth0 up");
+        let dir = tempfile::tempdir().unwrap();
+        let told = dir.path().join("told");
+        let mut client = guest.namespace.command("busybox");
+        client.args(["udhcpc", "-i", "eth0", "-f", "-t", "20", "-T", "1", "-A", "1", "-s"]);
+        client.arg(dhcp_script(dir.path(), &told));
+        let client = Running::start_quiet(client);
+        let has = |address: &str| leases(&told).lines().any(|line| line == format!("ip={address}"));
+        client.wait_until(|| has("192.0.2.2"));
+        world.ip(&format!("address delete {}/24 dev eth0", HOST.0));
+        world.ip("address add 192.0.2.9/24 dev eth0");
+        world.ip(&format!("route add default via {}", GATEWAY.0));
+        // It asks for a renewal of what it has, until that is refused: the engine hears of the change in its own time.
+        wait_until("a lease of the new address", || {
+            client.signal(Signal::USR1);
+            std::thread::sleep(Duration::from_millis(50));
+            has("192.0.2.9")
+        });
+        client.signal(Signal::TERM);
+        client.finish(PATIENCE);
         guest.finish();
     });
 }

@@ -11,11 +11,11 @@
 #
 # The program may be dynamic: the libraries that ldd names are taken along. It runs as root with 64 huge pages and no
 # limit of locked memory. The exit status is the program's, or 124 if it did not end.
-# Needs qemu-system-x86_64, a static busybox, cpio and no root.
+# Needs QEMU ($RING3_ORACLE_QEMU, or qemu-system-x86_64), a static busybox, cpio and no root.
 set -eu
 
 fail() { echo "ask-kernel.sh: $1" >&2; exit 125; }
-kernel=${RING3_ORACLE_KERNEL-} seconds=120 vfio= words= files=()
+kernel=${RING3_ORACLE_KERNEL-} qemu=${RING3_ORACLE_QEMU-qemu-system-x86_64} seconds=120 vfio= words= files=()
 while getopts k:t:vc:f: option; do
     case $option in
     k) kernel=$OPTARG ;;
@@ -31,7 +31,7 @@ shift $((OPTIND - 1))
 [ -r "$kernel" ] || fail "no kernel: give -k, or set RING3_ORACLE_KERNEL"
 program=$1
 [ -x "$program" ] || fail "$program is no program"
-for tool in qemu-system-x86_64 busybox cpio; do
+for tool in "$qemu" busybox cpio; do
     command -v "$tool" >/dev/null || fail "no $tool"
 done
 
@@ -40,7 +40,7 @@ trap 'rm -rf "$root"' EXIT
 mkdir -p "$root"/tree/{bin,proc,sys,dev,tmp,lib,lib64}
 cp "$(command -v busybox)" "$root/tree/bin/busybox"
 cp "$program" ${files[@]+"${files[@]}"} "$root/tree/"
-ldd "$program" 2>/dev/null | sed -n 's/.*=> \(\/[^ ]*\).*/\1/p; s/^[[:space:]]*\(\/[^ ]*\) (.*/\1/p' | while read -r library; do
+for binary in "$program" ${files[@]+"${files[@]}"}; do ldd "$binary" 2>/dev/null || true; done | sed -n 's/.*=> \(\/[^ ]*\).*/\1/p; s/^[[:space:]]*\(\/[^ ]*\) (.*/\1/p' | while read -r library; do
     mkdir -p "$root/tree/$(dirname "$library")"
     cp -L "$library" "$root/tree/$library"
 done
@@ -85,11 +85,11 @@ if [ -n "$vfio" ]; then
     machine=(-machine q35,kernel-irqchip=split -smp 1 -device intel-iommu,intremap=on
         -device igb,addr=05.0 -device edu,addr=06.0)
     # QEMU has this card since 8.0.
-    qemu-system-x86_64 -device help 2>/dev/null | grep -q '"igb"' ||
+    "$qemu" -device help 2>/dev/null | grep -q '"igb"' ||
         machine=(-machine q35,kernel-irqchip=split -smp 1 -device intel-iommu,intremap=on -device edu,addr=06.0)
     iommu=on
 fi
-timeout -s KILL "$seconds" qemu-system-x86_64 "${machine[@]}" -accel tcg -cpu max -m 2048 -net none \
+timeout -s KILL "$seconds" "$qemu" "${machine[@]}" -accel tcg -cpu max -m $([ -n "$vfio" ] && echo 4096 || echo 2048) -net none \
     -kernel "$kernel" -initrd "$root/initrd" \
     -append "console=ttyS0 quiet panic=-1 intel_iommu=$iommu vfio_pci.enable_sriov=1 $words" \
     -display none -monitor none -serial stdio -no-reboot </dev/null >"$root/out" 2>"$root/err" || true

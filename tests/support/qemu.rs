@@ -48,6 +48,19 @@ fn get(kernels: &Kernels) -> Result<Guests, String> {
     Ok(Guests { kernel, busybox, modules })
 }
 
+/// A program without what is for debuggers, and the libraries that ldd(1) finds for it: names in the guest, files here.
+fn stripped(dir: &Path, program: &Path) -> Vec<(String, PathBuf)> {
+    let small = dir.join("stripped");
+    let made = Command::new("strip").arg("-o").arg(&small).arg(program).status();
+    let file = if made.is_ok_and(|status| status.success()) { small } else { program.to_owned() };
+    let listed = Command::new("ldd").arg(program).output().unwrap();
+    let libraries = String::from_utf8(listed.stdout).unwrap();
+    let libraries = libraries.split_whitespace().filter(|word| word.starts_with('/'));
+    let libraries = libraries.map(|path| (path.to_owned(), path.into()));
+    let name = format!("/bin/{}", program.file_name().unwrap().display());
+    libraries.chain([(name, file)]).collect()
+}
+
 /// What every guest's script begins with.
 const BEGINNING: &str = "#!/bin/busybox sh
 busybox mkdir -p /proc /sys /dev /tmp /etc
@@ -74,7 +87,16 @@ impl Guests {
     /// A guest that runs a script (of busybox's shell) with its network card, `eth0`, up; `udhcpc -s /lease` configures it.
     /// What the script prints is the command's standard output. The initramfs goes into `dir`.
     pub fn command(&self, dir: &Path, script: &str) -> Command {
+        self.command_with(dir, script, &[])
+    }
+
+    /// The same, with programs of the host's and the libraries that they need, where these are on the host.
+    pub fn command_with(&self, dir: &Path, script: &str, programs: &[&Path]) -> Command {
         let mut archive = Archive::new();
+        for file in programs.iter().flat_map(|program| stripped(dir, program)) {
+            let (name, path) = file;
+            archive.file(name, 0o755, &std::fs::read(path).unwrap());
+        }
         archive.character_device("/dev/console", 0o600, 5, 1);
         archive.file("/bin/busybox", 0o755, &self.busybox);
         let init = format!("{BEGINNING}{script}\npoweroff -f\n");

@@ -2,11 +2,12 @@
 //!
 //! [`machine`] puts the parts together and is where to start reading: memory by the [`layout`], interrupt
 //! controllers ([`apic`]), the [`clock`] and KVM's paravirtual interface ([`kvm`]), the [`bus`] with [`pci`],
-//! [`serial`], [`rtc`] and [`power`], the [`loader`], and the [`acpi`] tables that describe all of it to the guest.
+//! [`serial`], [`rtc`] and [`power`], devices from elsewhere ([`assigned`]), the [`loader`], and the [`acpi`] tables that describe all of it to the guest.
 #![deny(unsafe_code)]
 
 pub mod acpi;
 pub mod apic;
+pub mod assigned;
 mod boot;
 pub mod bus;
 pub mod clock;

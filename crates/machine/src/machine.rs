@@ -13,11 +13,13 @@ use std::thread;
 use cpu::state::seg;
 use cpu::{CpuState, Cpuid, GuestRam, Ram, Vcpu, VcpuConfig, VcpuStats, attention};
 use mmu::Gpa;
+use vfio::device::Device;
 use virtio::device::VirtioDevice;
 use virtio::pci::VirtioPci;
 
 use crate::acpi::{self, AcpiConfig, AcpiError};
 use crate::apic::{self, ApicBus, ApicBusConfig, IOAPIC_BASE, IOAPIC_SIZE, IoApic};
+use crate::assigned::{AssignError, AssignedFunction, Reach};
 use crate::boot;
 use crate::bus::{Bus, BusError, MmioDevice, Unclaimed};
 use crate::clock::Clock;
@@ -83,6 +85,9 @@ pub enum MachineError {
     /// A virtio device could not be made.
     #[error("cannot add a virtio device")]
     Virtio(#[from] virtio::pci::PciError),
+    /// A device could not be given to the guest.
+    #[error("cannot give the guest a device")]
+    Assign(#[from] AssignError),
     /// The host refused a thread or executable memory.
     #[error("cannot start a vCPU")]
     Vcpu(#[source] io::Error),
@@ -282,6 +287,18 @@ impl Machine {
         let msi = Arc::new(Msi(Arc::clone(&self.apics)));
         let function = VirtioPci::new(device, Arc::clone(&self.memory), msi, None)?;
         self.pci.add_next(Arc::new(Mutex::new(VirtioFunction(function))))?;
+        Ok(())
+    }
+
+    /// Adds a device of any other kind, which must be a PCI function, in the next free PCI slot, and opens it. `reach`
+    /// says whether it accesses guest memory by the way that it is given here, or knows another.
+    ///
+    /// # Errors
+    /// When the slots are taken, or the device makes no sense as a PCI function, or fails.
+    pub fn add_device(&mut self, device: Arc<dyn Device>, reach: Reach) -> Result<(), MachineError> {
+        let msi = Arc::new(Msi(Arc::clone(&self.apics)));
+        let function = AssignedFunction::new(device, Arc::clone(&self.memory), reach, msi)?;
+        self.pci.add_next(Arc::new(Mutex::new(function)))?;
         Ok(())
     }
 

@@ -2,18 +2,20 @@
 //!
 //! # Theory of operation
 //!
-//! The space is 256 bytes with, beside each byte, a mask of the bits that software may change and a mask
-//! of the bits that are cleared by writing 1 (PCI Local Bus 3.0, section 6.2). A read copies bytes, a write
+//! The space is 256 bytes (4096 for a function of PCI Express) with, beside each byte, a mask of the bits that
+//! software may change and a mask of the bits that are cleared by writing 1 (PCI Local Bus 3.0, section 6.2). A read copies bytes, a write
 //! merges bytes through the masks; every side effect that the specification describes falls out of the
 //! masks. Above all BAR sizing: the address bits below a BAR's size are not writable, so writing all ones and
-//! reading back gives the size, whichever width the access has. Offsets from 256 up (the extended space of
-//! PCI Express) read as zero and ignore writes: no extended capability.
+//! reading back gives the size, whichever width the access has. Offsets past the space read as zero and ignore
+//! writes.
 //!
 //! What the bytes mean to the rest of the device (is memory decoding on, where is BAR 2, may the function be
 //! a bus master) is asked of this structure by its owner after a write; nothing here calls out.
 
-/// Bytes of configuration space that are backed by registers.
-const SIZE: usize = 256;
+/// Bytes of the configuration space of conventional PCI.
+pub const CONVENTIONAL_SIZE: usize = 256;
+/// Bytes of that of PCI Express.
+pub const EXPRESS_SIZE: usize = 4096;
 
 /// Offsets of the header's registers (PCI 3.0, figure 6-1).
 mod reg {
@@ -27,6 +29,7 @@ mod reg {
     pub(super) const BAR0: usize = 0x10;
     pub(super) const SUBSYSTEM_VENDOR: usize = 0x2c;
     pub(super) const SUBSYSTEM: usize = 0x2e;
+    pub(super) const ROM: usize = 0x30;
     pub(super) const CAPABILITIES: usize = 0x34;
     pub(super) const INTERRUPT_LINE: usize = 0x3c;
     pub(super) const INTERRUPT_PIN: usize = 0x3d;
@@ -64,7 +67,10 @@ pub enum ConfigError {
         /// Number of the BAR.
         index: usize,
     },
-    /// The 192 bytes for capabilities are used up.
+    /// The expansion ROM's size is a power of two from 2 KiB to 16 MiB (PCI 3.0, section 6.2.5.2).
+    #[error("the ROM's size {0:#x} is not a power of two from 2 KiB to 16 MiB")]
+    RomSize(u64),
+    /// The bytes for capabilities are used up, or there are none of the extended kind.
     #[error("no room for a capability of {len} bytes at offset {offset:#x}")]
     CapabilitySpace {
         /// Where it would start.
@@ -101,6 +107,8 @@ pub enum BarKind {
         /// Reads have no side effects, so a bridge may prefetch.
         prefetchable: bool,
     },
+    /// I/O ports.
+    Io,
 }
 
 /// One BAR as software has it programmed now.
@@ -121,30 +129,44 @@ pub struct Bar {
 /// The configuration space of one function.
 #[derive(Debug, Clone)]
 pub struct PciConfig {
-    bytes: [u8; SIZE],
+    bytes: Vec<u8>,
     /// Bits that a write sets.
-    writable: [u8; SIZE],
+    writable: Vec<u8>,
     /// Bits that a write of 1 clears.
-    clearable: [u8; SIZE],
+    clearable: Vec<u8>,
     /// State after reset.
-    initial: [u8; SIZE],
+    initial: Vec<u8>,
     bars: [Option<(BarKind, u64)>; 6],
     next_capability: usize,
     last_capability: Option<usize>,
+    next_extended: usize,
+    last_extended: Option<usize>,
 }
 
 impl PciConfig {
     /// A function with these IDs, no BARs and no capabilities.
     #[must_use]
     pub fn new(ids: PciIds) -> Self {
+        Self::with_size(ids, CONVENTIONAL_SIZE)
+    }
+
+    /// The same, with the extended space of PCI Express.
+    #[must_use]
+    pub fn express(ids: PciIds) -> Self {
+        Self::with_size(ids, EXPRESS_SIZE)
+    }
+
+    fn with_size(ids: PciIds, size: usize) -> Self {
         let mut config = PciConfig {
-            bytes: [0; SIZE],
-            writable: [0; SIZE],
-            clearable: [0; SIZE],
-            initial: [0; SIZE],
+            bytes: vec![0; size],
+            writable: vec![0; size],
+            clearable: vec![0; size],
+            initial: vec![0; size],
             bars: [None; 6],
             next_capability: CAPABILITIES_START,
             last_capability: None,
+            next_extended: CONVENTIONAL_SIZE,
+            last_extended: None,
         };
         config.define(reg::VENDOR, &ids.vendor.to_le_bytes(), &[]);
         config.define(reg::DEVICE, &ids.device.to_le_bytes(), &[]);
@@ -158,10 +180,14 @@ impl PciConfig {
         config.define(reg::COMMAND, &[0, 0], &command.to_le_bytes());
         config.define(reg::CACHE_LINE, &[0], &[0xff]);
         config.define(reg::INTERRUPT_LINE, &[0xff], &[0xff]);
-        let errors = STATUS_ERRORS.to_le_bytes();
-        config.clearable[reg::STATUS] = errors[0];
-        config.clearable[reg::STATUS + 1] = errors[1];
+        config.set_clearable(reg::STATUS, &STATUS_ERRORS.to_le_bytes());
         config
+    }
+
+    /// How many bytes it has.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        self.bytes.len()
     }
 
     /// Sets registers and which of their bits are writable (none beyond the end of `writable`).
@@ -181,12 +207,22 @@ impl PciConfig {
         }
     }
 
+    /// Says which bits of registers a write of 1 clears.
+    pub fn set_clearable(&mut self, offset: usize, bits: &[u8]) {
+        for (i, byte) in bits.iter().enumerate() {
+            if let Some(mask) = self.clearable.get_mut(offset + i) {
+                *mask = *byte;
+            }
+        }
+    }
+
     /// Declares a BAR of `size` bytes.
     ///
     /// # Errors
     /// [`ConfigError::BarSize`] and [`ConfigError::BarIndex`].
     pub fn add_bar(&mut self, index: usize, kind: BarKind, size: u64) -> Result<(), ConfigError> {
-        if !size.is_power_of_two() || size < 16 {
+        let least = if kind == BarKind::Io { 4 } else { 16 };
+        if !size.is_power_of_two() || size < least {
             return Err(ConfigError::BarSize { index, size });
         }
         let wide = matches!(kind, BarKind::Memory64 { .. });
@@ -200,8 +236,9 @@ impl PciConfig {
         if !wide && size > 1 << 31 {
             return Err(ConfigError::BarSize { index, size });
         }
-        // Bits 0-3 of a memory BAR: space 0, type in bits 1-2 (2 = 64-bit), prefetchable in bit 3.
+        // Bits 0-3 of a memory BAR: space 0, type in bits 1-2 (2 = 64-bit), prefetchable in bit 3. Ports: bit 0.
         let flags: u8 = match kind {
+            BarKind::Io => 1,
             BarKind::Memory32 => 0,
             BarKind::Memory64 { prefetchable } => 0b0100 | if prefetchable { 0b1000 } else { 0 },
         };
@@ -212,7 +249,32 @@ impl PciConfig {
         if let Some(slot) = self.bars.get_mut(index) {
             *slot = Some((kind, size));
         }
+        if kind == BarKind::Io
+            && let Some(mask) = self.writable.get_mut(reg::COMMAND)
+        {
+            *mask |= COMMAND_IO.to_le_bytes()[0];
+        }
         Ok(())
+    }
+
+    /// Declares an expansion ROM of `size` bytes.
+    ///
+    /// # Errors
+    /// [`ConfigError::RomSize`].
+    pub fn add_rom(&mut self, size: u64) -> Result<(), ConfigError> {
+        if !size.is_power_of_two() || !(2 << 10..=16 << 20).contains(&size) {
+            return Err(ConfigError::RomSize(size));
+        }
+        // Bit 0 enables it.
+        let mask = !(size - 1) | 1;
+        self.define(reg::ROM, &[0], &mask.to_le_bytes()[..4]);
+        Ok(())
+    }
+
+    /// How many bytes the BAR has; none for one that does not exist.
+    #[must_use]
+    pub fn bar_size(&self, index: usize) -> Option<u64> {
+        self.bars.get(index).copied().flatten().map(|(_, size)| size)
     }
 
     /// Appends a capability: its ID, the body after the two header bytes, and the writable bits of that body.
@@ -224,7 +286,7 @@ impl PciConfig {
         let offset = self.next_capability;
         let len = body.len() + 2;
         let no_room = ConfigError::CapabilitySpace { offset, len };
-        if offset + len > SIZE {
+        if offset + len > CONVENTIONAL_SIZE {
             return Err(no_room);
         }
         let pointer = u8::try_from(offset).map_err(|_| no_room)?;
@@ -240,6 +302,37 @@ impl PciConfig {
         self.last_capability = Some(offset);
         // Capabilities start on a dword.
         self.next_capability = (offset + len + 3) & !3;
+        Ok(pointer)
+    }
+
+    /// Appends an extended capability (PCIe 6.0, section 7.6.3): its ID and version, the body after the four header bytes,
+    /// and the writable bits of that body. Returns the offset of the capability's header.
+    ///
+    /// # Errors
+    /// [`ConfigError::CapabilitySpace`].
+    pub fn add_extended_capability(
+        &mut self,
+        id: u16,
+        version: u8,
+        body: &[u8],
+        writable: &[u8],
+    ) -> Result<u16, ConfigError> {
+        let offset = self.next_extended;
+        let len = body.len() + 4;
+        let no_room = ConfigError::CapabilitySpace { offset, len };
+        if offset + len > self.size() {
+            return Err(no_room);
+        }
+        let pointer = u16::try_from(offset).map_err(|_| no_room)?;
+        let header = u32::from(id) | u32::from(version & 0xf) << 16;
+        self.define(offset, &header.to_le_bytes(), &[]);
+        self.define(offset + 4, body, writable);
+        if let Some(last) = self.last_extended {
+            let next = (self.u16_at(last + 2) & 0xf) | pointer << 4;
+            self.define(last + 2, &next.to_le_bytes(), &[]);
+        }
+        self.last_extended = Some(offset);
+        self.next_extended = (offset + len + 3) & !3;
         Ok(pointer)
     }
 
@@ -268,7 +361,7 @@ impl PciConfig {
     }
 
     /// Sets bytes as the device, without regard to the masks.
-    pub fn set(&mut self, offset: u8, data: &[u8]) {
+    pub fn set(&mut self, offset: u16, data: &[u8]) {
         for (i, byte) in data.iter().enumerate() {
             if let Some(now) = self.bytes.get_mut(usize::from(offset) + i) {
                 *now = *byte;
@@ -288,6 +381,12 @@ impl PciConfig {
     /// The command register.
     fn command(&self) -> u16 {
         self.u16_at(reg::COMMAND)
+    }
+
+    /// The function answers to accesses of its ports.
+    #[must_use]
+    pub fn io_enabled(&self) -> bool {
+        self.command() & COMMAND_IO != 0
     }
 
     /// The function answers to memory accesses.
@@ -320,14 +419,16 @@ impl PciConfig {
     pub fn bar(&self, index: usize) -> Option<Bar> {
         let (kind, size) = (*self.bars.get(index)?)?;
         let offset = reg::BAR0 + 4 * index;
-        let low = u64::from(self.u32_at(offset) & !0xf);
+        let low = u64::from(self.u32_at(offset) & !if kind == BarKind::Io { 3 } else { 0xf });
         let (address, limit) = match kind {
+            BarKind::Io => (low, 1 << 32),
             BarKind::Memory32 => (low, 1 << 32),
             BarKind::Memory64 { .. } => (low | u64::from(self.u32_at(offset + 4)) << 32, u64::MAX),
         };
         // All ones is what sizing leaves, and zero what reset leaves: neither is a place.
         let possible = address != 0 && address.checked_add(size).is_some_and(|end| end < limit);
-        Some(Bar { index, kind, address, size, enabled: possible && self.memory_enabled() })
+        let decoding = if kind == BarKind::Io { self.io_enabled() } else { self.memory_enabled() };
+        Some(Bar { index, kind, address, size, enabled: possible && decoding })
     }
 
     /// All BARs of the function.
@@ -343,6 +444,16 @@ impl PciConfig {
         self.write(offset, &address.to_le_bytes()[..width]);
     }
 
+    /// Turns decoding of memory and ports on, as far as the function has them, and bus mastering off: what an operating
+    /// system does with a function before a driver has it.
+    pub fn enable_decoding(&mut self) {
+        let bars = self.bars.iter().flatten();
+        let on =
+            bars.fold(0, |on, (kind, _)| on | if *kind == BarKind::Io { COMMAND_IO } else { COMMAND_MEMORY });
+        let command = self.command() & !(COMMAND_MEMORY | COMMAND_IO | COMMAND_BUS_MASTER);
+        self.set(0x04, &(command | on).to_le_bytes());
+    }
+
     /// Turns memory decoding on or off, as firmware would.
     pub fn set_memory_enabled(&mut self, on: bool) {
         let command = self.command() & !(COMMAND_MEMORY | COMMAND_IO);
@@ -352,7 +463,7 @@ impl PciConfig {
 
     /// Conventional reset: every register back to its first value. BARs lose their addresses.
     pub fn reset(&mut self) {
-        self.bytes = self.initial;
+        self.bytes.copy_from_slice(&self.initial);
     }
 }
 
@@ -446,6 +557,39 @@ mod tests {
         }
         assert_eq!(read32(&config, 0), 0x1043_1af4);
         assert_eq!(read32(&config, 0x400), 0);
+    }
+
+    #[test]
+    fn ports_and_rom() {
+        let mut config = PciConfig::express(PciIds::default());
+        config.write(4, &[1]);
+        assert!(!config.io_enabled(), "a function without ports");
+        config.add_bar(1, BarKind::Io, 32).unwrap();
+        config.add_rom(4096).unwrap();
+        config.write(0x10, &[0xff; 0x24]);
+        assert_eq!(read32(&config, 0x14), 0xffff_ffe1);
+        assert_eq!(read32(&config, 0x30), 0xffff_f001);
+        config.set_bar_address(1, 0xc020);
+        assert_eq!(config.bar(1).unwrap().address, 0xc020);
+        assert!(!config.bar(1).unwrap().enabled);
+        config.enable_decoding();
+        assert!(config.bar(1).unwrap().enabled && !config.memory_enabled() && !config.bus_master());
+        assert_eq!(config.add_rom(1024), Err(ConfigError::RomSize(1024)));
+        assert_eq!(config.add_bar(2, BarKind::Io, 2), Err(ConfigError::BarSize { index: 2, size: 2 }));
+    }
+
+    #[test]
+    fn extended_capabilities_are_chained() {
+        let mut config = PciConfig::express(PciIds::default());
+        assert_eq!(config.add_extended_capability(0x10, 1, &[0; 60], &[0xff]), Ok(0x100));
+        assert_eq!(config.add_extended_capability(0x0e, 2, &[7, 0, 0, 0], &[]), Ok(0x140));
+        assert_eq!(read32(&config, 0x100), 0x1401_0010);
+        assert_eq!(read32(&config, 0x140), 0x0002_000e);
+        config.write(0x104, &[0x5a; 4]);
+        assert_eq!(read32(&config, 0x104), 0x5a);
+        assert!(config.add_extended_capability(1, 1, &[0; 4000], &[]).is_err());
+        let mut conventional = self::config();
+        assert!(conventional.add_extended_capability(1, 1, &[], &[]).is_err());
     }
 
     #[test]

@@ -9,8 +9,13 @@
 
 pub mod device;
 pub mod dma;
+pub mod eventfd;
 pub mod irq;
 pub mod migration;
+pub mod pci;
 pub mod user;
 
-pub use iommufd::{Errno, Result};
+pub use iommufd::Errno;
+
+/// What most calls return: the errno is the one that the kernel's interface documents, or that it was seen to give.
+pub type Result<T, E = Errno> = core::result::Result<T, E>;

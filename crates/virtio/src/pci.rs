@@ -293,7 +293,7 @@ impl<M: GuestMem> VirtioPci<M> {
         {
             let mut value = [0; 4];
             self.bar_read(bar, at, &mut value[..length]);
-            self.config.set(self.window_capability + 16, &value[..length]);
+            self.config.set(u16::from(self.window_capability) + 16, &value[..length]);
         }
         self.config.set_interrupt_status(self.interrupts.intx_pending());
         self.config.read(offset, data);

@@ -6,8 +6,8 @@ mod common;
 use std::sync::{Arc, Mutex};
 
 use common::{EVENT_IDX, Guest, INDIRECT, INDIRECT_DESC, Mem, NEXT, VERSION_1, WRITE};
-use virtio::device::{ActivateError, Activation, VirtioDevice};
 use pci::msix::IntxLine;
+use virtio::device::{ActivateError, Activation, VirtioDevice};
 use virtio::pci::VirtioPci;
 use vm_memory::{Bytes, GuestAddress};
 

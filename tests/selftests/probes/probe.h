@@ -108,6 +108,9 @@ __attribute__((format(printf, 2, 3), unused)) static void value(uint64_t number,
 		result_;                                                                              \
 	})
 
+/* An address at which nothing is, of which the compiler does not know. */
+static void *volatile nowhere = (void *)1;
+
 /* Anonymous memory; what comes after it is not mapped. */
 static inline void *pages(size_t length)
 {

@@ -8,7 +8,9 @@
 #include <iommufd_test.h>
 
 /* Where the world maps 64 pages, each a quarter of which is free behind them. */
+#ifndef BASE
 #define BASE ((uint64_t)MOCK_APERTURE_START)
+#endif
 #define PAGES 64UL
 
 struct world {

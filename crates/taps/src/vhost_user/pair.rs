@@ -10,17 +10,22 @@ use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::features::Features;
 use super::memory::Shared;
-use super::ring::{Direction, Ring, RingError, Segment};
+use super::ring::{Direction, Extent, Ring, RingError, Segment};
 use crate::vnet;
 
 /// The longest packet that fits into the buffers of a driver that can neither take long segments nor merge buffers.
 const PLAIN_MTU: u16 = 1500;
 
+/// Descriptors that are read for one frame to the guest at most, give or take a chain: twice what the longest one takes in
+/// buffers of a header's length, which is the shortest that a driver may give (virtio 1.2, 5.1.6.3.1). For a driver
+/// with shorter ones the frame is too long.
+const MOST_GATHERED: usize = 2 * (LONGEST_FRAME / vnet::HEADER + 1);
+
 /// A chain that was taken for frames to the guest, and has not been used yet.
 struct Taken {
     head: u16,
     segments: Vec<Segment>,
-    bytes: usize,
+    extent: Extent,
 }
 
 /// What a pair's owner and those who set it up share.
@@ -35,6 +40,8 @@ pub(super) struct Pair {
     taken: VecDeque<Taken>,
     /// Bytes of all that was taken.
     room: usize,
+    /// Its descriptors.
+    gathered: usize,
     /// Lists of segments that are not in use.
     lists: Vec<Vec<Segment>>,
     /// Frames to the guest that no buffer was long enough for.
@@ -58,6 +65,7 @@ impl Pair {
             mtu,
             taken: VecDeque::new(),
             room: 0,
+            gathered: 0,
             lists: Vec::new(),
             too_long: 0,
         })
@@ -108,7 +116,7 @@ impl Pair {
 
     fn forget_taken(&mut self) {
         self.lists.extend(self.taken.drain(..).map(|taken| taken.segments));
-        self.room = 0;
+        (self.room, self.gathered) = (0, 0);
     }
 
     /// Bytes of the header before a frame.
@@ -144,7 +152,7 @@ impl Pair {
         let frame = self
             .from_guest
             .walk(memory, head, Direction::FromDriver, &mut segments)
-            .and_then(|bytes| self.read(memory, &segments, bytes, buffer));
+            .and_then(|extent| self.read(memory, &segments, extent.bytes, buffer));
         self.lists.push(segments);
         let frame = frame?;
         self.from_guest.publish(memory, &[(head, 0)])?;
@@ -190,7 +198,7 @@ impl Pair {
         let needed = self.header() + header.len() + payload.len();
         let merge = self.features.has(Features::MRG_RXBUF);
         let most = if merge { usize::from(self.to_guest.queue.size()) } else { 1 };
-        while self.room < needed && self.taken.len() < most {
+        while self.room < needed && self.taken.len() < most && self.gathered < MOST_GATHERED {
             let Some(head) = self.to_guest.take(memory)? else {
                 if self.to_guest.sleep(memory)? {
                     continue;
@@ -199,9 +207,10 @@ impl Pair {
             };
             let mut segments = self.lists.pop().unwrap_or_default();
             segments.clear();
-            let bytes = self.to_guest.walk(memory, head, Direction::ToDriver, &mut segments)?;
-            self.room = self.room.saturating_add(bytes);
-            self.taken.push_back(Taken { head, segments, bytes });
+            let extent = self.to_guest.walk(memory, head, Direction::ToDriver, &mut segments)?;
+            self.room = self.room.saturating_add(extent.bytes);
+            self.gathered += extent.descriptors;
+            self.taken.push_back(Taken { head, segments, extent });
         }
         if self.room < needed {
             self.too_long += 1;
@@ -220,7 +229,7 @@ impl Pair {
     fn buffers_for(&self, needed: usize) -> usize {
         let mut room = 0usize;
         let enough = self.taken.iter().position(|taken| {
-            room = room.saturating_add(taken.bytes);
+            room = room.saturating_add(taken.extent.bytes);
             room >= needed
         });
         enough.map_or(0, |last| last + 1)
@@ -238,7 +247,8 @@ impl Pair {
         let mut used = Vec::with_capacity(buffers);
         for _ in 0..buffers {
             let Some(taken) = self.taken.pop_front() else { break };
-            self.room -= taken.bytes;
+            self.room -= taken.extent.bytes;
+            self.gathered -= taken.extent.descriptors;
             let mut written = 0u32;
             for &Segment { mut address, mut length } in &taken.segments {
                 while length > 0 {
@@ -309,3 +319,76 @@ fn break_ring(ring: &mut Ring, name: &str, error: &RingError) {
 }
 
 const _: () = assert!(LONGEST_FRAME + vnet::HEADER < 1 << 32, "lengths in a used ring have 32 bits");
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::GuestMemoryMmap;
+
+    use super::super::ring::MOST_DESCRIPTORS;
+    use super::*;
+
+    /// A ring as large as virtio allows, and where its parts are.
+    const SIZE: u16 = 1 << 15;
+    const AVAILABLE: u64 = 1 << 20;
+    const USED: u64 = 2 << 20;
+    const MEMORY: usize = 4 << 20;
+    const NEXT: u16 = 1;
+    const WRITE: u16 = 2;
+
+    /// A pair, one ring of which is all chains of `length` empty descriptors; as many as it has entries.
+    fn idle_chains(which: Which, length: u16) -> Pair {
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
+        let direction = if which == Which::ToGuest { WRITE } else { 0 };
+        for index in 0..length {
+            let flags = direction | if index + 1 < length { NEXT } else { 0 };
+            let words = [flags, index + 1].map(u16::to_le_bytes).concat();
+            memory.write_slice(&words, GuestAddress(u64::from(index) * 16 + 12)).unwrap();
+        }
+        memory.write_obj(SIZE.to_le(), GuestAddress(AVAILABLE + 2)).unwrap();
+        let mut pair = Pair::new(1500).unwrap();
+        pair.set_features(Features(Features::offered(1).0));
+        let ring = pair.ring(which);
+        ring.queue.set_size(SIZE);
+        ring.enabled = true;
+        ring.kick = Some(kick());
+        ring.place(&memory, GuestAddress(0), GuestAddress(AVAILABLE), GuestAddress(USED)).unwrap();
+        pair.shared = Some(Arc::new(Shared::of(memory)));
+        pair
+    }
+
+    /// Any file: nobody kicks.
+    fn kick() -> std::fs::File {
+        std::fs::File::open("/dev/null").unwrap()
+    }
+
+    #[test]
+    fn chains_that_hold_nothing_are_not_gathered_for_ever() {
+        let length = MOST_DESCRIPTORS as u16;
+        let mut pair = idle_chains(Which::ToGuest, length);
+        for lost in 1..4 {
+            assert_eq!(pair.send(&[0; 54], &[0; 1000], Offload::default()), Sent::Yes);
+            assert_eq!(pair.too_long, lost);
+            // The second frame reads nothing more.
+            assert_eq!(pair.taken.len(), MOST_GATHERED.div_ceil(length.into()));
+        }
+        assert!(pair.to_guest.runs(), "what was taken can still be put back");
+        pair.rewind(Which::ToGuest);
+        assert_eq!(pair.to_guest.queue.next_avail(), 0);
+        assert_eq!(pair.send(&[0; 54], &[], Offload::default()), Sent::Yes);
+        assert_eq!(pair.taken.len(), MOST_GATHERED.div_ceil(length.into()));
+
+        let mut pair = idle_chains(Which::FromGuest, length);
+        let mut buffer = [0; 100];
+        assert_eq!(pair.receive(&mut buffer), Some((0, Offload::default())));
+    }
+
+    #[test]
+    fn chains_that_are_longer_than_any_frame_break_the_ring() {
+        for which in [Which::ToGuest, Which::FromGuest] {
+            let mut pair = idle_chains(which, MOST_DESCRIPTORS as u16 + 1);
+            assert_eq!(pair.send(&[0; 54], &[], Offload::default()), Sent::Yes);
+            assert_eq!(pair.receive(&mut [0; 100]), None);
+            assert!(pair.ring(which).broken);
+        }
+    }
+}

@@ -18,8 +18,9 @@ use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
 
 /// Bytes of a descriptor (virtio 1.2, 2.7.5).
 const DESCRIPTOR: u64 = 16;
-/// Most descriptors of an indirect table: what a longest frame in small pieces may need.
-const MOST_INDIRECT: u64 = 1024;
+/// Most descriptors of a chain, and of an indirect table: what a longest frame in small pieces may need. Linux uses about
+/// twenty. A ring may be larger, but then its chains take up the engine's time.
+pub(super) const MOST_DESCRIPTORS: u64 = 1024;
 /// The available ring's flag against interrupts (virtio 1.2, 2.7.6).
 const NO_INTERRUPT: u16 = 1;
 
@@ -34,8 +35,8 @@ pub(super) enum RingError {
     Back,
     /// An index beyond the descriptor table's end.
     Index(u64),
-    /// A chain without end.
-    Loop,
+    /// A chain of more descriptors than are taken, and perhaps without end.
+    Long,
     /// An indirect table where none may be, or of a length that it cannot have.
     Indirect,
     /// A buffer of the wrong direction.
@@ -51,7 +52,7 @@ impl fmt::Display for RingError {
             Self::Memory(error) => write!(f, "{error}"),
             Self::Back => f.write_str("the available index went back"),
             Self::Index(index) => write!(f, "there is no descriptor {index}"),
-            Self::Loop => f.write_str("a descriptor chain has no end"),
+            Self::Long => write!(f, "a chain has more than {MOST_DESCRIPTORS} descriptors, or no end"),
             Self::Indirect => f.write_str("an indirect table is where none may be, or of no possible length"),
             Self::Direction => f.write_str("a buffer is for the other direction"),
             Self::Buffer(address, length) => write!(f, "{length} bytes at {address:#x} are not in memory"),
@@ -91,6 +92,15 @@ pub(super) struct UserAddresses {
     pub(super) descriptors: u64,
     pub(super) available: u64,
     pub(super) used: u64,
+}
+
+/// What a chain's buffers come to.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Extent {
+    /// Bytes in all of them.
+    pub(super) bytes: usize,
+    /// Descriptors that were read, one that refers to a table and empty ones included.
+    pub(super) descriptors: usize,
 }
 
 /// A virtqueue: see the module.
@@ -168,31 +178,32 @@ impl Ring {
         Ok(head)
     }
 
-    /// The buffers of the chain that begins at `head`, all of one direction, added to `segments`; how many bytes they are.
+    /// The buffers of the chain that begins at `head`, all of one direction, added to `segments`.
     pub(super) fn walk(
         &self,
         memory: &GuestMemoryMmap,
         head: u16,
         direction: Direction,
         segments: &mut Vec<Segment>,
-    ) -> Result<usize, RingError> {
+    ) -> Result<Extent, RingError> {
         let mut table = self.queue.desc_table();
         let mut size = u64::from(self.queue.size());
         let mut index = u64::from(head);
-        let mut left = size;
+        let mut left = size.min(MOST_DESCRIPTORS);
         let mut is_indirect = false;
-        let mut bytes = 0usize;
+        let mut extent = Extent { bytes: 0, descriptors: 0 };
         loop {
             if index >= size {
                 return Err(RingError::Index(index));
             }
-            left = left.checked_sub(1).ok_or(RingError::Loop)?;
+            left = left.checked_sub(1).ok_or(RingError::Long)?;
+            extent.descriptors += 1;
             let address = table.checked_add(index * DESCRIPTOR).ok_or(RingError::Index(index))?;
             let descriptor: Descriptor = memory.read_obj(GuestAddress(address))?;
             let (address, length) = (descriptor.addr(), descriptor.len());
             if descriptor.refers_to_indirect_table() {
                 let entries = u64::from(length) / DESCRIPTOR;
-                let fits = u64::from(length) % DESCRIPTOR == 0 && (1..=MOST_INDIRECT).contains(&entries);
+                let fits = u64::from(length) % DESCRIPTOR == 0 && (1..=MOST_DESCRIPTORS).contains(&entries);
                 if is_indirect || !self.indirect || descriptor.has_next() || !fits {
                     return Err(RingError::Indirect);
                 }
@@ -207,13 +218,13 @@ impl Ring {
                 match usize::try_from(length) {
                     Ok(length) if memory.check_range(address, length) => {
                         segments.push(Segment { address, length });
-                        bytes = bytes.saturating_add(length);
+                        extent.bytes = extent.bytes.saturating_add(length);
                     }
                     _ => return Err(bad),
                 }
             }
             if !descriptor.has_next() {
-                return Ok(bytes);
+                return Ok(extent);
             }
             index = descriptor.next().into();
         }

@@ -6,8 +6,8 @@ use std::sync::atomic::{Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
-use virtio::device::VirtioDevice;
 use pci::msix::MsiSink;
+use virtio::device::VirtioDevice;
 use virtio::pci::VirtioPci;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::path::Path;
 
+use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::{Gid, Uid, User, setgid, setgroups, setuid};
 use rustix::fs::{Mode, OFlags, fstat, open};
@@ -31,7 +32,7 @@ pub fn is_root() -> bool {
 /// kept, for what is still to be set up.
 ///
 /// # Errors
-/// The process may not become who it is to be.
+/// The process may not become who it is to be; or that is the host's root, whom no network is served as.
 pub fn leave_root(runas: Option<Identity>, keep: bool) -> Result<(), NetError> {
     let identity = match runas {
         Some(identity) => identity,
@@ -39,10 +40,20 @@ pub fn leave_root(runas: Option<Identity>, keep: bool) -> Result<(), NetError> {
         None => return Ok(()),
     };
     let Identity { uid, gid } = identity;
+    if (uid == 0 || gid == 0) && is_root() {
+        return Err(io::Error::from(io::ErrorKind::PermissionDenied)).because(|| {
+            "cannot serve a network with root's rights: give another user and group (--runas)".into()
+        });
+    }
+    let already = (geteuid().as_raw(), getegid().as_raw()) == (uid, gid);
     set_keep_capabilities(keep).because(|| "cannot keep capabilities".into())?;
     let denied =
         || format!("cannot become user {uid}, group {gid}: that takes root, or CAP_SETUID and CAP_SETGID");
-    setgroups(&[]).map_err(io::Error::from).because(denied)?;
+    match setgroups(&[]) {
+        // Whoever made the user namespace that it is root of may not drop groups there, nor need that.
+        Err(Errno::EPERM) if already => {}
+        result => result.map_err(io::Error::from).because(denied)?,
+    }
     setgid(Gid::from_raw(gid)).map_err(io::Error::from).because(denied)?;
     setuid(Uid::from_raw(uid)).map_err(io::Error::from).because(denied)?;
     if keep {

@@ -481,11 +481,5 @@ fn identity(who: UserGroup) -> Result<Identity, BadOptions> {
             None => return Err(bad(&who.user, "no such user, so its group is not known; give UID:GID")),
         },
     };
-    if uid == 0 || gid == 0 {
-        return Err(bad(
-            &who.user,
-            "a network is not served with root's rights; give another user and group",
-        ));
-    }
     Ok(Identity { uid, gid })
 }

@@ -184,7 +184,6 @@ fn what_cannot_apply_is_an_error_that_says_why() {
         (&["--splice-only", "-c", "/x"], "--conf-path cannot be used with --splice-only"),
         (&["--no-copy-routes"], "needs --config-net"),
         (&["--runas", "no-such-user-here"], "no such user"),
-        (&["--runas", "0:0"], "root's rights"),
         (&["--mtu", "67"], "68 to 65535"),
         (&["--mac-addr", "01:00:5e:00:00:01"], "a group's"),
         (&["-a", "127.0.0.1"], "a guest cannot have"),
@@ -216,5 +215,6 @@ fn what_cannot_apply_is_an_error_that_says_why() {
 fn users_by_number_or_name() {
     let runas = |text: &str| passt(&["--runas", text]).unwrap().common.runas.map(|id| (id.uid, id.gid));
     assert_eq!(runas("1234:5678"), Some((1234, 5678)));
+    assert_eq!(runas("0"), Some((0, 0)), "root of a user namespace may stay that");
     assert_eq!(passt(&[]).unwrap().common.runas, None);
 }
