@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 pub mod device;
+pub mod devices;
 pub mod dma;
 pub mod eventfd;
 pub mod irq;

@@ -9,7 +9,8 @@ use iommufd::iova::Iova;
 use super::controller::Shared;
 use super::queue::{CompletionQueue, SubmissionQueue};
 use super::spec::{
-    CQ_ENTRY_BITS, Command, Completion, MAX_ENTRIES, MAX_TRANSFER, PAGE, SQ_ENTRY_BITS, Status, admin, cc, feature, log,
+    CQ_ENTRY_BITS, Command, Completion, MAX_ENTRIES, MAX_TRANSFER, PAGE, SQ_ENTRY_BITS, Status, admin, cc,
+    feature, log,
 };
 use super::worker::Outcome;
 use super::{identify, lock, prp};
@@ -112,7 +113,12 @@ fn queue_and_size(command: &Command) -> (u16, u32) {
 }
 
 /// What creating either kind of queue asks for.
-fn check_queue(shared: &Shared, command: &Command, entry_shift: u32, entry_bits: u32) -> Result<(u16, u32), Status> {
+fn check_queue(
+    shared: &Shared,
+    command: &Command,
+    entry_shift: u32,
+    entry_bits: u32,
+) -> Result<(u16, u32), Status> {
     const CONTIGUOUS: u32 = 1;
     let (id, size) = queue_and_size(command);
     if id == 0 || id > shared.queues {

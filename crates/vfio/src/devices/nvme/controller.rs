@@ -85,7 +85,8 @@ pub struct Nvme {
 
 impl Nvme {
     pub(super) fn new(link: Arc<Link>, disk: Disk, options: &Options) -> Self {
-        let serial: String = options.serial.chars().filter(|c| c.is_ascii_graphic() || *c == ' ').take(20).collect();
+        let serial: String =
+            options.serial.chars().filter(|c| c.is_ascii_graphic() || *c == ' ').take(20).collect();
         let shared = Shared {
             link,
             disk,
@@ -187,12 +188,10 @@ impl Shared {
         let commands = SubmissionQueue::new(0, base, submission + 1, Arc::clone(&completions));
         {
             let mut tables = lock(&self.tables);
+            tables.submission.push(Some(Arc::new(commands)));
             tables.submission.resize_with(queues, || None);
+            tables.completion.push(Some(completions));
             tables.completion.resize_with(queues, || None);
-            if let (Some(sq), Some(cq)) = (tables.submission.first_mut(), tables.completion.first_mut()) {
-                *sq = Some(Arc::new(commands));
-                *cq = Some(completions);
-            }
         }
         *self.running.write().unwrap_or_else(PoisonError::into_inner) = true;
         let mut registers = lock(&self.registers);

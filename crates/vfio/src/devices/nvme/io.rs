@@ -9,7 +9,9 @@ use zerocopy::IntoBytes;
 
 use super::controller::Shared;
 use super::prp;
-use super::spec::{ALL_NAMESPACES, BLOCK, Command, DatasetRange, MAX_TRANSFER, NAMESPACE, Status, io as opcode};
+use super::spec::{
+    ALL_NAMESPACES, BLOCK, Command, DatasetRange, MAX_TRANSFER, NAMESPACE, Status, io as opcode,
+};
 
 /// A bit of dword 12: Write Zeroes may deallocate.
 const DEALLOCATE: u32 = 1 << 25;
@@ -82,7 +84,12 @@ fn room(buffer: &mut Vec<u8>, length: u64) -> &mut [u8] {
 }
 
 /// Reads the disk. What a file lacks at its end is zero.
-fn fetch<'a>(shared: &Shared, buffer: &'a mut Vec<u8>, place: u64, length: u64) -> Result<&'a mut [u8], Status> {
+fn fetch<'a>(
+    shared: &Shared,
+    buffer: &'a mut Vec<u8>,
+    place: u64,
+    length: u64,
+) -> Result<&'a mut [u8], Status> {
     let data = room(buffer, length);
     let mut done = 0;
     while done < data.len() {

@@ -96,7 +96,8 @@ impl CompletionQueue {
             if self.room() == 0 {
                 break;
             }
-            let completion = Completion { status: completion.status & !1 | u16::from(tail.phase), ..*completion };
+            let completion =
+                Completion { status: completion.status & !1 | u16::from(tail.phase), ..*completion };
             let bytes = completion.as_bytes();
             let at = crate::dma::after(self.base, u64::from(tail.at) * size_of::<Completion>() as u64)?;
             // The driver looks at the phase, which is in the second half: it must not arrive before the first.
