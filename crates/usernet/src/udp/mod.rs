@@ -37,7 +37,7 @@ use rustix::net::{RecvFlags, SendFlags};
 
 use crate::claims::Claims;
 use crate::config::{Config, Forward};
-use crate::context::{Context, RESOLVER_PORTS};
+use crate::context::{Context, RESOLVER_PORTS, Spare};
 use crate::flow::{Class, FlowTable, Patience};
 use crate::frame::{HOP_LIMIT, IcmpError, quoted_udp};
 use crate::packet::{Addresses, UdpView};
@@ -48,6 +48,9 @@ use burst::Burst;
 /// How long flows may be idle: without an answer as long as a resolver's patience, with one as long as
 /// RFC 4787 4.3 asks of translators at least, and some.
 const PATIENCE: Patience = [Duration::from_secs(30), Duration::from_secs(180)];
+
+/// How long a flow must have been idle to give its descriptor to another protocol's.
+pub(crate) const IDLE: Duration = Duration::from_secs(10);
 
 /// Flows at most. Each may take a descriptor; a busy BitTorrent client has about two thousand.
 const MOST_FLOWS: usize = 4096;
@@ -103,6 +106,11 @@ struct Flow {
 }
 
 impl Flow {
+    /// Whether it has a descriptor.
+    fn has_socket(&self) -> bool {
+        matches!(self.way, Way::Own(_))
+    }
+
     fn new(way: Way) -> Self {
         Self { way, hop_limit: HOP_LIMIT, queued: false, failed: false, alone: false }
     }
@@ -250,7 +258,10 @@ impl Udp {
         let peer = cx.outside(key.remote);
         let binding = cx.binding(peer.ip());
         let fd = match socket::connected_udp(peer, key.guest.port(), &binding) {
-            Err(error) if is_exhausted(&error) && self.flows.remove_oldest().is_some() => {
+            Err(error)
+                if is_exhausted(&error)
+                    && self.flows.remove_oldest_of(cx.now, Flow::has_socket).is_some() =>
+            {
                 cx.link.stats.evicted += 1;
                 cx.link
                     .warnings
@@ -556,6 +567,13 @@ impl Udp {
     pub(crate) fn timers(&mut self, now: Instant) -> Option<Instant> {
         while self.flows.remove_expired(now).is_some() {}
         self.flows.deadline()
+    }
+}
+
+impl Spare for Udp {
+    fn give_up(&mut self, now: Instant) -> bool {
+        let since = now.checked_sub(IDLE);
+        since.is_some_and(|since| self.flows.remove_oldest_of(since, Flow::has_socket).is_some())
     }
 }
 

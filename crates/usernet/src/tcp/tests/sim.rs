@@ -288,8 +288,13 @@ impl Sim {
 
     /// Has the engine do something.
     pub(super) fn engine<R>(&mut self, f: impl FnOnce(&mut Tcp, &mut Context<'_>) -> R) -> R {
-        let mut cx =
-            Context { config: &self.config, link: &mut self.link, poller: &self.poller, now: self.now };
+        let mut cx = Context {
+            config: &self.config,
+            link: &mut self.link,
+            poller: &self.poller,
+            now: self.now,
+            spare: None,
+        };
         f(&mut self.tcp, &mut cx)
     }
 

@@ -4,7 +4,8 @@
 //!
 //! [`RemoteDevice::connect`] does the first exchange and asks for everything that does not change: regions, interrupts,
 //! which features there are. Calls of the device become commands; several threads may have commands under way at once. A
-//! thread of the client's own serves the server's DMA_READ and DMA_WRITE from the memory that [`Device::open`] gave.
+//! thread of the client's own, which is started when memory is announced first, serves the server's DMA_READ and DMA_WRITE
+//! from the memory that [`Device::open`] gave.
 //!
 //! **Posted writes.** A write to a region is sent without waiting, unless [`Options::posted_writes`] is off or the region
 //! is PCI configuration space; later commands see it done, since the server takes them in order. Several writes that are
@@ -22,7 +23,7 @@ mod info;
 mod memory;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use iommufd::domain::Prot;
@@ -97,7 +98,8 @@ pub struct RemoteDevice {
     main: Arc<Connection>,
     /// Where the server's commands come: `main`, or a socket of their own.
     channel: Arc<Connection>,
-    service: Option<JoinHandle<()>>,
+    /// Since memory was announced first.
+    service: Mutex<Option<JoinHandle<()>>>,
     memory: Arc<Memory>,
     /// What the server can do.
     server: Capabilities,
@@ -123,21 +125,11 @@ impl RemoteDevice {
             Some(socket) => Arc::new(Connection::new(socket, true, options.patience)),
             None => Arc::clone(&main),
         };
-        let memory = Arc::new(Memory::default());
-        let service = {
-            let (channel, memory) = (Arc::clone(&channel), Arc::clone(&memory));
-            let max = options.capabilities.max_transfer;
-            std::thread::Builder::new()
-                .name("vfio-user-dma".into())
-                .spawn(move || memory::serve(&channel, &memory, max))
-                .map_err(|_| Errno::NOMEM)?
-        };
-        // From here on dropping it ends the thread.
         let mut device = Self {
             main,
             channel,
-            service: Some(service),
-            memory,
+            service: Mutex::default(),
+            memory: Arc::default(),
             server,
             options,
             info: DeviceInfo { flags: DeviceFlags::empty(), regions: 0, irqs: 0, atomic_completer: None },
@@ -172,6 +164,19 @@ impl RemoteDevice {
         self.server
     }
 
+    /// Starts the thread that serves the server's commands, unless it runs.
+    fn start_service(&self) -> Result<()> {
+        let mut service = self.service.lock().unwrap_or_else(PoisonError::into_inner);
+        if service.is_none() {
+            let (channel, memory) = (Arc::clone(&self.channel), Arc::clone(&self.memory));
+            let max = self.options.capabilities.max_transfer;
+            let serve = move || memory::serve(&channel, &memory, max);
+            let thread = std::thread::Builder::new().name("vfio-user-dma".into()).spawn(serve);
+            *service = Some(thread.map_err(|_| Errno::NOMEM)?);
+        }
+        Ok(())
+    }
+
     /// Announces memory.
     ///
     /// # Errors
@@ -187,6 +192,7 @@ impl RemoteDevice {
             address: window.range.start().0,
             size: window.range.length().ok_or(Errno::INVAL)?,
         };
+        self.start_service()?;
         let fds: Vec<_> = window.file.iter().map(|(file, _)| *file).collect();
         self.main.request(Command::DmaMap, &[map.as_bytes()], &fds).map(|_| ())
     }
@@ -426,7 +432,7 @@ impl Drop for RemoteDevice {
     fn drop(&mut self) {
         self.main.shut_down();
         self.channel.shut_down();
-        if let Some(service) = self.service.take() {
+        if let Some(service) = self.service.get_mut().unwrap_or_else(PoisonError::into_inner).take() {
             // A panic there has been reported.
             let _ = service.join();
         }
