@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 pub mod device;
+pub mod devices;
 pub mod dma;
 #[cfg(any(feature = "device-cdev", feature = "group"))]
 pub mod doors;
