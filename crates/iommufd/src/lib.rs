@@ -33,6 +33,8 @@ mod ioctl;
 pub mod iova;
 mod mapping;
 pub mod memory;
+#[cfg(feature = "mock")]
+pub mod mock;
 mod object;
 pub mod pages;
 pub mod process;
