@@ -119,16 +119,17 @@ impl Account {
     }
 
     /// The same pages counted with `process`; `self` still counts them too. ENOMEM when they go past its limit, if `limited`.
-    pub(crate) fn moved_to(&self, process: Arc<dyn Process>, limited: bool) -> Result<Self> {
+    /// None when they are nobody's: then they stay where they are shown.
+    pub(crate) fn moved_to(&self, process: Arc<dyn Process>, limited: bool) -> Result<Option<Self>> {
         let mut account = Self::new(process, self.accounting);
         let same_counter = match self.accounting {
-            Accounting::None => true,
+            Accounting::None => return Ok(None),
             Accounting::User => account.process.user() == self.process.user(),
             Accounting::Process => account.process.is(&self.process),
         };
         let limit = account.process.locked_limit().filter(|_| limited && !same_counter);
         account.count(self.pages, limit)?;
-        Ok(account)
+        Ok(Some(account))
     }
 }
 

@@ -12,6 +12,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::net::options::ports::PortSpec;
 use crate::net::options::{PasstArgs, PastaArgs};
+use crate::run::devices::{self, DeviceSpec};
 
 pub use network::{Link, Publish};
 
@@ -28,6 +29,7 @@ Examples:
   seq 1000000 | ring3 run -- wc -l   standard streams are separate, binary-safe
   ring3 run --root ~/bookworm --cpus 2 --memory 2G -- make check
   ring3 run --disk disk.img -- mkfs.ext4 /dev/vda
+  ring3 run --device vfio-user=/tmp/nvme.sock -- lsblk
   ring3 run -p 127.0.0.1:8080:80 -- python3 -m http.server 80
   ring3 run --kernel ./bzImage --append loglevel=7 -v -- true
   ring3 run --guest-abi pvm --kernel ./vmlinux.pvm --stats -- true
@@ -222,6 +224,17 @@ pub struct RunArgs {
     /// Raw disk image for the guest (/dev/vda, then vdb, ...); with :ro the guest cannot write it
     #[arg(long = "disk", value_name = "FILE[:ro]", value_parser = OsStringValueParser::new().map(parse_disk))]
     pub disks: Vec<Disk>,
+    /// Device from elsewhere: vfio-user=SOCKET, a PCI device that a vfio-user server has (`ring3 vfio serve`)
+    ///
+    /// The server reaches the guest's memory only by asking ring3. Devices need MSI-X to interrupt. Can be repeated.
+    #[arg(long = "device", value_name = "vfio-user=SOCKET", value_parser = devices::parse)]
+    pub devices: Vec<DeviceSpec>,
+    /// Kernel module for the guest to load at start, with all that it needs
+    ///
+    /// Drivers of ring3's own devices, and of NVMe, AHCI and xHCI devices given by --device, are loaded by themselves.
+    /// Can be repeated.
+    #[arg(long = "module", value_name = "NAME", value_parser = parse_module)]
+    pub modules: Vec<String>,
     /// What the guest's network card is connected to: none (there is no card), user or tap=NAME [default: user]
     ///
     /// `user` is a network of ring3's own, by ordinary sockets of the host, with everything set up in the guest.
@@ -539,6 +552,14 @@ fn parse_prefix(text: &str) -> Result<String, String> {
     } else {
         Err("not the beginning of a name: letters, digits, / - and _".into())
     }
+}
+
+fn parse_module(text: &str) -> Result<String, String> {
+    let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
+    if text.is_empty() || !text.chars().all(is_name) {
+        return Err(format!("`{text}` is no module's name, as `lsmod` shows it"));
+    }
+    Ok(text.replace('-', "_"))
 }
 
 fn parse_env(text: OsString) -> Result<EnvVar, String> {

@@ -141,6 +141,12 @@ impl Link {
     }
 }
 
+/// Who may have a descriptor to spare when the host has no more.
+pub(crate) trait Spare {
+    /// Gives one up, if it belongs to something that was idle for a while. Whether it did.
+    fn give_up(&mut self, now: Instant) -> bool;
+}
+
 /// Everything outside a protocol's own tables.
 pub(crate) struct Context<'a> {
     pub(crate) config: &'a Config,
@@ -148,6 +154,8 @@ pub(crate) struct Context<'a> {
     pub(crate) poller: &'a Poller,
     /// When the present event was noticed.
     pub(crate) now: Instant,
+    /// The other protocols, for one that runs out of descriptors; `None` where it does not ask.
+    pub(crate) spare: Option<&'a mut dyn Spare>,
 }
 
 /// Ports of a resolver: DNS, and DNS over TLS (RFC 7858).

@@ -38,7 +38,7 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use crate::claims::Claims;
 use crate::config::{Config, Forward, MacAddress, Transport};
-use crate::context::{Context, Link};
+use crate::context::{Context, Link, Spare};
 use crate::forward::explained;
 use crate::frame::IcmpError;
 use crate::group::{self, Group, Guest, Letter, Member};
@@ -336,7 +336,8 @@ impl Engine {
     #[cfg(test)]
     pub(crate) fn outside(&mut self, destination: std::net::SocketAddr) -> std::net::SocketAddr {
         let now = self.now();
-        Context { config: &self.config, link: &mut self.link, poller: &self.poller, now }.outside(destination)
+        Context { config: &self.config, link: &mut self.link, poller: &self.poller, now, spare: None }
+            .outside(destination)
     }
 
     /// Lets the engine believe that it is later.
@@ -360,7 +361,8 @@ impl Engine {
     }
 
     fn dispatch(&mut self, ready: Ready, now: Instant) {
-        let mut cx = Context { config: &self.config, link: &mut self.link, poller: &self.poller, now };
+        let mut cx =
+            Context { config: &self.config, link: &mut self.link, poller: &self.poller, now, spare: None };
         match ready.token {
             Token::Tap => {
                 cx.link.tap.acknowledge();
@@ -377,7 +379,10 @@ impl Engine {
                 self.take_letters(now);
             }
             Token::Tcp(number) => self.tcp.ready(&mut cx, number, ready.flags),
-            Token::TcpListener(number) => self.tcp.accept(&mut cx, number),
+            Token::TcpListener(number) => {
+                let mut others = Datagrams { udp: &mut self.udp, ping: &mut self.ping };
+                self.tcp.accept(&mut Context { spare: Some(&mut others), ..cx }, number);
+            }
             Token::Udp(number) => self.udp.ready(number, ready.flags),
             Token::UdpListener(number) => self.udp.listener_ready(number, ready.flags),
             Token::Ping(number) => self.ping.ready(number),
@@ -425,7 +430,8 @@ impl Engine {
             return Err(io::Error::new(io::ErrorKind::AlreadyExists, error));
         }
         let now = self.now();
-        let cx = Context { config: &self.config, link: &mut self.link, poller: &self.poller, now };
+        let cx =
+            Context { config: &self.config, link: &mut self.link, poller: &self.poller, now, spare: None };
         let listen = match forward.transport {
             Transport::Tcp => self.tcp.listen(&cx, &forward),
             Transport::Udp => self.udp.listen(&cx, &forward),
@@ -535,7 +541,8 @@ impl Engine {
     }
 
     fn handle_frame(&mut self, frame: &Frame<'_>, now: Instant) {
-        let mut cx = Context { config: &self.config, link: &mut self.link, poller: &self.poller, now };
+        let mut cx =
+            Context { config: &self.config, link: &mut self.link, poller: &self.poller, now, spare: None };
         if !is_for_us(frame.destination, self.config.gateway_mac) {
             cx.link.stats.dropped.other_mac += 1;
             return;
@@ -548,7 +555,10 @@ impl Engine {
         match &frame.packet {
             Packet::Arp(packet) => arp::packet(&mut cx, packet),
             Packet::Tcp(_) if !services.tcp => cx.link.stats.dropped.disabled += 1,
-            Packet::Tcp(segment) => self.tcp.segment(&mut cx, segment),
+            Packet::Tcp(segment) => {
+                let mut others = Datagrams { udp: &mut self.udp, ping: &mut self.ping };
+                self.tcp.segment(&mut Context { spare: Some(&mut others), ..cx }, segment);
+            }
             Packet::Udp(datagram) if is_dhcp(&cx, datagram) => dhcp::packet(&mut cx, datagram),
             Packet::Udp(datagram) if is_dhcpv6(&cx, datagram) => dhcpv6::packet(&mut cx, datagram),
             Packet::Udp(_) if !services.udp => cx.link.stats.dropped.disabled += 1,
@@ -576,16 +586,31 @@ impl Engine {
     }
 
     fn serve_sockets(&mut self, now: Instant) {
-        let mut cx = Context { config: &self.config, link: &mut self.link, poller: &self.poller, now };
+        let mut cx =
+            Context { config: &self.config, link: &mut self.link, poller: &self.poller, now, spare: None };
         self.udp.turn(&mut cx);
         self.ping.turn(&mut cx);
     }
 
     fn serve_timers(&mut self, now: Instant) {
-        let mut cx = Context { config: &self.config, link: &mut self.link, poller: &self.poller, now };
+        let mut cx =
+            Context { config: &self.config, link: &mut self.link, poller: &self.poller, now, spare: None };
         let ndp = self.ndp.timers(&mut cx);
-        let tcp = self.tcp.timers(&mut cx);
+        let mut others = Datagrams { udp: &mut self.udp, ping: &mut self.ping };
+        let tcp = self.tcp.timers(&mut Context { spare: Some(&mut others), ..cx });
         self.deadline = [ndp, tcp, self.udp.timers(now), self.ping.timers(now)].into_iter().flatten().min();
+    }
+}
+
+/// Flows that an application takes up again by itself if they end, as connections are not.
+struct Datagrams<'a> {
+    udp: &'a mut Udp,
+    ping: &'a mut Ping,
+}
+
+impl Spare for Datagrams<'_> {
+    fn give_up(&mut self, now: Instant) -> bool {
+        self.ping.give_up(now) || self.udp.give_up(now)
     }
 }
 

@@ -162,6 +162,24 @@ impl<K: Copy + Eq + Hash, V> FlowTable<K, V> {
         self.remove(number)
     }
 
+    /// Takes out the flow that was idle longest, of the class with the shorter time first, among those that were not used
+    /// after `since` and of which `suits` says so.
+    pub(crate) fn remove_oldest_of(&mut self, since: Instant, suits: impl Fn(&V) -> bool) -> Option<(K, V)> {
+        let first = |list: &List| {
+            let mut next = list.head;
+            while let Some(number) = next {
+                let entry = self.entry(number).filter(|entry| entry.used <= since)?;
+                if suits(&entry.value) {
+                    return Some(number);
+                }
+                next = entry.next;
+            }
+            None
+        };
+        let number = self.lists.iter().find_map(first)?;
+        self.remove(number)
+    }
+
     /// Takes out a flow whose time is over.
     pub(crate) fn remove_expired(&mut self, now: Instant) -> Option<(K, V)> {
         let number = self.ends().find(|&(_, end)| end <= now).map(|(number, _)| number)?;
@@ -244,6 +262,24 @@ mod tests {
         assert_eq!(table.insert("d", 4, at(3)).unwrap().1, Some(2));
         assert_eq!(table.insert("e", 5, at(4)).unwrap().1, Some(3));
         assert!(table.find(&"a").is_some(), "a flow with answers outlives those without");
+    }
+
+    #[test]
+    fn the_oldest_of_some_is_found_behind_others() {
+        let start = Instant::now();
+        let at = |s| start + Duration::from_secs(s);
+        let mut table = FlowTable::new(9, PATIENCE, Claims::alone());
+        let (a, _) = table.insert("a", 1, at(0)).unwrap();
+        for (second, key) in ["b", "c", "d"].into_iter().enumerate() {
+            table.insert(key, second + 2, at(second as u64 + 1));
+        }
+        table.touch(a, Class::BothWays, at(2));
+        let odd = |value: &usize| value % 2 == 1;
+        assert_eq!(table.remove_oldest_of(at(1), odd), None, "c was used later");
+        assert_eq!(table.remove_oldest_of(at(2), odd), Some(("c", 3)));
+        assert_eq!(table.remove_oldest_of(at(9), odd), Some(("a", 1)), "of the other class");
+        assert_eq!(table.remove_oldest_of(at(9), odd), None);
+        assert_eq!(table.len(), 2);
     }
 
     #[test]

@@ -18,13 +18,13 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 
 use crate::claims::Claims;
-use crate::context::Context;
+use crate::context::{Context, Spare};
 use crate::flow::{Class, FlowTable, Patience};
 use crate::frame::{HOP_LIMIT, quoted_icmp};
 use crate::packet::{Addresses, IcmpView};
 use crate::poller::Token;
 use crate::socket;
-use crate::udp::is_exhausted;
+use crate::udp::{IDLE, is_exhausted};
 
 /// How long flows may be idle. `ping` asks every second; 60 seconds are what RFC 5508 3.2 asks of translators.
 const PATIENCE: Patience = [Duration::from_secs(30), Duration::from_secs(60)];
@@ -256,6 +256,12 @@ impl Ping {
     pub(crate) fn timers(&mut self, now: Instant) -> Option<Instant> {
         while self.flows.remove_expired(now).is_some() {}
         self.flows.deadline()
+    }
+}
+
+impl Spare for Ping {
+    fn give_up(&mut self, now: Instant) -> bool {
+        now.checked_sub(IDLE).is_some_and(|since| self.flows.remove_oldest_of(since, |_| true).is_some())
     }
 }
 

@@ -20,7 +20,8 @@ const WINDOW: usize = 4096;
 pub struct DirtyBitmap<'a> {
     /// What it tells of.
     pub range: IovaRange,
-    /// What one bit stands for: a power of two.
+    /// What one bit stands for: a power of two (of another number counts the largest one that divides it, as in the
+    /// kernel).
     pub page_size: u64,
     /// Whose memory it is in.
     pub process: &'a dyn Process,
@@ -47,27 +48,36 @@ impl Ioas {
     }
 
     /// Sets the bits of the pages that were written to through `domain` since the last time, and forgets them unless
-    /// `keep`.
+    /// `keep`. Where nothing is mapped nothing was written to.
     ///
-    /// EINVAL when the page size is no power of two, or the range is not made of whole ones or of what can be mapped, or
-    /// `domain` is not attached; ENOENT when a part of the range is not mapped; EFAULT when the bitmap cannot be written.
+    /// EINVAL when the page size is 0, or the range is not made of whole pages, or `domain` is not attached; EFAULT when the
+    /// bitmap cannot be written.
     pub fn read_dirty(&self, domain: &Arc<dyn Domain>, bitmap: &DirtyBitmap<'_>, keep: bool) -> Result<()> {
         let range = bitmap.range;
         inject::check()?;
         let domains = self.read_domains();
-        if !bitmap.page_size.is_power_of_two() || !domains.has(domain) {
+        let whole = bitmap.page_size.checked_sub(1).ok_or(Errno::INVAL)?;
+        if (range.start().0 | range.last().0.wrapping_add(1)) & whole != 0 || !domains.has(domain) {
             return Err(Errno::INVAL);
         }
-        {
-            let areas = self.read_areas();
-            let whole = bitmap.page_size.max(areas.alignment) - 1;
-            if (range.start().0 | range.last().0.wrapping_add(1)) & whole != 0 {
-                return Err(Errno::INVAL);
+        let mut mapped: Vec<IovaRange> = Vec::new();
+        for area in self.read_areas().overlapping(range) {
+            let Some(here) = area.range.intersection(range) else { continue };
+            match mapped.last_mut() {
+                Some(before) if before.last().0.checked_add(1) == Some(here.start().0) => {
+                    *before = IovaRange::new(before.start(), here.last())?;
+                }
+                _ => mapped.push(here),
             }
-            areas.walk(range, |_| Ok(()))?;
         }
-        let mut writer = BitmapWriter::new(bitmap)?;
-        domain.read_and_clear_dirty(range, keep, &mut writer)?;
+        let mut writer = BitmapWriter::new(bitmap);
+        // A domain that cannot tell says so also when nothing is mapped.
+        if mapped.is_empty() {
+            mapped.push(range);
+        }
+        for range in mapped {
+            domain.read_and_clear_dirty(range, keep, &mut writer)?;
+        }
         if !keep {
             // Who wrote just before its page was forgotten has finished.
             domain.sync();
@@ -95,16 +105,11 @@ struct BitmapWriter<'a> {
 }
 
 impl<'a> BitmapWriter<'a> {
-    /// EFAULT when the ends of the bitmap are not there.
-    fn new(bitmap: &'a DirtyBitmap<'a>) -> Result<Self> {
+    fn new(bitmap: &'a DirtyBitmap<'a>) -> Self {
         let shift = bitmap.page_size.trailing_zeros();
         let last = (bitmap.range.last().0 - bitmap.range.start().0) >> shift;
         let bytes = last / 8 + 1;
-        let end = bitmap.at.0.checked_add(bytes - 1).ok_or(Errno::FAULT)?;
-        let mut byte = [0];
-        bitmap.process.read(bitmap.at, &mut byte)?;
-        bitmap.process.read(UserAddr(end), &mut byte)?;
-        Ok(Self { bitmap, bytes, shift, window: 0, bits: [0; WINDOW], any: false, result: Ok(()) })
+        Self { bitmap, bytes, shift, window: 0, bits: [0; WINDOW], any: false, result: Ok(()) }
     }
 
     fn set(&mut self, bit: u64) {
@@ -127,7 +132,10 @@ impl<'a> BitmapWriter<'a> {
         }
         let before = self.window * WINDOW as u64;
         let length = (self.bytes - before).min(WINDOW as u64) as usize;
-        let at = UserAddr(self.bitmap.at.0 + before);
+        let Some(at) = self.bitmap.at.0.checked_add(before).map(UserAddr) else {
+            self.result = Err(Errno::FAULT);
+            return;
+        };
         let mut there = [0; WINDOW];
         if let (Some(there), Some(bits)) = (there.get_mut(..length), self.bits.get(..length))
             && self.result.is_ok()

@@ -1,7 +1,7 @@
 //! Where the pages of a backing store come from.
 
 use core::fmt;
-use std::sync::Weak;
+use std::sync::{Arc, Weak};
 
 use crate::{Result, hostmem::PinnedPages, process::PinObserver};
 
@@ -27,4 +27,29 @@ pub trait Memory: Send + Sync + fmt::Debug {
 
     /// Copies to them.
     fn write(&self, offset: u64, from: &[u8]) -> Result<()>;
+
+    /// Whether pages that were pinned writable really are: a file may be sealed. Asked after they were pinned.
+    fn may_write(&self) -> bool {
+        true
+    }
+}
+
+impl<M: Memory + ?Sized> Memory for Arc<M> {
+    fn pin(
+        &self,
+        first: u64,
+        pages: u64,
+        writable: bool,
+        observer: Weak<dyn PinObserver>,
+    ) -> Result<Box<dyn PinnedPages>> {
+        (**self).pin(first, pages, writable, observer)
+    }
+
+    fn read(&self, offset: u64, to: &mut [u8]) -> Result<()> {
+        (**self).read(offset, to)
+    }
+
+    fn write(&self, offset: u64, from: &[u8]) -> Result<()> {
+        (**self).write(offset, from)
+    }
 }

@@ -4,14 +4,14 @@
 //! meanwhile. Queues of a type are made from index 0 upwards and destroyed downwards: each one uses the one below it.
 
 use core::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
-use super::{Pending, table::Use, viommu::Viommu};
+use super::{Pending, ioas::IoasObject, table::Use, viommu::Viommu};
 use crate::{
     Context, Errno, Result,
     domain::HostAddr,
     inject,
-    ioas::Pinned,
+    ioas::{AccessId, AccessOps, Ioas, Pinned},
     iova::{Iova, IovaRange, PAGE_SIZE},
     viommu::{HardwareQueue, QueueAddressing, QueueRequest},
 };
@@ -61,6 +61,7 @@ pub(crate) struct HwQueue {
     /// None while it is dropped. It goes before the memory.
     driver: Option<Box<dyn HardwareQueue>>,
     _memory: QueueMemory,
+    _access: QueueAccess,
     _below: Option<Use<HwQueue>>,
     viommu: Use<Viommu>,
 }
@@ -85,7 +86,7 @@ impl Drop for HwQueue {
 impl Context {
     /// - EOPNOTSUPP: the vIOMMU has no queues of this type.
     /// - EINVAL: the length is 0, or the index is past the last one; EOVERFLOW: it goes past the last address.
-    /// - ENOENT: no such vIOMMU, or not all of it is mapped; EPERM: it is read-only.
+    /// - ENOENT: no such vIOMMU, or not all of it is mapped.
     /// - EFAULT: the hardware reads by host addresses, and its pages do not lie together.
     /// - EEXIST: there is one of the index; EIO: there is none of the index below.
     pub(crate) fn prepare_hw_queue(
@@ -100,6 +101,8 @@ impl Context {
         let range = IovaRange::with_length(iova, length)?;
         let viommu = self.table().get::<Viommu>(viommu)?;
         let (addressing, count) = viommu.driver.queues(kind).ok_or(Errno::OPNOTSUPP)?;
+        // The space is aligned to pages from now on, as for whoever pins.
+        let access = QueueAccess::new(&viommu.parent.ioas)?;
         let memory = pin(&viommu, range, length, addressing)?;
         if index >= count {
             return Err(Errno::INVAL);
@@ -121,8 +124,42 @@ impl Context {
         let driver = Some(viommu.driver.create_queue(request)?);
         parts.queues.insert((kind, index), reservation.id());
         drop(parts);
-        let queue = HwQueue { kind, index, driver, _memory: memory, _below: below, viommu: viommu.hold() };
+        let queue = HwQueue {
+            kind,
+            index,
+            driver,
+            _memory: memory,
+            _access: access,
+            _below: below,
+            viommu: viommu.hold(),
+        };
         Ok(Pending::new(reservation, queue))
+    }
+}
+
+/// A queue's being an access of the address space: what is mapped there must be whole pages.
+struct QueueAccess {
+    id: AccessId,
+    space: Arc<Ioas>,
+}
+
+/// Nobody asks a queue to let go.
+struct Owner;
+
+impl AccessOps for Owner {
+    fn unmap(&self, _range: IovaRange) {}
+}
+
+impl QueueAccess {
+    fn new(ioas: &IoasObject) -> Result<Self> {
+        let id = ioas.space.add_access(Weak::<Owner>::new(), PAGE_SIZE)?;
+        Ok(Self { id, space: ioas.space.clone() })
+    }
+}
+
+impl Drop for QueueAccess {
+    fn drop(&mut self) {
+        self.space.remove_access(self.id);
     }
 }
 
@@ -133,7 +170,13 @@ fn pin(viommu: &Viommu, range: IovaRange, length: u64, addressing: QueueAddressi
     // The last page may be the last of all.
     let pages = (range.last().0 - start) / PAGE_SIZE + 1;
     let pinned_length = pages.checked_mul(PAGE_SIZE).ok_or(Errno::OVERFLOW)?;
-    let pinned = Arc::new(viommu.parent.ioas.space.pin(Iova(start), pinned_length, true, true)?);
+    let space = &viommu.parent.ioas.space;
+    let pinned = match space.pin(Iova(start), pinned_length, true, true) {
+        // A queue that is only read may be where the guest's devices may only read.
+        Err(Errno::PERM) => space.pin(Iova(start), pinned_length, false, true),
+        pinned => pinned,
+    };
+    let pinned = Arc::new(pinned?);
     let host = match addressing {
         QueueAddressing::Translated => None,
         QueueAddressing::Contiguous => match pinned.runs().as_slice() {

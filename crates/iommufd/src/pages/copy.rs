@@ -42,7 +42,7 @@ impl Pages {
 
     /// Copies to it. As [`Self::copy_to`], and EPERM when it is read-only.
     pub(crate) fn copy_from(&self, offset: u64, from: &[u8]) -> Result<()> {
-        if !self.writable {
+        if !self.may_write() {
             return Err(Errno::PERM);
         }
         let mut rest = from;
@@ -74,13 +74,17 @@ impl Pages {
 
     /// Stores it. EINVAL when it is not aligned, EPERM when the store is read-only.
     pub(crate) fn store<T: AtomicAccess>(&self, offset: u64, value: T, order: Ordering) -> Result<()> {
-        if !self.writable {
+        if !self.may_write() {
             return Err(Errno::PERM);
         }
         self.stretches(offset, size_of::<T>(), |_, stretch| {
             let Stretch::Pinned(memory) = stretch else { return Err(Errno::FAULT) };
             memory.store(value, 0, order).map_err(|_| Errno::INVAL)
         })
+    }
+
+    fn may_write(&self) -> bool {
+        self.writable && self.memory.may_write()
     }
 
     /// Gives the memory of `length` bytes from `offset` on, piece by piece, each with the byte of the memory (from its first
@@ -131,8 +135,8 @@ impl State {
         let length = bounded(run.pages * PAGE_SIZE - in_page);
         // SAFETY: needed because pinned memory has no owner in Rust. Sound because the bytes are in a run of a pin that
         // `self` keeps; neither is it dropped while `self` is borrowed, nor do its pages move, because the store's
-        // `moving`, which a move waits for, needs the lock around `self` for itself. A store writes only if it is
-        // writable, and pins its pages so then.
+        // `moving`, which a move waits for, needs the lock around `self` for itself. A store writes only if its
+        // memory may be written to, and pins its pages so then.
         Stretch::Pinned(unsafe { hostmem::bytes(HostAddr(run.start.0 + in_page), length) })
     }
 }

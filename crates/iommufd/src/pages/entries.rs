@@ -97,11 +97,14 @@ impl Pages {
         let span = self.span(placement.offset, placement.length);
         let mut state = self.settled(span);
         inject::check()?;
-        let entry = Entry { domain: domain.clone(), placement, span, stage: Stage::Entered };
+        let mut entry = Entry { domain: domain.clone(), placement, span, stage: Stage::Entered };
         if state.revoked {
             state.users.add(span);
         } else {
             state.take(self, span)?;
+            if !self.memory.may_write() {
+                entry.placement.prot.remove(Prot::WRITE);
+            }
             if let Err(errno) = entry.map(self.lead, &state.runs(span)) {
                 state.give_up(span);
                 return Err(errno);

@@ -91,16 +91,16 @@ impl Pages {
         accounting: Accounting,
     ) -> Result<Arc<Self>> {
         let lead = start.0 % PAGE_SIZE;
-        let last = length.checked_sub(1).ok_or(Errno::INVAL)?;
-        start.0.checked_add(last).ok_or(Errno::OVERFLOW)?;
+        check(start.0, length)?;
         let base = start.0 - lead;
         let memory = Box::new(UserMemory::new(process.clone(), UserAddr(base)));
         let account = Account::new(process, accounting);
         Self::new(Kind::User, memory, base, lead, length, writable, Some(account))
     }
 
-    /// `length` bytes of a memory file from byte `start` on, counted with `process`. EINVAL when it is no memory file
-    /// (memfd, hugetlb) or does not have them.
+    /// `length` bytes of a memory file (memfd, hugetlb) from byte `start` on, counted with `process`. EINVAL when `length`
+    /// is 0, EOVERFLOW as in [`Self::user`]. That it is a memory file and has these bytes is looked at when they are pinned:
+    /// EINVAL then.
     pub fn file(
         process: Arc<dyn Process>,
         file: &OwnedFd,
@@ -110,8 +110,7 @@ impl Pages {
         accounting: Accounting,
     ) -> Result<Arc<Self>> {
         let lead = start % PAGE_SIZE;
-        let last = length.checked_sub(1).ok_or(Errno::INVAL)?;
-        let end = start.checked_add(last).and_then(|last| last.checked_add(1)).ok_or(Errno::OVERFLOW)?;
+        let end = check(start, length)?;
         inject::check()?;
         let memory = Box::new(FileMemory::new(file, (start - lead) / PAGE_SIZE, end, writable)?);
         let account = Account::new(process, accounting);
@@ -121,8 +120,7 @@ impl Pages {
     /// `length` bytes of `memory` from byte `start` of its first page on, which nobody accounts for: a dma-buf, a device's
     /// registers. Its owner may [revoke](Self::revoke) it.
     pub fn exported(memory: Box<dyn Memory>, start: u64, length: u64, writable: bool) -> Result<Arc<Self>> {
-        let last = length.checked_sub(1).ok_or(Errno::INVAL)?;
-        start.checked_add(last).ok_or(Errno::OVERFLOW)?;
+        check(start, length)?;
         Self::new(Kind::Exported, memory, 0, start, length, writable, None)
     }
 
@@ -218,7 +216,9 @@ impl Pages {
         let mut state = self.write();
         let account = state.account.as_mut().ok_or(Errno::INVAL)?;
         let before = account.process().clone();
-        *account = account.moved_to(process.clone(), limited)?;
+        if let Some(moved) = account.moved_to(process.clone(), limited)? {
+            *account = moved;
+        }
         Ok(before)
     }
 
@@ -266,6 +266,14 @@ impl Pages {
             arrivals = self.arrived.wait(arrivals).unwrap_or_else(PoisonError::into_inner);
         }
     }
+}
+
+/// The end of `length` bytes at `start`. EINVAL when there is none, EOVERFLOW when it is past the last address.
+fn check(start: u64, length: u64) -> Result<u64> {
+    if length == 0 {
+        return Err(Errno::INVAL);
+    }
+    start.checked_add(length).ok_or(Errno::OVERFLOW)
 }
 
 impl State {

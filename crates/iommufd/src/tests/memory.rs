@@ -54,21 +54,55 @@ fn a_file_is_the_same_pages_wherever_it_is_mapped() {
 }
 
 #[test]
-fn a_file_that_is_no_memory_or_too_short_is_refused() {
+fn what_a_file_is_counts_when_it_is_pinned() {
     let process: Arc<dyn Process> = TestProcess::new();
-    let open = |file: &_, start, length| {
-        Pages::file(process.clone(), file, start, length, true, Accounting::None).map(|_| ())
+    let open =
+        |file: &_, start, length| Pages::file(process.clone(), file, start, length, true, Accounting::None);
+    let (file, ioas) = (memory_file(4), Ioas::new());
+    assert_eq!(open(&file, 0, 0).map(|_| ()), Err(Errno::INVAL));
+    assert_eq!(open(&file, u64::MAX, 2).map(|_| ()), Err(Errno::OVERFLOW));
+    let pin = |pages: &Arc<Pages>| {
+        let at = ioas.map(pages, 0, pages.length(), None, RW).unwrap();
+        let pinned = ioas.pin(at, 1, true, false).map(|_| ());
+        ioas.unmap(range(at.0, pages.length())).unwrap();
+        pinned
     };
-    let file = memory_file(4);
-    assert_eq!(open(&file, 0, 4 * PAGE + 1), Err(Errno::INVAL));
-    assert_eq!(open(&file, 4 * PAGE, 1), Err(Errno::INVAL));
-    assert_eq!(open(&file, 0, 0), Err(Errno::INVAL));
-    assert_eq!(open(&file, u64::MAX, 2), Err(Errno::OVERFLOW));
-    assert_eq!(open(&file, 4 * PAGE - 1, 1), Ok(()));
+    let whole = open(&file, 0, 4 * PAGE).unwrap();
+    let longer = open(&file, 0, 4 * PAGE + 1).unwrap();
+    assert_eq!((pin(&whole), pin(&longer)), (Ok(()), Err(Errno::INVAL)));
+    rustix::fs::ftruncate(&file, 5 * PAGE).unwrap();
+    assert_eq!((pin(&whole), pin(&longer)), (Ok(()), Ok(())));
     rustix::fs::ftruncate(&file, 0).unwrap();
-    assert_eq!(open(&file, 0, PAGE), Err(Errno::INVAL));
-    let ordinary = std::fs::File::open("/proc/self/exe").unwrap().into();
-    assert_eq!(open(&ordinary, 0, 1), Err(Errno::INVAL));
+    assert_eq!((pin(&whole), pin(&longer)), (Err(Errno::INVAL), Err(Errno::INVAL)));
+    let device = std::fs::File::options().read(true).write(true).open("/dev/zero").unwrap().into();
+    assert_eq!(pin(&open(&device, 0, PAGE).unwrap()), Err(Errno::INVAL));
+}
+
+#[test]
+fn a_file_that_may_not_be_written_to_is_pinned_nevertheless() {
+    use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+    let process: Arc<dyn Process> = TestProcess::new();
+    let ioas = Ioas::new();
+    let table = attach(&ioas);
+    let map = |file: &_| {
+        let pages = Pages::file(process.clone(), file, 0, PAGE, true, Accounting::None).unwrap();
+        ioas.map(&pages, 0, PAGE, None, RW).unwrap()
+    };
+    let file = memory_file(1);
+    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
+    for access in [(true, false), (false, true)] {
+        let opened = std::fs::File::options().read(access.0).write(access.1).open(&path).unwrap();
+        let at = map(&opened.into());
+        ioas.write(at, &[5]).unwrap();
+        assert_eq!(table.prot(at.0), Some(RW));
+    }
+    let sealed = memfd_create("iommufd-test", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+    ftruncate(&sealed, PAGE).unwrap();
+    fcntl_add_seals(&sealed, SealFlags::WRITE).unwrap();
+    let at = map(&sealed);
+    assert_eq!(table.prot(at.0), Some(Prot::READ), "devices get what there is");
+    assert_eq!(ioas.write(at, &[5]), Err(Errno::PERM));
+    assert_eq!(ioas.read(at, &mut [0]), Ok(()));
 }
 
 #[test]
@@ -148,20 +182,20 @@ fn files_can_be_counted_with_another_process() {
         }
         let locked = |process: &TestProcess| (process.usage().pinned(), process.usage().locked());
         let counted = if accounting == Accounting::Process { 2 } else { 0 };
+        if accounting == Accounting::None {
+            Ioas::change_process(std::slice::from_ref(&ioas), &to).unwrap();
+            assert_eq!((locked(&before), locked(&after)), ((2, 0), (0, 0)), "nobody counts them");
+            continue;
+        }
         assert_eq!(locked(&before), (2, counted));
         Ioas::change_process(&[ioas.clone(), ioas.clone()], &from).unwrap();
         assert_eq!(locked(&before), (2, counted), "to where they are counted");
 
         after.limit(1);
-        let full = Ioas::change_process(std::slice::from_ref(&ioas), &to);
-        if accounting == Accounting::None {
-            assert_eq!(full, Ok(()));
-        } else {
-            assert_eq!(full, Err(Errno::NOMEM));
-            assert_eq!((locked(&before), locked(&after)), ((2, counted), (0, 0)));
-            after.limit(2);
-            Ioas::change_process(std::slice::from_ref(&ioas), &to).unwrap();
-        }
+        assert_eq!(Ioas::change_process(std::slice::from_ref(&ioas), &to), Err(Errno::NOMEM));
+        assert_eq!((locked(&before), locked(&after)), ((2, counted), (0, 0)));
+        after.limit(2);
+        Ioas::change_process(std::slice::from_ref(&ioas), &to).unwrap();
         assert_eq!((locked(&before), locked(&after)), ((0, 0), (2, counted)));
 
         let buffer = Buffer::new(1);

@@ -194,7 +194,7 @@ impl Tcp {
                     }
                 }
                 Err(error) => {
-                    self.evict(cx);
+                    self.free_descriptor(cx);
                     self.warn(cx.now, "cannot accept connections now (`ulimit -n` allows more)", error);
                     return;
                 }
@@ -315,7 +315,7 @@ impl Tcp {
             return Err(Errno::NOBUFS);
         }
         let mut connected = flow::connect(to, &cx.binding(to.ip()));
-        if connected.as_ref().is_err_and(|error| is_exhausted(*error)) && self.evict(cx) {
+        if connected.as_ref().is_err_and(|error| is_exhausted(*error)) && self.free_descriptor(cx) {
             connected = flow::connect(to, &cx.binding(to.ip()));
         }
         let socket = connected.inspect_err(|&error| {
@@ -389,6 +389,21 @@ impl Tcp {
             self.evict(cx);
         }
         !self.table.is_full()
+    }
+
+    /// Has a descriptor given up for a new flow: by one that is half-open, by another protocol's that was idle for a while,
+    /// or by one that was idle for longer.
+    fn free_descriptor(&mut self, cx: &mut Context<'_>) -> bool {
+        if self.evict_half_open(cx) {
+            return true;
+        }
+        if let Some(others) = &mut cx.spare
+            && others.give_up(cx.now)
+        {
+            cx.link.stats.evicted += 1;
+            return true;
+        }
+        self.evict_idle(cx)
     }
 
     /// Gives up a flow that others need more, if there is one.

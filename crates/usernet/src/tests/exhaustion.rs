@@ -80,3 +80,29 @@ fn flows_that_are_not_needed_give_their_descriptors_to_others() {
     assert!((50..100).contains(&stats.tcp_flows), "{}", stats.tcp_flows);
     assert_eq!(stats.evicted + stats.tcp_flows as u64, 500);
 }
+
+#[test]
+fn datagrams_that_nobody_sends_any_more_give_their_descriptors_to_connections() {
+    if !with_descriptors(100) {
+        return;
+    }
+    let server = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let port = server.local_addr().unwrap().port();
+    let datagrams = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let remote = SocketAddr::from((GATEWAY_V4, datagrams.local_addr().unwrap().port()));
+    let mut net = Net::new(config());
+    for source in 1000..1020 {
+        net.guest.send(udp_frame(guest_v4(source), remote, b"!"));
+        net.settle();
+    }
+    let _taken = all_descriptors();
+    let connect = |net: &mut Net, source| {
+        net.guest.send(segment(source, port, |h| h.syn = true, b""));
+        net.expect(as_tcp).0
+    };
+    assert!(connect(&mut net, 4000).rst, "datagrams may still be answered");
+    net.advance(Duration::from_secs(11));
+    let answer = connect(&mut net, 4001);
+    assert!(answer.syn && answer.ack);
+    assert_eq!((net.stats().tcp_flows, net.stats().udp_flows, net.stats().evicted), (1, 19, 1));
+}

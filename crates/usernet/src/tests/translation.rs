@@ -26,6 +26,7 @@ fn ask_of<T>(config: Config, question: impl FnOnce(&mut Context<'_>) -> T) -> T 
         link: &mut link,
         poller: &poller,
         now: std::time::Instant::now(),
+        spare: None,
     })
 }
 

@@ -11,6 +11,7 @@ pub(crate) struct Mapping {
     pub(crate) start: u64,
     /// The first address behind it.
     pub(crate) end: u64,
+    readable: bool,
     writable: bool,
     private: bool,
     /// Which byte of the file is at `start`.
@@ -20,6 +21,10 @@ pub(crate) struct Mapping {
 }
 
 impl Mapping {
+    pub(crate) fn readable(&self) -> bool {
+        self.readable
+    }
+
     pub(crate) fn writable(&self) -> bool {
         self.writable
     }
@@ -39,6 +44,7 @@ impl Mapping {
         Some(Self {
             start: hex(start)?,
             end: hex(end)?,
+            readable: *perms.first()? == b'r',
             writable: *perms.get(1)? == b'w',
             private: *perms.get(3)? == b'p',
             offset: hex(offset)?,

@@ -116,7 +116,8 @@ fn present_for_reading(start: HostAddr, pages: u64) -> Result<()> {
             return Err(Errno::FAULT);
         }
         let own = mapping.private() && mapping.writable();
-        hostmem::populate(HostAddr(from), to - from, own)?;
+        // Memory that may only be written to can be pinned nevertheless.
+        hostmem::populate(HostAddr(from), to - from, own || !mapping.readable())?;
         if mapping.private() && !mapping.writable() {
             copy::unshare(HostAddr(from), to)?;
         }

@@ -252,8 +252,12 @@ impl Sim {
     pub(super) fn new(setup: Setup) -> Self {
         let to_guest =
             Arc::new(Mutex::new(Wire { room: setup.room, ..Wire::new(setup.to_guest, setup.seed) }));
-        let abilities =
-            Abilities { checksum: setup.offload, segmentation: [setup.offload; 2], mtu: setup.mtu };
+        let abilities = Abilities {
+            checksum: setup.offload,
+            segmentation: [setup.offload; 2],
+            datagrams: false,
+            mtu: setup.mtu,
+        };
         let nothing = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap();
         let tap = Box::new(SimTap { to_guest: to_guest.clone(), abilities, nothing });
         let mut nic = Nic {
@@ -288,8 +292,13 @@ impl Sim {
 
     /// Has the engine do something.
     pub(super) fn engine<R>(&mut self, f: impl FnOnce(&mut Tcp, &mut Context<'_>) -> R) -> R {
-        let mut cx =
-            Context { config: &self.config, link: &mut self.link, poller: &self.poller, now: self.now };
+        let mut cx = Context {
+            config: &self.config,
+            link: &mut self.link,
+            poller: &self.poller,
+            now: self.now,
+            spare: None,
+        };
         f(&mut self.tcp, &mut cx)
     }
 
