@@ -9,7 +9,7 @@ use core::fmt;
 use std::os::fd::AsFd;
 
 use rustix::mm::{
-    Advice, MapFlags, MremapFlags, ProtFlags, madvise, mmap, mmap_anonymous, mremap_fixed, munmap,
+    Advice, MapFlags, MremapFlags, ProtFlags, madvise, mmap, mmap_anonymous, mremap, mremap_fixed, munmap,
 };
 use vm_memory::VolatileSlice;
 
@@ -109,23 +109,67 @@ impl Drop for FileMapping {
     }
 }
 
-/// A place in the address space for memory that has to leave its own.
-pub(crate) fn refuge(length: u64) -> Result<HostAddr> {
-    let length = usize::try_from(length).map_err(|_| Errno::NOMEM)?;
+/// What the largest pages are aligned to: they move only to addresses that are aligned as they were.
+const HUGE: u64 = 2 << 20;
+
+/// A place in the address space for `length` bytes that have to leave `from`, as far from the start of a huge page.
+pub(crate) fn refuge(from: HostAddr, length: u64) -> Result<HostAddr> {
+    let whole = length.checked_add(HUGE).ok_or(Errno::NOMEM)?;
+    let size = usize::try_from(whole).map_err(|_| Errno::NOMEM)?;
     let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
     // SAFETY: as in `FileMapping::new`.
-    let start = unsafe { mmap_anonymous(core::ptr::null_mut(), length, ProtFlags::empty(), flags)? };
-    Ok(HostAddr(start as u64))
+    let start = unsafe { mmap_anonymous(core::ptr::null_mut(), size, ProtFlags::empty(), flags)? } as u64;
+    let place = start + (from.0.wrapping_sub(start) % HUGE);
+    for (start, end) in [(start, place), (place + length, start + whole)] {
+        if start < end {
+            unmap(HostAddr(start), end - start);
+        }
+    }
+    Ok(HostAddr(place))
 }
 
-/// Moves the pages of `length` bytes at `from`, which the program is about to unmap, to `to`, which is a [`refuge`]. They
-/// are the same pages there, and nothing is left at `from`.
-pub(crate) fn relocate(from: HostAddr, length: u64, to: HostAddr) -> Result<()> {
+/// What is where pages were moved from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Behind {
+    /// The same mapping, with new pages once they are touched. Not every mapping can stay.
+    Mapping,
+    /// That, or nothing. The first is better: no other thread is given the addresses before the program's own call
+    /// has come to them.
+    Anything,
+}
+
+/// Moves the pages of `length` bytes at `from`, which the program is about to give up, to `to`, which is a [`refuge`]. They
+/// are the same pages there.
+pub(crate) fn relocate(from: HostAddr, length: u64, to: HostAddr, behind: Behind) -> Result<()> {
     let length = usize::try_from(length).map_err(|_| Errno::NOMEM)?;
+    let stay = MremapFlags::MAYMOVE | MremapFlags::DONTUNMAP;
     // SAFETY: needed because only the kernel can move a page. Sound because who calls has the word of the program that it
-    // uses `from` no more, and `to` holds nothing.
+    // uses what is at `from` no more, and `to` holds nothing.
+    let moved = unsafe { mremap_fixed(pointer(from), length, length, stay, pointer(to)) };
+    if moved.is_ok() || behind == Behind::Mapping {
+        return moved.map(|_| ());
+    }
+    // SAFETY: as above.
     unsafe { mremap_fixed(pointer(from), length, length, MremapFlags::MAYMOVE, pointer(to)) }?;
     Ok(())
+}
+
+/// Maps shared pages once more: where. EFAULT when they are not shared.
+pub(crate) fn duplicate(from: HostAddr, length: u64) -> Result<HostAddr> {
+    let length = usize::try_from(length).map_err(|_| Errno::FAULT)?;
+    // SAFETY: needed because shared memory without a file can be mapped again in no other way. Sound because an old length of 0
+    // leaves what is at `from` alone, and the kernel chooses an address that nothing is at.
+    let there = unsafe { mremap(pointer(from), 0, length, MremapFlags::MAYMOVE) };
+    there.map(|there| HostAddr(there as u64)).map_err(|_| Errno::FAULT)
+}
+
+/// Maps `length` bytes at `offset` of a file, shared: where.
+pub(crate) fn map_shared(file: impl AsFd, offset: u64, length: u64, writable: bool) -> Result<HostAddr> {
+    let length = usize::try_from(length).map_err(|_| Errno::FAULT)?;
+    let prot = if writable { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ };
+    // SAFETY: as in `FileMapping::new`.
+    let there = unsafe { mmap(core::ptr::null_mut(), length, prot, MapFlags::SHARED, file, offset) };
+    there.map(|there| HostAddr(there as u64)).map_err(|_| Errno::FAULT)
 }
 
 /// Unmaps what this crate has mapped.

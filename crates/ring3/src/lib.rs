@@ -11,3 +11,4 @@ pub mod kernel;
 pub mod net;
 pub mod pvm_guest;
 pub mod run;
+pub mod shim;

@@ -8,7 +8,10 @@ use crate::{
     iova::{Iova, IovaRange, PAGE_SIZE},
 };
 
-use super::table::{ADDRESS_BITS, Counters, LEAF_SIZES, Reader, Table};
+use super::{
+    counters::Counters,
+    table::{ADDRESS_BITS, LEAF_SIZES, Reader, Table},
+};
 
 /// A page table that devices in this process translate by.
 #[derive(Clone, Debug)]

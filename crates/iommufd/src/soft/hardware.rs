@@ -7,6 +7,7 @@
 
 use core::{
     any::Any,
+    borrow::BorrowMut,
     sync::atomic::{AtomicU64, Ordering},
 };
 use std::{
@@ -23,6 +24,7 @@ use crate::{
 };
 
 use super::{
+    counters::{CounterSet, Counters, Tally},
     domain::SoftDomain,
     epoch::{Epoch, Member},
     table::{Access, Fault, FaultReason, Reader, Section, Translation},
@@ -126,12 +128,18 @@ pub struct Port {
     generation: AtomicU64,
     domain: Mutex<Option<SoftDomain>>,
     epoch: Arc<Epoch>,
+    counters: CounterSet,
 }
 
 impl Port {
     /// One that is attached to nothing.
     fn new() -> Arc<Self> {
-        Arc::new(Self { generation: AtomicU64::new(0), domain: Mutex::default(), epoch: Epoch::new() })
+        Arc::new(Self {
+            generation: AtomicU64::new(0),
+            domain: Mutex::default(),
+            epoch: Epoch::new(),
+            counters: CounterSet::default(),
+        })
     }
 
     /// Attaches it to another domain: after this returns nothing is accessed by the domain before.
@@ -151,11 +159,23 @@ impl Port {
         lock(&self.domain).clone()
     }
 
+    /// What was done through it until now, whatever it was attached to.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        self.counters.sum()
+    }
+
     /// A new reader. Each thread that does DMA has one of its own.
     #[must_use]
     pub fn reader(self: &Arc<Self>) -> PortReader {
         let mut reader =
-            PortReader { member: self.epoch.join(), port: Arc::clone(self), generation: 0, reader: None };
+            PortReader {
+            member: self.epoch.join(),
+            tally: self.counters.join(),
+            port: Arc::clone(self),
+            generation: 0,
+            reader: None,
+        };
         reader.follow();
         reader
     }
@@ -165,10 +185,17 @@ impl Port {
 #[derive(Debug)]
 pub struct PortReader {
     member: Member,
+    tally: Tally,
     port: Arc<Port>,
     generation: u64,
     /// None while the port is attached to nothing.
     reader: Option<Reader>,
+}
+
+impl Drop for PortReader {
+    fn drop(&mut self) {
+        self.port.counters.leave(&self.tally);
+    }
 }
 
 impl PortReader {
@@ -183,25 +210,55 @@ impl PortReader {
 
     /// Opens a section.
     #[inline]
-    pub fn section(&mut self) -> PortSection<'_> {
-        self.member.enter();
-        if self.port.generation.load(Ordering::Acquire) != self.generation {
-            self.follow();
-        }
-        let section = self.reader.as_mut().map(Reader::section);
-        PortSection { section, member: &mut self.member }
+    pub fn section(&mut self) -> PortSection<&mut Self> {
+        PortSection::open(self)
+    }
+
+    /// Opens a section that takes the reader along; [`PortSection::close`] gives it back.
+    #[must_use]
+    pub fn into_section(self) -> PortSection<Self> {
+        PortSection::open(self)
     }
 }
 
 /// As [`Section`], of whatever the port is attached to. While it is open the port is not attached to anything else.
 #[derive(Debug)]
-pub struct PortSection<'r> {
-    // Dropped before the member leaves.
-    section: Option<Section<&'r mut Reader>>,
-    member: &'r mut Member,
+pub struct PortSection<P: BorrowMut<PortReader>> {
+    /// None after [`Self::close`].
+    port: Option<P>,
+    /// None while the port is attached to nothing.
+    section: Option<Section<Reader>>,
 }
 
-impl PortSection<'_> {
+impl<P: BorrowMut<PortReader>> PortSection<P> {
+    #[inline]
+    fn open(mut port: P) -> Self {
+        let reader: &mut PortReader = port.borrow_mut();
+        reader.member.enter();
+        if reader.port.generation.load(Ordering::Acquire) != reader.generation {
+            reader.follow();
+        }
+        let section = reader.reader.take().map(Reader::into_section);
+        Self { port: Some(port), section }
+    }
+
+    #[inline]
+    fn end(&mut self) -> Option<P> {
+        let mut port = self.port.take()?;
+        let reader: &mut PortReader = port.borrow_mut();
+        if let Some(section) = self.section.take() {
+            reader.tally.add(section.counters());
+            reader.reader = section.close();
+        }
+        reader.member.leave();
+        Some(port)
+    }
+
+    /// Ends it: the reader.
+    pub fn close(mut self) -> Option<P> {
+        self.end()
+    }
+
     /// Where `iova` is, if it may be accessed so.
     ///
     /// # Errors
@@ -215,9 +272,8 @@ impl PortSection<'_> {
     }
 }
 
-impl Drop for PortSection<'_> {
+impl<P: BorrowMut<PortReader>> Drop for PortSection<P> {
     fn drop(&mut self) {
-        self.section = None;
-        self.member.leave();
+        self.end();
     }
 }

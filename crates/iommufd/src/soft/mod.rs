@@ -21,6 +21,7 @@
 //! [`domain`], the [`Domain`](crate::domain::Domain) made of it; [`hardware`], the IOMMU that `iommufd` binds
 //! devices to.
 
+mod counters;
 mod domain;
 mod epoch;
 mod hardware;
@@ -28,6 +29,7 @@ mod table;
 #[cfg(test)]
 mod tests;
 
+pub use counters::Counters;
 pub use domain::SoftDomain;
 pub use hardware::{Port, PortReader, PortSection, SoftDevice};
-pub use table::{Access, Counters, Fault, FaultReason, Reader, Section, Translation};
+pub use table::{Access, Fault, FaultReason, Reader, Section, Translation};

@@ -28,7 +28,7 @@ use core::{
     fmt,
     marker::PhantomData,
     ptr,
-    sync::atomic::{AtomicBool, AtomicPtr, AtomicU16, AtomicU64, Ordering},
+    sync::atomic::{AtomicBool, AtomicPtr, AtomicU16, Ordering},
 };
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -38,7 +38,10 @@ use crate::{
     iova::{Iova, IovaRange},
 };
 
-use super::epoch::{Epoch, Member};
+use super::{
+    counters::{CounterSet, Counters, Tally},
+    epoch::{Epoch, Member},
+};
 
 const PAGE_SHIFT: u32 = 12;
 /// log2 of the entries of a node.
@@ -207,43 +210,6 @@ impl Removed {
 #[derive(Default)]
 struct Garbage(Vec<Removed>);
 
-/// What the readers of a table did, all together.
-#[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
-pub struct Counters {
-    /// Translations that succeeded.
-    pub translations: u64,
-    /// Translations that did not.
-    pub faults: u64,
-}
-
-#[derive(Default, Debug)]
-struct AtomicCounters {
-    translations: AtomicU64,
-    faults: AtomicU64,
-}
-
-impl AtomicCounters {
-    fn add(&self, more: Counters) {
-        self.translations.fetch_add(more.translations, Ordering::Relaxed);
-        self.faults.fetch_add(more.faults, Ordering::Relaxed);
-    }
-
-    /// For the one thread that adds to them.
-    #[inline]
-    fn add_alone(&self, more: Counters) {
-        for (counter, more) in [(&self.translations, more.translations), (&self.faults, more.faults)] {
-            counter.store(counter.load(Ordering::Relaxed).wrapping_add(more), Ordering::Relaxed);
-        }
-    }
-
-    fn get(&self) -> Counters {
-        Counters {
-            translations: self.translations.load(Ordering::Relaxed),
-            faults: self.faults.load(Ordering::Relaxed),
-        }
-    }
-}
-
 /// A table that translates for readers that take no lock.
 pub(super) struct Table {
     root: Box<Node>,
@@ -251,9 +217,7 @@ pub(super) struct Table {
     epoch: Arc<Epoch>,
     /// Whether translations for writing set dirty bits.
     tracking: AtomicBool,
-    /// One of each reader that is there, and one for all that are gone.
-    counters: Mutex<Vec<Arc<AtomicCounters>>>,
-    gone: AtomicCounters,
+    counters: CounterSet,
 }
 
 impl fmt::Debug for Table {
@@ -284,17 +248,12 @@ impl Table {
             writer: Mutex::default(),
             epoch: Epoch::new(),
             tracking: AtomicBool::new(false),
-            counters: Mutex::default(),
-            gone: AtomicCounters::default(),
+            counters: CounterSet::default(),
         })
     }
 
     fn write(&self) -> MutexGuard<'_, Garbage> {
         self.writer.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn counters(&self) -> MutexGuard<'_, Vec<Arc<AtomicCounters>>> {
-        self.counters.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The node behind an entry.
@@ -508,18 +467,12 @@ impl Table {
 
     /// A new reader.
     pub(super) fn reader(self: &Arc<Self>) -> Reader {
-        let counters = Arc::new(AtomicCounters::default());
-        self.counters().push(Arc::clone(&counters));
-        Reader { member: self.epoch.join(), table: Arc::clone(self), counters }
+        Reader { member: self.epoch.join(), table: Arc::clone(self), tally: self.counters.join() }
     }
 
     /// What all readers did; what one does in a section is counted when it ends.
     pub(super) fn count(&self) -> Counters {
-        let readers = self.counters();
-        readers.iter().map(|counters| counters.get()).fold(self.gone.get(), |sum, more| Counters {
-            translations: sum.translations.wrapping_add(more.translations),
-            faults: sum.faults.wrapping_add(more.faults),
-        })
+        self.counters.sum()
     }
 
     #[cfg(test)]
@@ -591,12 +544,12 @@ pub struct Translation {
 pub struct Reader {
     member: Member,
     table: Arc<Table>,
-    counters: Arc<AtomicCounters>,
+    tally: Tally,
 }
 
 impl fmt::Debug for Reader {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Reader").field("counters", &self.counters).finish_non_exhaustive()
+        f.debug_struct("Reader").field("tally", &self.tally).finish_non_exhaustive()
     }
 }
 
@@ -615,9 +568,7 @@ impl Reader {
 
 impl Drop for Reader {
     fn drop(&mut self) {
-        let mut readers = self.table.counters();
-        readers.retain(|counters| !Arc::ptr_eq(counters, &self.counters));
-        self.table.gone.add(self.counters.get());
+        self.table.counters.leave(&self.tally);
     }
 }
 
@@ -647,8 +598,14 @@ impl<R: BorrowMut<Reader>> Section<R> {
         let mut reader = self.reader.take()?;
         let inner: &mut Reader = reader.borrow_mut();
         inner.member.leave();
-        inner.counters.add_alone(self.done.get());
+        inner.tally.add(self.done.get());
         Some(reader)
+    }
+
+    /// What was done in it until now.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        self.done.get()
     }
 
     /// Ends it: the reader.

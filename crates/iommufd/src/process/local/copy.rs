@@ -12,7 +12,7 @@ use nix::{
 };
 
 use super::maps;
-use crate::{Errno, Result, domain::HostAddr};
+use crate::{Errno, Result, domain::HostAddr, iova::PAGE_SIZE};
 
 /// EFAULT when not every byte can be read.
 pub(crate) fn read(from: HostAddr, to: &mut [u8]) -> Result<()> {
@@ -47,6 +47,22 @@ pub(crate) fn write(to: HostAddr, from: &[u8]) -> Result<()> {
             }
             _ => return Err(Errno::FAULT),
         };
+    }
+    Ok(())
+}
+
+/// Makes private pages up to `end` the process's own though it must not write to them, by writing to each what it holds, as a
+/// debugger may. A kernel that forbids even that leaves them as they are.
+pub(super) fn unshare(start: HostAddr, end: u64) -> Result<()> {
+    let Ok(memory) = own_memory(true) else { return Ok(()) };
+    let mut at = start.0;
+    while at < end {
+        let mut byte = [0];
+        memory.read_exact_at(&mut byte, at).map_err(|_| Errno::FAULT)?;
+        if memory.write_all_at(&byte, at).is_err() {
+            return Ok(());
+        }
+        at += PAGE_SIZE;
     }
     Ok(())
 }

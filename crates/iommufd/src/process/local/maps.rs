@@ -53,15 +53,21 @@ impl Mapping {
         })
     }
 
-    fn page(&self, at: u64) -> PageId {
+    /// Which page is at `at`, which is in it.
+    pub(crate) fn page(&self, at: u64) -> PageId {
         if self.private {
             return PageId::Private(at / PAGE_SIZE);
         }
         PageId::File { dev: self.dev, ino: self.ino, index: (self.offset + (at - self.start)) / PAGE_SIZE }
     }
 
+    /// Which byte of the file is at `at`, which is in it.
+    pub(crate) fn offset_of(&self, at: u64) -> u64 {
+        self.offset + (at - self.start)
+    }
+
     /// Where it has `page`.
-    fn find(&self, page: PageId) -> Option<u64> {
+    pub(crate) fn find(&self, page: PageId) -> Option<u64> {
         let at = match page {
             PageId::Private(number) => self.private.then_some(number * PAGE_SIZE)?,
             PageId::File { dev, ino, index } => {
@@ -74,8 +80,18 @@ impl Mapping {
     }
 }
 
-fn all() -> Result<Vec<Mapping>> {
-    let text = fs::read("/proc/self/maps").map_err(|_| Errno::FAULT)?;
+/// All of this process, in order.
+pub(crate) fn all() -> Result<Vec<Mapping>> {
+    read("/proc/self/maps")
+}
+
+/// All of another process.
+pub(crate) fn of(pid: i32) -> Result<Vec<Mapping>> {
+    read(&format!("/proc/{pid}/maps"))
+}
+
+fn read(path: &str) -> Result<Vec<Mapping>> {
+    let text = fs::read(path).map_err(|_| Errno::FAULT)?;
     // Paths may be anything.
     Ok(String::from_utf8_lossy(&text).lines().filter_map(Mapping::parse).collect())
 }
@@ -95,10 +111,12 @@ pub(crate) fn page_id(at: HostAddr) -> Result<PageId> {
 
 /// How often the page at `at` is pinned, wherever it was found. EFAULT when there is none.
 pub(crate) fn pin_count(at: HostAddr) -> Result<u64> {
-    let mappings = all()?;
-    let mapping = mappings.iter().find(|mapping| (mapping.start..mapping.end).contains(&at.0));
-    let page = mapping.ok_or(Errno::FAULT)?.page(at.0);
-    Ok(mappings.iter().filter_map(|mapping| mapping.find(page)).map(|at| pins::count(HostAddr(at))).sum())
+    pin_count_of(page_id(at)?)
+}
+
+/// How often `page` is pinned, wherever it is mapped.
+pub(crate) fn pin_count_of(page: PageId) -> Result<u64> {
+    Ok(all()?.iter().filter_map(|mapping| mapping.find(page)).map(|at| pins::count(HostAddr(at))).sum())
 }
 
 #[cfg(test)]

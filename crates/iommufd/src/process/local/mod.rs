@@ -22,10 +22,10 @@ use crate::{
 
 pub(crate) mod copy;
 mod descriptor;
-mod maps;
+pub(crate) mod maps;
 pub(crate) mod pins;
 
-pub use pins::vacate;
+pub use pins::{carry, forget, quiet, vacate, vacate_private};
 
 /// This process.
 #[derive(Debug, Default)]
@@ -105,9 +105,8 @@ impl Process for LocalProcess {
     }
 }
 
-/// Makes pages present that are pinned for reading. Private pages of files become the process's own, as the kernel's
-/// long-term pins make them, wherever the mapping can be written to: so that a later write to them does not put
-/// another page in their place.
+/// Makes pages present that are pinned for reading. Private pages become the process's own, as the kernel's long-term pins
+/// make them: so that a later write to them does not put another page in their place.
 fn present_for_reading(start: HostAddr, pages: u64) -> Result<()> {
     let end = start.0.checked_add(pages.checked_mul(PAGE_SIZE).ok_or(Errno::FAULT)?).ok_or(Errno::FAULT)?;
     let mut at = start.0;
@@ -119,6 +118,9 @@ fn present_for_reading(start: HostAddr, pages: u64) -> Result<()> {
         let own = mapping.private() && mapping.writable();
         // Memory that may only be written to can be pinned nevertheless.
         hostmem::populate(HostAddr(from), to - from, own || !mapping.readable())?;
+        if mapping.private() && !mapping.writable() {
+            copy::unshare(HostAddr(from), to)?;
+        }
         at = to;
     }
     if at < end { Err(Errno::FAULT) } else { Ok(()) }

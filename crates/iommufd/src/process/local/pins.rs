@@ -18,7 +18,7 @@ use std::{
 use crate::{
     Errno, Result,
     domain::HostAddr,
-    hostmem::{self, HostRun, PinnedPages},
+    hostmem::{self, Behind, HostRun, PinnedPages},
     iova::PAGE_SIZE,
     process::{PinObserver, UserAddr},
 };
@@ -286,34 +286,82 @@ impl Drop for LocalPin {
     }
 }
 
-/// The program is about to unmap `length` bytes at `start`, or to map something else there, or to discard what is there:
-/// moves the pinned pages away. Afterwards they are the same pages elsewhere, and the addresses where they were are not
-/// mapped. Whether anything was pinned.
+/// The program is about to unmap `length` bytes at `start`, or to map something else there: moves the pinned pages away.
+/// Afterwards they are the same pages elsewhere, and what is mapped where they were is not what was. Whether anything was
+/// pinned.
 ///
 /// Observers are told, and may make this wait. An error means that pages could not be moved: they are still there, and must
 /// not be unmapped.
 pub fn vacate(start: HostAddr, length: u64) -> Result<bool> {
+    move_away(start, length, Behind::Anything)
+}
+
+/// The program is about to discard what its private pages in a range hold, and keeps the addresses (`MADV_DONTNEED`): moves
+/// the pinned ones away as [`vacate`] does, and leaves the mappings. Shared pages stay: they are not discarded.
+pub fn vacate_private(start: HostAddr, length: u64) -> Result<bool> {
+    move_away(start, length, Behind::Mapping)
+}
+
+/// The program moves `length` bytes at `start` itself, by `remap`, which says where to, if it did (`mremap`). Pins go with them.
+pub fn carry(start: HostAddr, length: u64, remap: impl FnOnce() -> Option<HostAddr>) -> Option<HostAddr> {
+    let Some(all) = whole_pages(start, length).filter(|all| is_pinned(*all)) else { return remap() };
+    let mut there = None;
+    // Nothing of this can fail.
+    let _ = moving(all, |ranges| {
+        there = remap();
+        if let Some(to) = there.filter(|to| *to != start) {
+            for &range in ranges {
+                settle(range, to.0 / PAGE_SIZE + (range.first - all.first), false);
+            }
+        }
+        Ok(())
+    });
+    there
+}
+
+/// In a child after `fork`: what was pinned is its parent's affair, and nothing here is pinned.
+///
+/// The caller makes sure that no other thread of the parent had the table locked when it forked, by [`quiet`].
+pub fn forget() {
+    let mut table = table();
+    table.moving.clear();
+    table.orders.iter_mut().for_each(BTreeMap::clear);
+    for (start, pages) in core::mem::take(&mut table.refuges) {
+        hostmem::unmap(HostAddr(start * PAGE_SIZE), pages * PAGE_SIZE);
+    }
+}
+
+/// Keeps the table as it is until the result is dropped: for the time of a `fork`.
+pub fn quiet() -> impl Sized {
+    table()
+}
+
+fn whole_pages(start: HostAddr, length: u64) -> Option<Range> {
+    let pages = (start.0 % PAGE_SIZE).saturating_add(length).div_ceil(PAGE_SIZE);
+    let first = start.0 / PAGE_SIZE;
+    Some(Range { first, last: first.saturating_add(pages.checked_sub(1)?) })
+}
+
+fn is_pinned(all: Range) -> bool {
+    table().overlapping(all).next().is_some()
+}
+
+fn move_away(start: HostAddr, length: u64, behind: Behind) -> Result<bool> {
+    let Some(all) = whole_pages(start, length).filter(|all| is_pinned(*all)) else { return Ok(false) };
+    moving(all, |ranges| ranges.iter().try_for_each(|range| relocate(*range, behind)))
+}
+
+/// Does `work`, which moves what is pinned in `all`, while nobody accesses it. Whether anything was.
+fn moving(all: Range, work: impl FnOnce(&[Range]) -> Result<()>) -> Result<bool> {
     /// One move at a time: so no move finds pages in the middle of another.
     static MOVES: Mutex<()> = Mutex::new(());
 
-    let pages = (start.0 % PAGE_SIZE).saturating_add(length).div_ceil(PAGE_SIZE);
-    if pages == 0 {
-        return Ok(false);
-    }
-    let first = start.0 / PAGE_SIZE;
-    let all = Range { first, last: first.saturating_add(pages - 1) };
-    if table().overlapping(all).next().is_none() {
-        return Ok(false);
-    }
     let _one_at_a_time = MOVES.lock().unwrap_or_else(PoisonError::into_inner);
     let (ranges, told) = begin(all);
     for (observer, from, pages) in &told {
         observer.moving(*from, *pages);
     }
-    let mut moved = Ok(());
-    for &range in &ranges {
-        moved = moved.and_then(|()| relocate(range));
-    }
+    let moved = work(&ranges);
     table().moving.clear();
     for (observer, from, pages) in &told {
         observer.moved(*from, *pages);
@@ -351,14 +399,17 @@ fn begin(all: Range) -> (Vec<Range>, Vec<Told>) {
 }
 
 /// Moves the pages of `range` to a place of our own, and lets the pins know.
-fn relocate(range: Range) -> Result<()> {
+fn relocate(range: Range, behind: Behind) -> Result<()> {
     let (start, length) = (range.first * PAGE_SIZE, range.pages() * PAGE_SIZE);
-    let refuge = hostmem::refuge(length)?;
+    let refuge = hostmem::refuge(HostAddr(start), length)?;
     // A mapping moves alone, and the range may have several.
     for mapping in super::maps::mappings(HostAddr(start), start + length)? {
+        if behind == Behind::Mapping && !mapping.private() {
+            continue;
+        }
         let (from, to) = (mapping.start.max(start), mapping.end.min(start + length));
         let at = HostAddr(refuge.0 + (from - start));
-        if let Err(errno) = hostmem::relocate(HostAddr(from), to - from, at) {
+        if let Err(errno) = hostmem::relocate(HostAddr(from), to - from, at, behind) {
             if from == start {
                 hostmem::unmap(refuge, length);
                 return Err(errno);
@@ -367,7 +418,7 @@ fn relocate(range: Range) -> Result<()> {
             tracing::error!(?errno, "pinned pages cannot be moved");
             break;
         }
-        settle(Range { first: from / PAGE_SIZE, last: (to - 1) / PAGE_SIZE }, at.0 / PAGE_SIZE);
+        settle(Range { first: from / PAGE_SIZE, last: (to - 1) / PAGE_SIZE }, at.0 / PAGE_SIZE, true);
     }
     let mut table = table();
     table.refuges.insert(refuge.0 / PAGE_SIZE, range.pages());
@@ -376,8 +427,8 @@ fn relocate(range: Range) -> Result<()> {
     Ok(())
 }
 
-/// What was at `range` is at `to` now.
-fn settle(range: Range, to: u64) {
+/// What was at `range` is at `to` now, which may be a place of our own.
+fn settle(range: Range, to: u64, refugee: bool) {
     let mut table = table();
     let pins: BTreeMap<u64, Arc<Pin>> =
         table.overlapping(range).map(|(pin, _)| (pin.id, pin.clone())).collect();
@@ -399,7 +450,7 @@ fn settle(range: Range, to: u64) {
             if here.first < first {
                 stretches.push(part(here.first, first - 1));
             }
-            stretches.push(Stretch { at: to + (first - range.first), refugee: true, ..part(first, last) });
+            stretches.push(Stretch { at: to + (first - range.first), refugee, ..part(first, last) });
             if last < here.last {
                 stretches.push(part(last + 1, here.last));
             }
