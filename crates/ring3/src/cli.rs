@@ -1,6 +1,7 @@
 //! The command line, as `clap` types: the help text, the man page and the completions come from here.
 
 mod network;
+mod vfio;
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
@@ -14,6 +15,7 @@ use crate::net::options::ports::PortSpec;
 use crate::net::options::{PasstArgs, PastaArgs};
 
 pub use network::{Link, Publish};
+pub use vfio::{NvmeArgs, ServeArgs, ServedDevice, VfioTask};
 
 const EXIT_STATUS: &str = "\
 Exit status:
@@ -140,6 +142,12 @@ pub enum Task {
         /// What to do.
         #[command(subcommand)]
         task: NetTask,
+    },
+    /// Devices for other virtual machine monitors, by vfio-user
+    Vfio {
+        /// What to do.
+        #[command(subcommand)]
+        task: VfioTask,
     },
     /// Print a completion script for a shell
     ///

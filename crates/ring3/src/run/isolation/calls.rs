@@ -95,6 +95,19 @@ fn network() -> Vec<Call> {
     .collect()
 }
 
+/// What serving a device to clients calls: crate `vfio`, on all of its threads.
+fn clients() -> Vec<Call> {
+    [
+        // The next client; messages with descriptors; the second socket of a client.
+        all(&[libc::SYS_accept4, libc::SYS_sendmsg, libc::SYS_recvmsg, libc::SYS_socketpair]),
+        // What kind of descriptor it was given.
+        all(&[libc::SYS_readlink]),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
 /// What the process `pid` may call, and why.
 fn allowed(pid: u32, uses: Use) -> Vec<Call> {
     const EXEC: u64 = libc::PROT_EXEC as u64;
@@ -167,6 +180,7 @@ fn allowed(pid: u32, uses: Use) -> Vec<Call> {
         all(&[libc::SYS_getrandom]),
         match uses {
             Use::Nothing => Vec::new(),
+            Use::Clients => clients(),
             Use::Sockets => network(),
             Use::Ports => network().into_iter().chain(all(&[libc::SYS_listen])).collect(),
         },
@@ -305,7 +319,7 @@ pub(crate) fn program(
 mod tests {
     use super::*;
 
-    const USES: [Use; 3] = [Use::Nothing, Use::Sockets, Use::Ports];
+    const USES: [Use; 4] = [Use::Nothing, Use::Clients, Use::Sockets, Use::Ports];
 
     #[test]
     fn the_tables_do_not_contradict_themselves() {
@@ -320,6 +334,7 @@ mod tests {
             assert_eq!(fatal.iter().collect::<BTreeSet<_>>().len(), fatal.len(), "fatal twice");
             let not_fatal = match uses {
                 Use::Nothing => 0,
+                Use::Clients => 1,
                 Use::Sockets => 4,
                 Use::Ports => 5,
             };
