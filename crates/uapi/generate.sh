@@ -19,9 +19,13 @@ generate() {
     shift 3
     # The compiler cannot evaluate _IO(...) for bindgen: name each ioctl's value by an enumerator.
     {
-        # A pointer in an interface is its bits, and a union of numbers of one size is the first of them.
-        sed 's/__u64 \*data;/__u64 data;/' "$header" | perl -0pe 's/union \{\s*__u32\s+(\w+);[^{}]*\};/__u32 $1;/g'
-        sed -n 's/^#define[[:space:]]\+\([A-Z0-9_]\+\)[[:space:]]\+_IO.*/\1/p' "$header" |
+        # A pointer in an interface is its bits, and a union of numbers of one size is the first of them; macros stand
+        # inside of one.
+        sed 's/__u64 \*data;/__u64 data;/' "$header" | perl -0pe '
+            s/union \{\s*__u32\s+(\w+);([^{}]*)\};/my ($name, $rest) = ($1, $2);
+                join("", map { "\n$_\n" } $rest =~ m{^#define.*}mg) . "__u32 $name;"/ge'
+        # A definition may go on in the next line.
+        perl -0pe 's/\\\n/ /g' "$header" | sed -n 's/^#define[[:space:]]\+\([A-Z0-9_]\+\)[[:space:]]\+_IO.*/\1/p' |
             while read -r ioctl; do echo "static const unsigned int ${ioctl}_VALUE = $ioctl;"; done
     } >"$scratch/$name.h"
     {

@@ -15,6 +15,7 @@ pub mod kernels;
 pub mod net;
 pub mod process;
 pub mod qemu;
+pub mod selftests;
 pub mod standin;
 pub mod world;
 

@@ -151,7 +151,7 @@ impl Context {
     /// Hands `length` bytes at `iova` of the parent's address space to the IOMMU, as its queue `index`: the id of the queue.
     /// The memory is pinned, and cannot be unmapped, until the queue is destroyed.
     ///
-    /// - ENOENT: there is no such vIOMMU, or not all of the memory is mapped; EPERM: it is read-only.
+    /// - ENOENT: there is no such vIOMMU, or not all of the memory is mapped.
     /// - EOPNOTSUPP: the vIOMMU has no queues of this type; EINVAL: not so many, or the length is 0.
     /// - EOVERFLOW: the queue goes past the last address.
     /// - EFAULT: the IOMMU reads by host addresses, and the pages do not lie together.

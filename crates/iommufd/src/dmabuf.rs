@@ -7,7 +7,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
 };
 
-use crate::{Errno, Result, caller::File, iova::PAGE_SIZE, memory::Memory, pages::Pages};
+use crate::{Errno, Result, caller::File, memory::Memory, pages::Pages};
 
 #[derive(Debug, Default)]
 struct State {
@@ -34,10 +34,9 @@ impl fmt::Debug for DmaBuf {
 }
 
 impl DmaBuf {
-    /// `length` bytes of `memory` (whole pages). `file` is what programs get for it. EINVAL when `length` is not made of
-    /// whole pages.
+    /// `length` bytes of `memory`. `file` is what programs get for it. EINVAL when the length is 0.
     pub fn new(file: OwnedFd, memory: Arc<dyn Memory>, length: u64) -> Result<Arc<Self>> {
-        if length == 0 || !length.is_multiple_of(PAGE_SIZE) {
+        if length == 0 {
             return Err(Errno::INVAL);
         }
         Ok(Arc::new(Self { file, memory, length, state: Mutex::default() }))
@@ -58,7 +57,7 @@ impl DmaBuf {
         if state.revoked {
             return Err(Errno::NODEV);
         }
-        let pages = Pages::exported(self.memory.clone(), start, length, writable)?;
+        let pages = Pages::exported(Box::new(self.memory.clone()), start, length, writable)?;
         state.pages.retain(|pages| pages.strong_count() > 0);
         state.pages.push(Arc::downgrade(&pages));
         Ok(pages)

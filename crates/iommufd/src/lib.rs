@@ -33,9 +33,14 @@ mod ioctl;
 pub mod iova;
 mod mapping;
 pub mod memory;
+#[cfg(feature = "mock")]
+pub mod mock;
 mod object;
 pub mod pages;
 pub mod process;
+pub mod soft;
+#[cfg(test)]
+mod tests;
 mod user_data;
 mod vfio_compat;
 pub mod viommu;

@@ -89,18 +89,19 @@ impl Mapping {
 impl Context {
     /// What `mmap` on the context's descriptor maps.
     ///
-    /// - EINVAL: it is not shared, or not made of whole pages.
+    /// - EINVAL: it is not shared, or does not begin at a page, or is empty.
     /// - EPERM: it is to be executed.
     /// - ENXIO: no object has published exactly this range.
     pub fn mmap(&self, offset: u64, length: u64, prot: ProtFlags, flags: MapFlags) -> Result<Mapping> {
-        if length == 0 || (length | offset) % PAGE_SIZE != 0 || !flags.contains(MapFlags::SHARED) {
+        if length == 0 || offset % PAGE_SIZE != 0 || !flags.contains(MapFlags::SHARED) {
             return Err(Errno::INVAL);
         }
         if prot.contains(ProtFlags::EXEC) {
             return Err(Errno::PERM);
         }
+        let pages = length.checked_next_multiple_of(PAGE_SIZE);
         let regions = self.regions().lock();
-        let region = regions.get(&offset).filter(|region| region.length == length).ok_or(Errno::NXIO)?;
+        let region = regions.get(&offset).filter(|region| Some(region.length) == pages).ok_or(Errno::NXIO)?;
         let owner = (region.owner)().map_err(|_| Errno::NXIO)?;
         Ok(Mapping { file: region.file.clone(), offset: region.offset, _owner: owner })
     }

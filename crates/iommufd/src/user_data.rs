@@ -19,8 +19,7 @@ pub struct UserData {
 }
 
 impl UserData {
-    /// Copies it. EINVAL when it is shorter than `minimum`; E2BIG when it is longer than `T` and not zero there; EFAULT.
-    /// What the caller does not give is zero.
+    /// Copies it. EINVAL when it is shorter than `minimum` or longer than `T`; EFAULT. What the caller does not give is zero.
     pub fn read<T: FromZeros + FromBytes + IntoBytes>(
         &self,
         process: &dyn Process,
@@ -50,8 +49,7 @@ pub struct Entries {
 }
 
 impl Entries {
-    /// Copies one. EINVAL when entries are shorter than `minimum` or there are not so many; E2BIG and EFAULT as
-    /// [`UserData::read`].
+    /// Copies one. EINVAL when entries are shorter than `minimum` or longer than `T`, or there are not so many; EFAULT.
     pub fn read<T: FromZeros + FromBytes + IntoBytes>(
         &self,
         process: &dyn Process,
@@ -73,16 +71,9 @@ fn read_struct<T: FromZeros + FromBytes + IntoBytes>(
     length: usize,
     minimum: usize,
 ) -> Result<T> {
-    if length < minimum {
-        return Err(Errno::INVAL);
-    }
     let mut value = T::new_zeroed();
-    let bytes = value.as_mut_bytes();
-    let known = bytes.len().min(length);
-    if let Some(bytes) = bytes.get_mut(..known) {
-        process.read(addr, bytes)?;
-    }
-    check_zero(process, addr, known, length)?;
+    let given = value.as_mut_bytes().get_mut(..length).filter(|_| length >= minimum).ok_or(Errno::INVAL)?;
+    process.read(addr, given)?;
     Ok(value)
 }
 

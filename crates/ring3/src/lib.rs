@@ -11,4 +11,5 @@ pub mod kernel;
 pub mod net;
 pub mod pvm_guest;
 pub mod run;
+pub mod shim;
 pub mod vfio;

@@ -469,5 +469,6 @@ pub const IOMMU_HWPT_INVALIDATE: ::core::ffi::c_uint = 15245;
 pub const IOMMU_FAULT_QUEUE_ALLOC: ::core::ffi::c_uint = 15246;
 pub const IOMMU_VIOMMU_ALLOC: ::core::ffi::c_uint = 15248;
 pub const IOMMU_VDEVICE_ALLOC: ::core::ffi::c_uint = 15249;
+pub const IOMMU_IOAS_CHANGE_PROCESS: ::core::ffi::c_uint = 15250;
 pub const IOMMU_VEVENTQ_ALLOC: ::core::ffi::c_uint = 15251;
 pub const IOMMU_HW_QUEUE_ALLOC: ::core::ffi::c_uint = 15252;

@@ -9,7 +9,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 #[derive(Debug, Default, Copy, Clone, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[allow(non_camel_case_types, reason = "the name that the generated structure uses")]
 pub struct iommu_test_cmd__bindgen_ty_1 {
-    words: [u64; 5],
+    words: [u64; 6],
 }
 
 impl iommu_test_cmd__bindgen_ty_1 {

@@ -10,6 +10,8 @@
 pub mod device;
 pub mod devices;
 pub mod dma;
+#[cfg(any(feature = "device-cdev", feature = "group"))]
+pub mod doors;
 pub mod eventfd;
 pub mod irq;
 pub mod migration;

@@ -28,7 +28,7 @@ use crate::{
 };
 
 /// Room for the longest structure that there is.
-const WORDS: usize = 8;
+const WORDS: usize = 9;
 
 /// A structure as it came, zero where the program gave nothing.
 pub(crate) type Words = [u64; WORDS];
@@ -78,6 +78,10 @@ impl Context {
     /// And what the command documents.
     pub fn ioctl(self: &Arc<Self>, caller: &dyn Caller, cmd: u32, arg: UserAddr) -> Result<i32> {
         let Some(ioctl) = table::find(cmd) else {
+            if table::has_structure(cmd) {
+                // As for every command whose structure begins with a size: that must be there, whatever the command is.
+                caller.process().read(arg, &mut [0; 4])?;
+            }
             let extended = self.extension().and_then(|extension| extension.ioctl(self, caller, cmd, arg));
             return extended.unwrap_or(Err(Errno::NOTTY));
         };

@@ -150,6 +150,11 @@ pub(super) fn find(command: u32) -> Option<&'static Ioctl> {
     ioctl.filter(|ioctl| ioctl.command == command)
 }
 
+/// Whether a command is in the range of numbers whose argument begins with a size.
+pub(super) fn has_structure(command: u32) -> bool {
+    (FIRST..=FIRST + 32).contains(&(command & 0xff))
+}
+
 /// The table of what is supported, for `docs/iommufd.md`.
 pub fn support_table() -> String {
     let mut table =

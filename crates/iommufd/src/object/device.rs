@@ -87,6 +87,7 @@ impl Device {
     }
 
     fn change(self: &Arc<Self>, pasid: Pasid, pt_id: u32, how: How) -> Result<u32> {
+        let pasid = plain_if_zero(pasid);
         let change = |target: Target| match how {
             How::Attach => self.group.attach(self, pasid, target).map(|()| None),
             How::Replace => self.group.replace(self, pasid, target),
@@ -125,14 +126,14 @@ impl Device {
     }
 
     pub(crate) fn detach(&self, pasid: Pasid) {
-        if let Some(target) = self.group.detach(self, pasid) {
+        if let Some(target) = self.group.detach(self, plain_if_zero(pasid)) {
             self.release(target);
         }
     }
 
     /// What `pasid` is attached to.
     pub(crate) fn target(&self, pasid: Pasid) -> Option<Target> {
-        self.group.target(self, pasid)
+        self.group.target(self, plain_if_zero(pasid))
     }
 
     /// Takes a page request; a complete group goes into the queue.
@@ -175,6 +176,11 @@ impl Device {
             self.hardware.page_response(PageResponse { pasid, group, code: ResponseCode::Invalid });
         }
     }
+}
+
+/// PASID 0 is plain DMA: the kernel has kept it for that.
+fn plain_if_zero(pasid: Pasid) -> Pasid {
+    pasid.filter(|pasid| *pasid != 0)
 }
 
 /// A device's being bound. Dropping it unbinds the device; the context need not live for it.

@@ -85,7 +85,7 @@ impl Drop for HwQueue {
 impl Context {
     /// - EOPNOTSUPP: the vIOMMU has no queues of this type.
     /// - EINVAL: the length is 0, or the index is past the last one; EOVERFLOW: it goes past the last address.
-    /// - ENOENT: no such vIOMMU, or not all of it is mapped; EPERM: it is read-only.
+    /// - ENOENT: no such vIOMMU, or not all of it is mapped.
     /// - EFAULT: the hardware reads by host addresses, and its pages do not lie together.
     /// - EEXIST: there is one of the index; EIO: there is none of the index below.
     pub(crate) fn prepare_hw_queue(
@@ -133,7 +133,13 @@ fn pin(viommu: &Viommu, range: IovaRange, length: u64, addressing: QueueAddressi
     // The last page may be the last of all.
     let pages = (range.last().0 - start) / PAGE_SIZE + 1;
     let pinned_length = pages.checked_mul(PAGE_SIZE).ok_or(Errno::OVERFLOW)?;
-    let pinned = Arc::new(viommu.parent.ioas.space.pin(Iova(start), pinned_length, true, true)?);
+    let space = &viommu.parent.ioas.space;
+    let pinned = match space.pin(Iova(start), pinned_length, true, true) {
+        // A queue that is only read may be where the guest's devices may only read.
+        Err(Errno::PERM) => space.pin(Iova(start), pinned_length, false, true),
+        pinned => pinned,
+    };
+    let pinned = Arc::new(pinned?);
     let host = match addressing {
         QueueAddressing::Translated => None,
         QueueAddressing::Contiguous => match pinned.runs().as_slice() {

@@ -133,7 +133,7 @@ impl Target {
         }
     }
 
-    pub(super) fn id(&self) -> u32 {
+    pub(crate) fn id(&self) -> u32 {
         match self {
             Self::Paging(hwpt) => hwpt.id(),
             Self::Nested(hwpt) => hwpt.id(),
@@ -221,13 +221,18 @@ impl Context {
         data: UserData,
     ) -> Result<PendingHwpt> {
         let device = self.table().get::<Device>(device)?;
-        let parent = self.table().get_any(parent)?;
+        // That there is no such parent is EINVAL too, as if it were of a wrong kind.
+        let parent = self.table().get_any(parent).map_err(|_| Errno::INVAL)?;
         let faults = || {
             let queue = options.fault_queue.map(|id| self.table().get::<FaultQueue>(id)).transpose()?;
             Ok(queue.map(|queue| queue.hold()))
         };
         let parent = match parent.downcast::<IoasObject>() {
             Ok(ioas) => {
+                // Page requests for a parent would not say which of the two levels misses the page.
+                if options.nest_parent && options.fault_queue.is_some() {
+                    return Err(Errno::OPNOTSUPP);
+                }
                 return self
                     .paging(caller, &device, &ioas, options, faults()?, data)
                     .map(PendingHwpt::Paging);
@@ -274,10 +279,6 @@ impl Context {
         faults: Option<Use<FaultQueue>>,
         data: UserData,
     ) -> Result<Pending<PagingHwpt>> {
-        // Page requests for a parent would not say which of the two levels misses the page.
-        if options.nest_parent && options.fault_queue.is_some() {
-            return Err(Errno::OPNOTSUPP);
-        }
         let HwptOptions { nest_parent, dirty_tracking, pasid, .. } = options;
         let options = DomainOptions { nest_parent, dirty_tracking, pasid };
         let mut hwpts = ioas.lock_hwpts();

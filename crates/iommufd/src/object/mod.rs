@@ -20,7 +20,7 @@ pub(crate) mod group;
 pub(crate) mod hw_queue;
 pub(crate) mod hwpt;
 pub(crate) mod ioas;
-mod readiness;
+pub(crate) mod readiness;
 pub(crate) mod table;
 pub(crate) mod vdevice;
 pub(crate) mod veventq;

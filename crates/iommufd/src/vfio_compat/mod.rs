@@ -75,7 +75,7 @@ pub(crate) fn check_extension(call: &Call<'_>) -> Result<i32> {
             let (_, ioas) = call.context.compat()?;
             ioas.hwpts().iter().all(|hwpt| hwpt.domain.enforce_cache_coherency())
         }
-        VFIO_NOIOMMU_IOMMU => call.context.no_iommu() && call.caller.capable(Capability::SysRawio),
+        VFIO_NOIOMMU_IOMMU => call.caller.capable(Capability::SysRawio),
         _ => false,
     };
     Ok(yes.into())
@@ -133,7 +133,8 @@ pub(crate) fn unmap_dma(call: &Call<'_>) -> Result<i32> {
     } else {
         let range = IovaRange::with_length(Iova(args.iova), args.size)?;
         if !ioas.space.huge_pages() {
-            let end = range.last().0.checked_add(1);
+            // Of an area's first byte alone the kernel says that it is not mapped, rather than not aligned.
+            let end = range.last().0.checked_add(1).filter(|_| range.last() != range.start());
             let cuts: Vec<_> = [Some(range.start().0), end].into_iter().flatten().map(Iova).collect();
             ioas.space.cut(&cuts)?;
         }

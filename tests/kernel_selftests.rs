@@ -1,0 +1,127 @@
+//! The kernel's own selftests of iommufd and VFIO, unmodified, and questions that the real kernel has answered, under
+//! `ring3 shim`.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on is to fail")]
+
+mod support;
+
+use std::time::Duration;
+
+use support::process::finish;
+use support::selftests::{
+    Expectations, HugePages, Outcome, Report, compare_answers, kernel, lift_memory_limit, say, shim,
+};
+
+const PATIENCE: Duration = Duration::from_secs(240);
+
+/// The device for the programs that want one, and its address.
+const CARD: &str = "--device=igb";
+const ADDRESS: &str = "0000:00:05.0";
+
+#[track_caller]
+fn assert_none_wrong(wrong: &[String]) {
+    assert!(wrong.is_empty(), "{} answers are wrong:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+/// Runs a program of the selftests.
+#[track_caller]
+fn selftest(program: &str, options: &[&str], arguments: &[&str]) {
+    let Some(kernel) = kernel() else { return };
+    let huge_pages = HugePages::reserve();
+    if !huge_pages.enough {
+        support::skip(&format!("{program}: there are no huge pages: the cases that need them"));
+    }
+    lift_memory_limit();
+    let done = finish(shim(options, &kernel.program(program), arguments), PATIENCE);
+    let report = Report::parse(&done.text());
+    let mut wrong = Expectations::read().compare(program, &report, huge_pages.enough);
+    if let Some(signal) = done.signal {
+        wrong.push(format!("{program} was ended by signal {signal}:\n{}", done.stderr));
+    }
+    assert_none_wrong(&wrong);
+}
+
+/// Runs a probe and compares what it prints with what it printed on the real kernel.
+#[track_caller]
+fn probe(name: &str, options: &[&str], arguments: &[&str], answers: &str) {
+    let Some(kernel) = kernel() else { return };
+    if !rustix::process::geteuid().is_root() {
+        return support::skip("the answers are those that root is given");
+    }
+    lift_memory_limit();
+    let dir = tempfile::tempdir().unwrap();
+    let program = kernel.probe(name, dir.path());
+    let done = finish(shim(options, &program, arguments), PATIENCE);
+    let mut wrong = compare_answers(answers, &done.text());
+    if done.code != Some(0) {
+        wrong.push(format!(
+            "the probe ended with status {:?}, signal {:?}:\n{}",
+            done.code, done.signal, done.stderr
+        ));
+    }
+    assert_none_wrong(&wrong);
+}
+
+macro_rules! selftests {
+    ($($name:ident: $program:literal, $options:expr, $arguments:expr;)*) => {
+        $(
+            #[test]
+            fn $name() {
+                selftest($program, $options, $arguments);
+            }
+        )*
+    };
+}
+
+selftests! {
+    iommufd: "iommufd", &["--mock-iommu"], &[];
+    iommufd_fail_nth: "iommufd_fail_nth", &["--mock-iommu"], &[];
+    vfio_iommufd_setup: "vfio_iommufd_setup_test", &[CARD], &[ADDRESS];
+    vfio_dma_mapping: "vfio_dma_mapping_test", &[CARD], &[ADDRESS];
+    vfio_dma_mapping_mmio: "vfio_dma_mapping_mmio_test", &[CARD], &[ADDRESS];
+    vfio_pci_device: "vfio_pci_device_test", &[CARD], &[ADDRESS];
+    vfio_pci_driver: "vfio_pci_driver_test", &[CARD], &[ADDRESS];
+    vfio_pci_sriov_uapi: "vfio_pci_sriov_uapi_test", &[CARD], &[ADDRESS];
+}
+
+macro_rules! probes {
+    ($($name:ident: $probe:literal, $options:expr, $arguments:expr, $answers:literal;)*) => {
+        $(
+            #[test]
+            fn $name() {
+                probe($probe, $options, $arguments, $answers);
+            }
+        )*
+    };
+}
+
+probes! {
+    answers_to_every_command: "commands", &["--mock-iommu"], &[], "commands";
+    answers_about_address_spaces: "ioas", &["--mock-iommu"], &[], "ioas";
+    answers_about_page_tables: "hwpt", &["--mock-iommu"], &[], "hwpt";
+    answers_about_virtual_iommus_and_queues: "objects", &["--mock-iommu"], &[], "objects";
+    answers_about_files_processes_and_limits: "process", &["--mock-iommu"], &[], "process";
+    answers_to_container_calls: "compat", &["--mock-iommu"], &[], "compat";
+    answers_about_pins: "access", &["--mock-iommu"], &[], "access";
+    answers_at_the_doors: "vfio_doors", &[CARD], &[ADDRESS], "vfio_doors.igb";
+    answers_of_a_device: "vfio_device", &[CARD], &[ADDRESS], "vfio_device.igb";
+}
+
+#[test]
+fn reports_are_read_as_the_kernels_harness_writes_them() {
+    let text = "TAP version 13\n1..4\n# Starting 4 tests from 1 test cases.\n#  RUN           a.b ...\n\
+                #            OK  a.b\nok 1 a.b\n#  RUN           a.c ...\n# x.c:1:c:Expected 1\nnot ok 2 a.c\n\
+                ok 3 a.d # SKIP no such thing\n";
+    let report = Report::parse(text);
+    assert_eq!(report.planned, 4);
+    let [(b, Outcome::Passed), (c, Outcome::Failed(said)), (d, Outcome::Skipped(why))] = &report.cases[..]
+    else {
+        panic!("{report:?}");
+    };
+    assert_eq!((b.as_str(), c.as_str(), d.as_str(), why.as_str()), ("a.b", "a.c", "a.d", "no such thing"));
+    assert!(said.contains("Expected 1") && !said.contains("OK"), "{said}");
+    // One case is missing, and one failed; nothing of it is listed.
+    let wrong = Expectations::read().compare("an unlisted program", &report, true);
+    assert_eq!(wrong.len(), 3, "{wrong:?}");
+    say("(the line above is of a made-up program)");
+}
