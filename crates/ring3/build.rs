@@ -1,5 +1,6 @@
-//! Builds what runs in guests, for `include_bytes!`: `guest-init`, the first process of a Linux guest, statically
-//! linked, and `pvm-guest`, the kernel that checks the PVM guest ABI.
+//! Builds what runs elsewhere, for `include_bytes!`: `guest-init`, the first process of a Linux guest, statically
+//! linked, and `pvm-guest`, the kernel that checks the PVM guest ABI; and `shim`, the library that `ring3 shim` has loaded
+//! before a program of the host.
 //!
 //! A nested cargo builds each into a target directory below `OUT_DIR`: a second cargo on the outer target
 //! directory would wait for the lock that the outer one holds. What the outer cargo put into the environment
@@ -17,9 +18,14 @@ use std::process::{Command, exit};
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
-/// A program for a guest: a package of the workspace with a binary of its name.
+/// A program or a library: a package of the workspace.
 struct Program {
     package: &'static str,
+    /// What cargo builds of it, and the name of the file.
+    target: &'static [&'static str],
+    file: &'static str,
+    /// What it is optimized for.
+    optimize: &'static str,
     /// What it is made from, below the workspace's `crates`.
     inputs: &'static [&'static str],
     features: &'static str,
@@ -28,9 +34,12 @@ struct Program {
     variable: &'static str,
 }
 
-const PROGRAMS: [Program; 2] = [
+const PROGRAMS: [Program; 3] = [
     Program {
         package: "guest-init",
+        target: &["--bin", "guest-init"],
+        file: "guest-init",
+        optimize: "z",
         inputs: &["guest-init/src", "guest-init/Cargo.toml"],
         features: "",
         rustflags: "-Ctarget-feature=+crt-static -Crelocation-model=static -Cstrip=symbols",
@@ -38,10 +47,23 @@ const PROGRAMS: [Program; 2] = [
     },
     Program {
         package: "pvm-guest",
+        target: &["--bin", "pvm-guest"],
+        file: "pvm-guest",
+        optimize: "z",
         inputs: &["pvm-guest", "pvm/src", "pvm/Cargo.toml"],
         features: "kernel",
         rustflags: "-Cstrip=symbols",
         variable: "RING3_PVM_GUEST",
+    },
+    Program {
+        package: "shim",
+        target: &["--lib"],
+        file: "libring3_shim.so",
+        optimize: "3",
+        inputs: &["shim", "vfio", "iommufd", "uapi"],
+        features: "",
+        rustflags: "-Cstrip=symbols",
+        variable: "RING3_SHIM_LIBRARY",
     },
 ];
 
@@ -131,13 +153,14 @@ fn build(program: &Program) -> PathBuf {
     }
     cargo
         .current_dir(&workspace)
-        .args(["build", "--quiet", "--locked", "--package", package, "--bin", package])
+        .args(["build", "--quiet", "--locked", "--package", package])
+        .args(program.target)
         .args(["--features", program.features])
         // With a target named, RUSTFLAGS leaves build scripts and procedural macros alone.
         .args(["--release", "--target", TARGET, "--target-dir"])
         .arg(&target_dir)
         .env("RUSTFLAGS", program.rustflags)
-        .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "z")
+        .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", program.optimize)
         .env("CARGO_PROFILE_RELEASE_LTO", "fat")
         .env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "1")
         .env("CARGO_PROFILE_RELEASE_DEBUG", "false")
@@ -150,7 +173,7 @@ fn build(program: &Program) -> PathBuf {
         Ok(status) => fail(&format!("building {package} for {TARGET} failed: {status}")),
         Err(error) => fail(&format!("cannot run cargo to build {package}: {error}")),
     }
-    [&target_dir, Path::new(TARGET), Path::new("release"), Path::new(package)].iter().collect()
+    [&target_dir, Path::new(TARGET), Path::new("release"), Path::new(program.file)].iter().collect()
 }
 
 /// Whether a variable belongs to the outer cargo's own run, not to the user's set-up (which mirrors, proxies,

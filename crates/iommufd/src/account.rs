@@ -77,6 +77,10 @@ impl Account {
 
     /// Counts `pages` more. ENOMEM when they would go past the limit; nothing is counted then.
     pub(crate) fn charge(&mut self, pages: u64) -> Result<()> {
+        self.count(pages, self.process.locked_limit())
+    }
+
+    fn count(&mut self, pages: u64, limit: Option<u64>) -> Result<()> {
         let usage = self.process.usage();
         let limited = match self.accounting {
             Accounting::None => None,
@@ -84,7 +88,7 @@ impl Account {
             Accounting::Process => Some(&usage.locked),
         };
         if let Some(counter) = limited {
-            let limit = self.process.locked_limit().unwrap_or(u64::MAX);
+            let limit = limit.unwrap_or(u64::MAX);
             counter
                 .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |now| {
                     now.checked_add(pages).filter(|sum| *sum <= limit)
@@ -114,12 +118,18 @@ impl Account {
         self.pages -= pages;
     }
 
-    /// The same pages counted with `process`. ENOMEM when they go past its limit. `self` still counts until
-    /// it is dropped.
-    pub(crate) fn moved_to(&self, process: Arc<dyn Process>) -> Result<Self> {
+    /// The same pages counted with `process`; `self` still counts them too. ENOMEM when they go past its limit, if `limited`.
+    /// None when they are nobody's: then they stay where they are shown.
+    pub(crate) fn moved_to(&self, process: Arc<dyn Process>, limited: bool) -> Result<Option<Self>> {
         let mut account = Self::new(process, self.accounting);
-        account.charge(self.pages)?;
-        Ok(account)
+        let same_counter = match self.accounting {
+            Accounting::None => return Ok(None),
+            Accounting::User => account.process.user() == self.process.user(),
+            Accounting::Process => account.process.is(&self.process),
+        };
+        let limit = account.process.locked_limit().filter(|_| limited && !same_counter);
+        account.count(self.pages, limit)?;
+        Ok(Some(account))
     }
 }
 

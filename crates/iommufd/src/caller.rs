@@ -36,6 +36,10 @@ pub trait Caller {
     fn capable(&self, capability: Capability) -> bool;
     /// Gives it a descriptor for `file`, closed on exec: its number. EMFILE when it has too many.
     fn install(&self, file: Arc<dyn File>) -> Result<i32>;
+    /// Takes back descriptor `fd` that [`Self::install`] has just given it, because the program does not get to know it.
+    fn uninstall(&self, fd: i32) {
+        let _ = fd;
+    }
     /// What [`Self::install`] gave descriptor `fd`. EBADF when it is something else.
     fn installed(&self, fd: i32) -> Result<Arc<dyn File>>;
 }

@@ -3,7 +3,14 @@
 use core::{any::Any, fmt};
 use std::sync::Arc;
 
-use crate::{Errno, Result, caller::Caller, domain::Domain, iova::IovaRange, process::UserAddr};
+use crate::{
+    Errno, Result,
+    caller::Caller,
+    domain::Domain,
+    iova::IovaRange,
+    object::{DevicePort, PageResponse},
+    viommu::{ViommuPort, VirtualIommu},
+};
 
 bitflags::bitflags! {
     /// What an IOMMU can do for a device (`IOMMU_HW_CAP_*`, `IOMMU_DEV_FEAT_*`).
@@ -17,8 +24,12 @@ bitflags::bitflags! {
         const NESTING = 4;
         /// The device's page requests can be delivered.
         const IOPF = 8;
+        /// The device may use address translation services (PCIe 10).
+        const ATS = 16;
     }
 }
+
+pub use crate::user_data::{Entries, UserData};
 
 /// What is asked of a new paging domain.
 #[derive(Clone, Copy, Default, Debug)]
@@ -31,29 +42,10 @@ pub struct DomainOptions {
     pub pasid: bool,
 }
 
-/// Data of a driver's own that comes with an ioctl: its type, and where it is in the caller's memory.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct UserData {
-    /// `enum iommu_*_type`.
-    pub kind: u32,
-    /// Where it is.
-    pub addr: UserAddr,
-    /// How long the caller says it is.
-    pub length: u32,
-}
-
 /// A guest's page table above a parent domain. What the IOMMU does with it is its own affair.
 pub trait Nested: Send + Sync + fmt::Debug {
-    /// Runs the entries of a guest's invalidation queue: `done` says how many were.
-    fn invalidate(
-        &self,
-        caller: &dyn Caller,
-        kind: u32,
-        entries: UserAddr,
-        entry_length: u32,
-        entry_num: u32,
-        done: &mut u32,
-    ) -> Result<()>;
+    /// Runs the entries of a guest's invalidation queue: `done` says how many were, also on an error.
+    fn invalidate(&self, caller: &dyn Caller, entries: Entries, done: &mut u32) -> Result<()>;
     /// The concrete type, for the driver that made it.
     fn as_any(&self) -> &dyn Any;
 }
@@ -67,11 +59,18 @@ pub enum Attachment {
     Nested(Arc<dyn Nested>),
 }
 
-/// A device as its IOMMU sees it: what `iommufd` binds. Objects of vIOMMUs, event queues and hardware queues are added
-/// by further traits beside this one.
+/// A device as its IOMMU sees it: what [`Context::bind`](crate::Context::bind) binds.
 pub trait Hardware: Send + Sync + fmt::Debug {
     /// Devices with the same number cannot be kept apart and are attached together: the IOMMU group.
     fn group(&self) -> u64;
+    /// Which IOMMU it is behind. vIOMMUs and nested tables of one are of no use to the devices of another.
+    fn iommu(&self) -> u64 {
+        0
+    }
+    /// It has been bound: `port` is how the driver reports page requests, until the device is unbound.
+    fn bound(&self, port: DevicePort) {
+        drop(port);
+    }
     /// What the IOMMU can do for this device.
     fn capabilities(&self) -> Capabilities;
     /// Ranges that must not be mapped for this device (MSI windows among them).
@@ -97,10 +96,26 @@ pub trait Hardware: Send + Sync + fmt::Debug {
         let _ = (caller, parent, data);
         Err(Errno::OPNOTSUPP)
     }
+    /// A vIOMMU above `parent` of the type `data.kind`. EOPNOTSUPP for a type that it has not.
+    fn alloc_viommu(
+        &self,
+        caller: &dyn Caller,
+        parent: &Arc<dyn Domain>,
+        data: UserData,
+        port: ViommuPort,
+    ) -> Result<Arc<dyn VirtualIommu>> {
+        let _ = (caller, parent, data, port);
+        Err(Errno::OPNOTSUPP)
+    }
+    /// The answer to a group of page requests (PCIe 10.4.2).
+    fn page_response(&self, response: PageResponse) {
+        let _ = response;
+    }
     /// From now on `pasid` of the device (none: all its plain DMA) is translated by `to`; by nothing when there is none.
     fn attach(&self, pasid: Option<u32>, to: Option<&Attachment>) -> Result<()>;
     /// What `IOMMU_GET_HW_INFO` tells: the type (`enum iommu_hw_info_type`) and the structure's bytes. `kind` is the type
-    /// asked for, 0 for the default. EOPNOTSUPP for one that it has not.
+    /// asked for, 0 for the default. EOPNOTSUPP for one that it has not. A driver with nothing to tell says type 0
+    /// (none) and no bytes.
     fn info(&self, kind: u32) -> Result<(u32, Vec<u8>)>;
     /// The concrete type, for the driver that made it.
     fn as_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync>;

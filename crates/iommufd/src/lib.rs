@@ -2,7 +2,7 @@
 //!
 //! # Theory of operation
 //!
-//! A `Context` is what one open `/dev/iommu` is in the kernel: a table of objects that ioctls make, use and destroy.
+//! A [`Context`] is what one open `/dev/iommu` is in the kernel: a table of objects that ioctls make, use and destroy.
 //! The central object is the IOAS ([`ioas::Ioas`]): a map from I/O virtual addresses to *areas* of user memory or of files.
 //! Devices and other users of that memory come to it in two ways:
 //!
@@ -20,16 +20,38 @@
 #![deny(unsafe_code)]
 
 pub mod account;
+mod api;
 pub mod caller;
+mod context;
+pub mod dmabuf;
 pub mod domain;
 pub mod hardware;
 pub mod hostmem;
 pub mod inject;
 pub mod ioas;
+mod ioctl;
 pub mod iova;
+mod mapping;
 pub mod memory;
+#[cfg(feature = "mock")]
+pub mod mock;
+mod object;
 pub mod pages;
 pub mod process;
+pub mod soft;
+#[cfg(test)]
+mod tests;
+mod user_data;
+mod vfio_compat;
+pub mod viommu;
+
+pub use context::{Context, Extension};
+pub use ioctl::support_table;
+pub use mapping::Mapping;
+pub use object::{
+    Access, BoundDevice, DeviceDma, DevicePort, HwptOptions, PageRequest, PageRequestFlags, PageResponse,
+    ResponseCode,
+};
 
 pub use rustix::io::Errno;
 

@@ -1,6 +1,7 @@
 //! The command line, as `clap` types: the help text, the man page and the completions come from here.
 
 mod network;
+mod vfio;
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
@@ -12,8 +13,10 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::net::options::ports::PortSpec;
 use crate::net::options::{PasstArgs, PastaArgs};
+use crate::run::devices::{self, DeviceSpec};
 
 pub use network::{Link, Publish};
+pub use vfio::{NvmeArgs, ServeArgs, ServedDevice, VfioTask};
 
 const EXIT_STATUS: &str = "\
 Exit status:
@@ -28,6 +31,7 @@ Examples:
   seq 1000000 | ring3 run -- wc -l   standard streams are separate, binary-safe
   ring3 run --root ~/bookworm --cpus 2 --memory 2G -- make check
   ring3 run --disk disk.img -- mkfs.ext4 /dev/vda
+  ring3 run --device vfio-user=/tmp/nvme.sock -- lsblk
   ring3 run -p 127.0.0.1:8080:80 -- python3 -m http.server 80
   ring3 run --kernel ./bzImage --append loglevel=7 -v -- true
   ring3 run --guest-abi pvm --kernel ./vmlinux.pvm --stats -- true
@@ -77,6 +81,22 @@ Examples:
   ring3 net remove 8080                 wherever it leads to
   ring3 run --net-control /tmp/vm &
   ring3 net add -c /tmp/vm 2222:22";
+
+const SHIM_EXAMPLES: &str = "\
+Examples:
+  ring3 shim -- ./uses-iommufd            with a /dev/iommu
+  ring3 shim --mock-iommu -- ./iommufd    the kernel's own tests of iommufd
+  ring3 shim --device SPEC -- ./uses-vfio with a device in /dev/vfio as well
+
+The program and its children are loaded with a library that answers what they ask
+of these devices in the process itself. It stands in front of libc's functions, so
+programs without a loader (statically linked ones), setuid programs, and system
+calls that a program makes without libc are out of its reach. A child uses what its
+parent opened for as long as the parent lives; exec closes it.
+
+Exit status:
+  The program's own; 125 when ring3 itself failed; 126 when the program could not
+  be executed with the library; 127 when it was not found.";
 
 const SELFTEST_STATUS: &str = "\
 Exit status:
@@ -141,6 +161,18 @@ pub enum Task {
         #[command(subcommand)]
         task: NetTask,
     },
+    /// Devices for other virtual machine monitors, by vfio-user
+    Vfio {
+        /// What to do.
+        #[command(subcommand)]
+        task: VfioTask,
+    },
+    /// Run a program of the host with /dev/iommu and VFIO devices that ring3 serves
+    ///
+    /// The program is not changed and needs no privileges, and the machine no IOMMU. Everything but these devices is
+    /// the machine's own.
+    #[command(after_long_help = SHIM_EXAMPLES)]
+    Shim(ShimArgs),
     /// Print a completion script for a shell
     ///
     /// For example: ring3 completions bash > ~/.local/share/bash-completion/completions/ring3
@@ -155,6 +187,20 @@ pub enum Task {
         /// A subcommand, and one of its own.
         subcommand: Vec<String>,
     },
+}
+
+/// The options of `ring3 shim`.
+#[derive(Debug, Args)]
+pub struct ShimArgs {
+    /// Let /dev/iommu have the IOMMU of the kernel's selftests, with their ioctls and failure injection
+    #[arg(long)]
+    pub mock_iommu: bool,
+    /// Device to serve in /dev/vfio; can be repeated
+    #[arg(long = "device", value_name = "SPEC")]
+    pub devices: Vec<String>,
+    /// The program and its arguments
+    #[arg(last = true, required = true, value_name = "PROGRAM")]
+    pub command: Vec<OsString>,
 }
 
 /// The options of `ring3 run`.
@@ -186,6 +232,17 @@ pub struct RunArgs {
     /// Raw disk image for the guest (/dev/vda, then vdb, ...); with :ro the guest cannot write it
     #[arg(long = "disk", value_name = "FILE[:ro]", value_parser = OsStringValueParser::new().map(parse_disk))]
     pub disks: Vec<Disk>,
+    /// Device from elsewhere: vfio-user=SOCKET, a PCI device that a vfio-user server has (`ring3 vfio serve`)
+    ///
+    /// The server reaches the guest's memory only by asking ring3. Devices need MSI-X to interrupt. Can be repeated.
+    #[arg(long = "device", value_name = "vfio-user=SOCKET", value_parser = devices::parse)]
+    pub devices: Vec<DeviceSpec>,
+    /// Kernel module for the guest to load at start, with all that it needs
+    ///
+    /// Drivers of ring3's own devices, and of NVMe, AHCI and xHCI devices given by --device, are loaded by themselves.
+    /// Can be repeated.
+    #[arg(long = "module", value_name = "NAME", value_parser = parse_module)]
+    pub modules: Vec<String>,
     /// What the guest's network card is connected to: none (there is no card), user or tap=NAME [default: user]
     ///
     /// `user` is a network of ring3's own, by ordinary sockets of the host, with everything set up in the guest.
@@ -503,6 +560,14 @@ fn parse_prefix(text: &str) -> Result<String, String> {
     } else {
         Err("not the beginning of a name: letters, digits, / - and _".into())
     }
+}
+
+fn parse_module(text: &str) -> Result<String, String> {
+    let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
+    if text.is_empty() || !text.chars().all(is_name) {
+        return Err(format!("`{text}` is no module's name, as `lsmod` shows it"));
+    }
+    Ok(text.replace('-', "_"))
 }
 
 fn parse_env(text: OsString) -> Result<EnvVar, String> {

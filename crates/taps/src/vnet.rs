@@ -4,6 +4,7 @@
 use usernet::tap::Offload;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_NONE, VIRTIO_NET_HDR_GSO_TCPV4, VIRTIO_NET_HDR_GSO_TCPV6,
+    VIRTIO_NET_HDR_GSO_UDP_L4,
 };
 
 /// Bytes of the header, with the count of buffers that `VIRTIO_F_VERSION_1` always has.
@@ -25,10 +26,12 @@ pub fn encode(headers: &[u8], offload: Offload) -> [u8; HEADER] {
             header.checksum_start = transport.start;
             header.checksum_offset = if transport.protocol == TCP { 16 } else { 6 };
         }
-        if let Some(size) = offload.segment
-            && transport.protocol == TCP
-        {
-            let kind = if transport.v6 { VIRTIO_NET_HDR_GSO_TCPV6 } else { VIRTIO_NET_HDR_GSO_TCPV4 };
+        if let Some(size) = offload.segment {
+            let kind = match (transport.protocol, transport.v6) {
+                (UDP, _) => VIRTIO_NET_HDR_GSO_UDP_L4,
+                (_, true) => VIRTIO_NET_HDR_GSO_TCPV6,
+                (_, false) => VIRTIO_NET_HDR_GSO_TCPV4,
+            };
             header.segmentation = kind as u8;
             header.segment = size;
             header.length = transport.end;
@@ -44,7 +47,10 @@ pub fn decode(header: &[u8; HEADER]) -> Offload {
     let [flags, segmentation, _, _, size_low, size_high, ..] = *header;
     // The highest bit says that congestion notification needs care, which the engine does not send.
     let segmentation = u32::from(segmentation & 0x7f);
-    let segmented = matches!(segmentation, VIRTIO_NET_HDR_GSO_TCPV4 | VIRTIO_NET_HDR_GSO_TCPV6);
+    let segmented = matches!(
+        segmentation,
+        VIRTIO_NET_HDR_GSO_TCPV4 | VIRTIO_NET_HDR_GSO_TCPV6 | VIRTIO_NET_HDR_GSO_UDP_L4
+    );
     let size = u16::from_ne_bytes([size_low, size_high]);
     Offload {
         needs_checksum: u32::from(flags) & VIRTIO_NET_HDR_F_NEEDS_CSUM != 0,
@@ -161,6 +167,11 @@ mod tests {
         assert_eq!(header[..6], [1, 0, 0, 0, 0, 0]);
         assert_eq!(header[6..10], [54u16, 6].map(u16::to_ne_bytes).concat()[..]);
         assert_eq!(decode(&header), offload);
+        let several = Offload { segment: Some(1200), ..offload };
+        let header = encode(&frame, several);
+        assert_eq!(header[..2], [1, 5]);
+        assert_eq!(header[2..6], [62u16, 1200].map(u16::to_ne_bytes).concat()[..]);
+        assert_eq!(decode(&header), several);
     }
 
     #[test]
@@ -174,7 +185,7 @@ mod tests {
 
     #[test]
     fn segmentation_of_other_kinds_is_none() {
-        for kind in [3, 5, 0x7f] {
+        for kind in [2, 3, 0x7f] {
             let mut header = [0; HEADER];
             header[1] = kind;
             header[4..6].copy_from_slice(&1000u16.to_ne_bytes());

@@ -42,10 +42,11 @@ const ETHERNET: u8 = 6;
 
 pub(crate) fn packet(cx: &mut Context<'_>, datagram: &UdpView<'_>) {
     let Some(family) = cx.config.ipv4 else { return };
-    if datagram.payload.len() > LONGEST_REQUEST {
+    if datagram.payload.bytes.len() > LONGEST_REQUEST {
         return;
     }
-    let Some(request) = filtered(datagram.payload).and_then(|bytes| Message::from_bytes(&bytes).ok()) else {
+    let Some(request) = filtered(datagram.payload.bytes).and_then(|bytes| Message::from_bytes(&bytes).ok())
+    else {
         cx.link.stats.dropped.malformed += 1;
         return;
     };

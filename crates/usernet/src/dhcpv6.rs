@@ -39,10 +39,11 @@ pub(crate) fn packet(cx: &mut Context<'_>, datagram: &UdpView<'_>) {
     let (Some(family), Addresses::V6 { source, .. }) = (cx.config.ipv6, datagram.ip.addresses) else {
         return;
     };
-    if datagram.payload.len() > LONGEST_REQUEST {
+    if datagram.payload.bytes.len() > LONGEST_REQUEST {
         return;
     }
-    let Some(request) = filtered(datagram.payload).and_then(|bytes| Message::from_bytes(&bytes).ok()) else {
+    let Some(request) = filtered(datagram.payload.bytes).and_then(|bytes| Message::from_bytes(&bytes).ok())
+    else {
         cx.link.stats.dropped.malformed += 1;
         return;
     };

@@ -12,7 +12,7 @@ use etherparse::{EtherType, IpNumber, TcpHeader};
 use crate::config::MacAddress;
 use crate::context::Context;
 use crate::icmp::protocol;
-use crate::packet::{Addresses, ETHERNET};
+use crate::packet::{Addresses, Datagrams, ETHERNET};
 use crate::tap::Offload;
 
 /// The hop limit of packets whose own did not survive the host's socket.
@@ -251,6 +251,32 @@ impl Context<'_> {
         let mut header = self.ethernet_for(addresses);
         header.push_ip(addresses, protocol, hop_limit, length);
         header
+    }
+
+    /// Sends the guest datagrams, in one frame if the link takes them so.
+    pub(crate) fn send_datagrams(
+        &mut self,
+        addresses: Addresses,
+        ports: (u16, u16),
+        datagrams: Datagrams<'_>,
+    ) {
+        let abilities = self.link.abilities();
+        let headers = UDP + if addresses.is_v6() { 40 } else { 20 };
+        let Datagrams { bytes, segment } = datagrams;
+        match segment {
+            Some(length)
+                if abilities.datagrams
+                    && bytes.len() > usize::from(length)
+                    && headers + usize::from(length) <= abilities.mtu.into()
+                    && headers + bytes.len() <= u16::MAX.into() =>
+            {
+                let mut header = self.ip(addresses, IpNumber::UDP, HOP_LIMIT, UDP + bytes.len());
+                header.push_udp(addresses, ports, bytes, true);
+                let offload = Offload { needs_checksum: true, segment };
+                self.link.send_or_hold(header.as_slice(), bytes, offload);
+            }
+            _ => datagrams.each().for_each(|payload| self.send_udp(addresses, ports, payload)),
+        }
     }
 
     /// Sends the guest a UDP datagram.

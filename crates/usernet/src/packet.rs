@@ -114,13 +114,36 @@ pub(crate) struct Ip<'a> {
     pub(crate) bytes: &'a [u8],
 }
 
+/// Datagrams of one sender's.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Datagrams<'a> {
+    pub(crate) bytes: &'a [u8],
+    /// The length of each but the last; `None` if it is one alone.
+    pub(crate) segment: Option<u16>,
+}
+
+impl<'a> Datagrams<'a> {
+    /// How many there are.
+    pub(crate) fn count(self) -> usize {
+        self.each().count()
+    }
+
+    /// The payload of each.
+    pub(crate) fn each(self) -> impl Iterator<Item = &'a [u8]> {
+        let empty = self.bytes.is_empty().then_some(self.bytes);
+        let length = self.segment.filter(|&length| length > 0).map_or(usize::MAX, usize::from);
+        empty.into_iter().chain(self.bytes.chunks(length))
+    }
+}
+
 /// A UDP datagram.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct UdpView<'a> {
     pub(crate) ip: Ip<'a>,
     pub(crate) source_port: u16,
     pub(crate) destination_port: u16,
-    pub(crate) payload: &'a [u8],
+    /// As a rule one datagram.
+    pub(crate) payload: Datagrams<'a>,
 }
 
 impl UdpView<'_> {
@@ -182,6 +205,9 @@ pub(crate) enum Refused {
     /// Not IPv4, IPv6 or ARP for IPv4.
     Unsupported,
 }
+
+/// Datagrams in one frame at most: what a socket takes together (UDP_MAX_SEGMENTS in linux/udp.h).
+const MOST_DATAGRAMS: usize = 128;
 
 /// Takes a frame apart. `offload` is what the link says about it.
 pub(crate) fn parse(frame: &[u8], offload: Offload) -> Result<Frame<'_>, Refused> {
@@ -314,11 +340,16 @@ fn udp<'a>(ip: Ip<'a>, bytes: &'a [u8], offload: Offload) -> Result<Packet<'a>, 
         (0, true) => return Err(Refused::Checksum),
         _ => verify(ip.addresses, IpNumber::UDP, datagram.slice(), offload)?,
     }
+    let segment = offload.segment.filter(|&length| length > 0);
+    let payload = Datagrams { bytes: datagram.payload(), segment };
+    if payload.count() > MOST_DATAGRAMS {
+        return Err(Refused::Malformed);
+    }
     Ok(Packet::Udp(UdpView {
         ip,
         source_port: datagram.source_port(),
         destination_port: datagram.destination_port(),
-        payload: datagram.payload(),
+        payload,
     }))
 }
 

@@ -9,7 +9,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::libc;
-use nix::sys::socket::sockopt::{BindToDevice, Ipv4PacketInfo, Ipv4RecvErr, Ipv6RecvErr, Ipv6RecvPacketInfo};
+use nix::sys::socket::sockopt::{
+    BindToDevice, Ipv4PacketInfo, Ipv4RecvErr, Ipv6RecvErr, Ipv6RecvPacketInfo, UdpGroSegment,
+};
 use nix::sys::socket::{
     ControlMessage, ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, sendmsg, setsockopt,
 };
@@ -21,6 +23,7 @@ use rustix::net::{
 
 use crate::config::Forward;
 use crate::frame::IcmpError;
+use crate::packet::Datagrams;
 
 /// Room for the control messages asked for here.
 const CONTROL: usize = 256;
@@ -173,6 +176,13 @@ pub(crate) fn keep_destinations(fd: &OwnedFd, v6: bool) -> io::Result<()> {
     Ok(())
 }
 
+/// Has [`receive`] take several datagrams at once where the kernel has put them together (`UDP_GRO` in udp(7)): a network card's
+/// driver does that, and senders who use `UDP_SEGMENT` on the same host.
+pub(crate) fn receive_together(fd: &OwnedFd) {
+    // Kernels before 5.0 have them one by one.
+    let _ = setsockopt(fd.as_raw_fd(), UdpGroSegment, &true);
+}
+
 /// A ping socket (icmp(7)) bound as `binding` says and connected to `target`, and the identifier that its messages have:
 /// `identifier` if nobody else on the host uses it.
 ///
@@ -203,15 +213,25 @@ pub(crate) fn set_hop_limit(fd: &OwnedFd, v6: bool, hops: u8) {
     };
 }
 
-/// A datagram that a listening socket took.
+/// A datagram that a socket took, or several of one peer's.
 pub(crate) struct Received {
+    /// Bytes of all of them.
     pub(crate) length: usize,
+    /// How long each but the last is, if they are several.
+    pub(crate) segment: Option<u16>,
     pub(crate) peer: SocketAddr,
     /// The host's address that it was sent to.
     pub(crate) local: Option<IpAddr>,
 }
 
-/// Takes the next datagram of a listening socket.
+impl Received {
+    /// The payload of each datagram, which are in `buffer`.
+    pub(crate) fn datagrams<'a>(&self, buffer: &'a [u8]) -> Datagrams<'a> {
+        Datagrams { bytes: buffer.get(..self.length).unwrap_or_default(), segment: self.segment }
+    }
+}
+
+/// Takes the next datagram of a socket, or several if [`receive_together`] was asked for.
 ///
 /// # Errors
 /// `WouldBlock` if there is none; others are errors of datagrams that were sent by this socket before.
@@ -221,15 +241,21 @@ pub(crate) fn receive(fd: &OwnedFd, buffer: &mut [u8]) -> io::Result<Received> {
     // syscalls: recvmsg
     let message =
         recvmsg::<SockaddrStorage>(fd.as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::MSG_DONTWAIT)?;
-    let local = message.cmsgs().find_map(|message| match message {
-        ControlMessageOwned::Ipv4PacketInfo(info) => {
-            Some(Ipv4Addr::from_bits(u32::from_be(info.ipi_addr.s_addr)).into())
+    let (mut local, mut segment) = (None, None);
+    for message in message.cmsgs() {
+        match message {
+            ControlMessageOwned::Ipv4PacketInfo(info) => {
+                local = Some(Ipv4Addr::from_bits(u32::from_be(info.ipi_addr.s_addr)).into());
+            }
+            ControlMessageOwned::Ipv6PacketInfo(info) => {
+                local = Some(Ipv6Addr::from(info.ipi6_addr.s6_addr).into());
+            }
+            ControlMessageOwned::UdpGroSegments(length) => segment = Some(length),
+            _ => {}
         }
-        ControlMessageOwned::Ipv6PacketInfo(info) => Some(Ipv6Addr::from(info.ipi6_addr.s6_addr).into()),
-        _ => None,
-    });
+    }
     let peer = message.address.as_ref().and_then(to_std).ok_or(io::ErrorKind::InvalidData)?;
-    Ok(Received { length: message.bytes, peer, local })
+    Ok(Received { length: message.bytes, segment, peer, local })
 }
 
 /// Sends a datagram, or several if `length` says how long each but the last is (`UDP_SEGMENT` in udp(7)); to `peer` by a socket

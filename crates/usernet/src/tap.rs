@@ -11,7 +11,8 @@ pub const LONGEST_FRAME: usize = 14 + 65535;
 pub struct Offload {
     /// The TCP or UDP checksum holds the pseudo-header's part alone.
     pub needs_checksum: bool,
-    /// The frame is one TCP segment too long for the wire, to be cut into pieces of this many bytes of payload.
+    /// The frame is one TCP segment too long for the wire, or several UDP datagrams of one sender's, to be cut into pieces of
+    /// this many bytes of payload.
     pub segment: Option<u16>,
 }
 
@@ -22,6 +23,8 @@ pub struct Abilities {
     pub checksum: bool,
     /// TCP frames to the guest may be longer than the MTU, over IPv4 and IPv6.
     pub segmentation: [bool; 2],
+    /// UDP frames to the guest may be several datagrams, over either family.
+    pub datagrams: bool,
     /// The link's MTU, without the Ethernet header.
     pub mtu: u16,
 }

@@ -77,7 +77,8 @@ pub fn config() -> Config {
 }
 
 /// What the link of [`tap`] can do if a test does not care.
-pub const PLAIN: Abilities = Abilities { checksum: false, segmentation: [false; 2], mtu: 1500 };
+pub const PLAIN: Abilities =
+    Abilities { checksum: false, segmentation: [false; 2], datagrams: false, mtu: 1500 };
 
 struct State {
     to_engine: VecDeque<(Vec<u8>, Offload)>,

@@ -28,16 +28,30 @@
 //!
 //! Nothing is locked while an access is told to unmap.
 
-use std::sync::{Arc, Weak, atomic::AtomicU64, atomic::Ordering};
+mod access;
+mod area;
+mod dirty;
+mod domains;
+mod map;
+mod options;
+mod pin;
+mod ranges;
+mod unmap;
 
-use crate::{
-    Errno, Result,
-    domain::{Domain, Prot},
-    hostmem::HostRun,
-    iova::{Iova, IovaRange},
-    pages::Pages,
-    process::{Process, UserAddr},
+use std::sync::{
+    Arc, Condvar, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+    atomic::{AtomicU64, Ordering},
 };
+
+use access::Accesses;
+pub use access::{AccessId, AccessOps};
+use area::Areas;
+pub use dirty::DirtyBitmap;
+use domains::Domains;
+pub use pin::Pinned;
+use ranges::Ranges;
+
+use crate::{Result, inject, iova::IovaRange};
 
 /// Who reserved a range, so that all that one has reserved can be given back at once.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -52,234 +66,71 @@ impl Owner {
     }
 }
 
-/// What an access does for the address space that it pins pages of.
-pub trait AccessOps: Send + Sync {
-    /// `range` is being unmapped: every [`Pinned`] that has a part of it must be dropped before this returns. Pins that
-    /// were not made through this access are none of its business, and ranges come that it never pinned.
-    ///
-    /// It is called with no lock held, by the thread that unmaps, and several times for one range if it must.
-    fn unmap(&self, range: IovaRange);
-}
-
-/// An access that was registered with [`Ioas::add_access`].
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct AccessId(u64);
-
-/// Where [`Ioas::read_dirty`] tells what was written to: a bitmap in user memory, one bit for each `page_size` bytes
-/// from the start of `range` on. Bits are set there, and never cleared.
-#[derive(Clone, Copy, Debug)]
-pub struct DirtyBitmap<'a> {
-    /// What it tells of.
-    pub range: IovaRange,
-    /// What one bit stands for: a power of two.
-    pub page_size: u64,
-    /// Whose memory it is in.
-    pub process: &'a dyn Process,
-    /// Where.
-    pub at: UserAddr,
-}
-
 /// An I/O address space.
 #[derive(Debug)]
-pub struct Ioas {}
+pub struct Ioas {
+    domains: RwLock<Domains>,
+    areas: RwLock<Areas>,
+    accesses: Mutex<Accesses>,
+    /// Who unmaps waits here for pins being made and copies being done.
+    idle: Mutex<()>,
+    became_idle: Condvar,
+}
 
 impl Ioas {
     /// An empty one, with nothing reserved.
     pub fn new() -> Arc<Self> {
-        Arc::new(Self {})
-    }
-
-    /// Maps `length` bytes of `pages`, from byte `offset` on, at `at`, or where there is room for them when that is none:
-    /// where they are mapped.
-    ///
-    /// - EINVAL: `length` is 0, or something is not a multiple of [`Self::iova_alignment`], or `at` is in a reserved range.
-    /// - EOVERFLOW: the range goes past the last address.
-    /// - EEXIST: something is mapped at `at`.
-    /// - ENOSPC: no range that is long enough is free and allowed.
-    /// - EPERM: `prot` has write but `pages` has not.
-    /// - ENOMEM, EFAULT: a domain needs the pages pinned, and they cannot be.
-    pub fn map(
-        &self,
-        pages: &Arc<Pages>,
-        offset: u64,
-        length: u64,
-        at: Option<Iova>,
-        prot: Prot,
-    ) -> Result<Iova> {
-        let _ = (pages, offset, length, at, prot);
-        Err(Errno::NOSYS)
-    }
-
-    /// Maps what `source` has mapped in `from` (parts of areas, without a hole between them) here too. The pages are
-    /// shared, and pinned once for both. `source` may be this address space.
-    ///
-    /// As [`Self::map`]; and ENOENT when not all of `from` is mapped.
-    pub fn copy_from(&self, source: &Self, from: IovaRange, at: Option<Iova>, prot: Prot) -> Result<Iova> {
-        let _ = (source, from, at, prot);
-        Err(Errno::NOSYS)
-    }
-
-    /// Unmaps all areas in `range`: how many bytes they had; 0 when there was none.
-    ///
-    /// - ENOENT: an area is only partly in `range`.
-    /// - EBUSY: an owner has pages of an area pinned, or the area is just being mapped.
-    /// - EDEADLK: an access was asked to let go, again and again, and did not.
-    ///
-    /// Areas before the one that it fails at are unmapped.
-    pub fn unmap(&self, range: IovaRange) -> Result<u64> {
-        let _ = range;
-        Err(Errno::NOSYS)
+        let areas = Areas { map: Default::default(), ranges: Ranges::new(), alignment: 1, huge_pages: true };
+        Arc::new(Self {
+            domains: RwLock::default(),
+            areas: RwLock::new(areas),
+            accesses: Mutex::default(),
+            idle: Mutex::default(),
+            became_idle: Condvar::new(),
+        })
     }
 
     /// Where anything may be mapped: all but the reserved ranges, in order.
     pub fn iova_ranges(&self) -> Vec<IovaRange> {
-        Vec::new()
+        self.read_areas().ranges.usable()
     }
 
     /// What addresses and lengths of mappings must be multiples of: a power of two up to the page size.
     pub fn iova_alignment(&self) -> u64 {
-        1
+        self.read_areas().alignment
     }
 
-    /// Confines automatic allocation to `ranges` (to nothing when there is none), and keeps everybody from reserving
-    /// anything there. EINVAL when they overlap each other, EADDRINUSE when a part of one is reserved.
+    /// Confines automatic allocation to `ranges`, and keeps everybody from reserving anything there; when there is none,
+    /// all is allowed again. EINVAL when they overlap each other, EADDRINUSE when a part of one is reserved.
     pub fn set_allowed(&self, ranges: &[IovaRange]) -> Result<()> {
-        let _ = ranges;
-        Err(Errno::NOSYS)
+        inject::check()?;
+        self.write_areas().ranges.set_allowed(ranges)
     }
 
     /// From now on nothing may be mapped in `range`. EADDRINUSE when something is, or it is allowed.
     pub fn reserve(&self, range: IovaRange, owner: Owner) -> Result<()> {
-        let _ = (range, owner);
-        Err(Errno::NOSYS)
+        inject::check()?;
+        self.write_areas().reserve(range, owner)
     }
 
     /// Gives back what `owner` has reserved.
     pub fn unreserve(&self, owner: Owner) {
-        let _ = owner;
+        self.write_areas().ranges.unreserve(owner);
     }
 
-    /// Enters all areas into `domain`, and from now on all that are mapped, until [`Self::detach_domain`]. What is
-    /// outside its aperture is reserved.
-    ///
-    /// - EADDRINUSE: an area is outside the aperture, or not aligned to the domain's smallest page.
-    /// - EINVAL: the domain's smallest page is larger than the host's.
-    /// - ENOMEM, EFAULT: pages cannot be pinned, or entered. Nothing has changed then.
-    pub fn attach_domain(&self, domain: &Arc<dyn Domain>) -> Result<()> {
-        let _ = domain;
-        Err(Errno::NOSYS)
+    fn read_areas(&self) -> RwLockReadGuard<'_, Areas> {
+        self.areas.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes everything out of `domain`, and forgets it. Pages that nobody else needs are unpinned.
-    pub fn detach_domain(&self, domain: &Arc<dyn Domain>) {
-        let _ = domain;
+    fn write_areas(&self) -> RwLockWriteGuard<'_, Areas> {
+        self.areas.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether pages that lie together may be mapped as larger ones (`IOMMU_OPTION_HUGE_PAGES`): at first they may.
-    pub fn huge_pages(&self) -> bool {
-        true
+    fn read_domains(&self) -> RwLockReadGuard<'_, Domains> {
+        self.domains.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Changes it. Without huge pages everything must be aligned to the host's page, and areas can be [cut](Self::cut).
-    /// EINVAL when that changes while a domain has areas, EADDRINUSE when an area is not aligned.
-    pub fn set_huge_pages(&self, allowed: bool) -> Result<()> {
-        let _ = allowed;
-        Err(Errno::NOSYS)
-    }
-
-    /// Cuts the areas that begin before and end after one of `at` in two there, so that the parts can be unmapped alone: as
-    /// VFIO's type 1 version 1 does. EINVAL when huge pages are allowed and a domain has the area, or `at` is not
-    /// aligned; EBUSY when an access has pages of the area pinned.
-    pub fn cut(&self, at: &[Iova]) -> Result<()> {
-        let _ = at;
-        Err(Errno::NOSYS)
-    }
-
-    /// Counts the pinned pages of all areas in `spaces` with process `to` from now on. EINVAL when one of them is of a
-    /// process's memory and not of a file; ENOMEM when they go past the limit of `to`. Nothing has changed then.
-    pub fn change_process(spaces: &[Arc<Self>], to: &Arc<dyn Process>) -> Result<()> {
-        let _ = (spaces, to);
-        Err(Errno::NOSYS)
-    }
-
-    /// Starts or stops noting the pages that devices write to through `domain`, which is attached. Starts with none noted.
-    pub fn set_dirty_tracking(&self, domain: &Arc<dyn Domain>, enable: bool) -> Result<()> {
-        let _ = (domain, enable);
-        Err(Errno::NOSYS)
-    }
-
-    /// Sets the bits of the pages that were written to through `domain` since the last time, and forgets them unless
-    /// `keep`.
-    ///
-    /// EINVAL when the page size is no power of two, or the range is not made of whole ones, or a part of it is not
-    /// mapped; EFAULT when the bitmap cannot be written.
-    pub fn read_dirty(&self, domain: &Arc<dyn Domain>, bitmap: &DirtyBitmap<'_>, keep: bool) -> Result<()> {
-        let _ = (domain, bitmap, keep);
-        Err(Errno::NOSYS)
-    }
-
-    /// Registers who will pin pages. What is mapped must be aligned to `alignment` (a power of two up to the page size)
-    /// from now on: the page size for who pins, 1 for who only copies. EADDRINUSE when an area is not.
-    pub fn add_access(&self, ops: Weak<dyn AccessOps>, alignment: u64) -> Result<AccessId> {
-        let _ = (ops, alignment);
-        Err(Errno::NOSYS)
-    }
-
-    /// Forgets it. What it has pinned stays so until the guards are dropped.
-    pub fn remove_access(&self, id: AccessId) {
-        let _ = id;
-    }
-
-    /// Pins the pages of `length` bytes at `iova`, which may be in several areas without a hole between them. Serves
-    /// accesses and hardware queues alike: a queue is an `owner`, whose areas cannot be unmapped.
-    ///
-    /// - EINVAL: `length` is 0; or the range does not begin at the start of a page, or leaves an area or enters one within a
-    ///   page; or an area is just being unmapped.
-    /// - EOVERFLOW: it goes past the last address.
-    /// - EPERM: it is for `write` and an area is read-only (or the other way round).
-    /// - ENOENT: a part of it is not mapped.
-    /// - ENOMEM, EFAULT: pages cannot be pinned.
-    ///
-    /// Nothing stays pinned when it fails.
-    pub fn pin(&self, iova: Iova, length: u64, write: bool, owner: bool) -> Result<Pinned> {
-        let _ = (iova, length, write, owner);
-        Err(Errno::NOSYS)
-    }
-
-    /// Copies from the memory behind `iova`, any number of bytes across any number of areas. ENOENT at a hole, EPERM
-    /// where an area is not readable, EFAULT where the memory is gone.
-    pub fn read(&self, iova: Iova, to: &mut [u8]) -> Result<()> {
-        let _ = (iova, to);
-        Err(Errno::NOSYS)
-    }
-
-    /// Copies to it. As [`Self::read`], and EPERM where an area is not writable.
-    pub fn write(&self, iova: Iova, from: &[u8]) -> Result<()> {
-        let _ = (iova, from);
-        Err(Errno::NOSYS)
-    }
-}
-
-/// Pages that are pinned until this is dropped.
-#[derive(Debug)]
-pub struct Pinned {}
-
-impl Pinned {
-    /// Where the pages are now, in order; neighbours that lie together are one run. They are valid until the program
-    /// unmaps the addresses of the pages that it gave: who keeps them longer wants [`Self::read`] and [`Self::write`].
-    pub fn runs(&self) -> Vec<HostRun> {
-        Vec::new()
-    }
-
-    /// Copies from byte `offset` of the range on. EINVAL when it goes past the end.
-    pub fn read(&self, offset: u64, to: &mut [u8]) -> Result<()> {
-        let _ = (offset, to);
-        Err(Errno::NOSYS)
-    }
-
-    /// Copies to it. EINVAL as in [`Self::read`]; EPERM when it was not pinned for writing.
-    pub fn write(&self, offset: u64, from: &[u8]) -> Result<()> {
-        let _ = (offset, from);
-        Err(Errno::NOSYS)
+    fn write_domains(&self) -> RwLockWriteGuard<'_, Domains> {
+        self.domains.write().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -6,6 +6,12 @@ use std::{
     sync::{Arc, Weak},
 };
 
+pub(crate) mod local;
+mod remote;
+
+pub use local::{LocalProcess, carry, forget, quiet, vacate, vacate_private};
+pub use remote::RemoteProcess;
+
 use crate::{Result, account::Usage, domain::HostAddr, hostmem::PinnedPages};
 
 /// An address in the memory of the process that called.

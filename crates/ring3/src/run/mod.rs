@@ -13,6 +13,7 @@
 //! made. The terminal is restored on every way out but SIGKILL.
 
 pub mod console;
+pub mod devices;
 pub mod isolation;
 pub mod network;
 pub mod plan;
@@ -38,7 +39,8 @@ use crate::initramfs::{self, ModuleError};
 use crate::kernel::image::ImageError;
 use crate::kernel::{self, KernelError};
 use console::Console;
-use isolation::{Inherited, Use};
+use devices::DeviceError;
+use isolation::{Inherited, Use, Uses};
 use network::{Network, NetworkError};
 use session::Session;
 use spec::{Duplex, Outcome, Ports, Serial, VmSpec};
@@ -98,6 +100,9 @@ pub enum RunError {
     /// The guest's network cannot be made.
     #[error(transparent)]
     Network(#[from] NetworkError),
+    /// A device cannot be used.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// A disk cannot be used.
     #[error("cannot use {} as a disk (--disk)", path.display())]
     BadDisk {
@@ -160,6 +165,7 @@ where
     let kernel = kernel::choose(args.kernel.as_deref())?;
     let kernel_bytes = kernel::image::read(&kernel.image)?;
     let disks = plan::open_disks(&args.disks)?;
+    let devices = devices::connect(&args.devices)?;
     let root = plan::checked_root(&args.root)?;
     let network = network::open(args)?;
     let is_terminal = [io::stdin().is_terminal(), io::stdout().is_terminal(), io::stderr().is_terminal()];
@@ -174,7 +180,8 @@ where
         None => {
             let network = network.as_ref().map(|network| network.guest().clone());
             let spec = guest_init::spec::Spec { network, ..plan::guest_spec(args, &kernel, streams)? };
-            let modules = plan::modules(&kernel, &kernel_bytes, plan::drivers(args), &command_line)?;
+            let modules =
+                plan::modules(&kernel, &kernel_bytes, &plan::drivers(args, &devices), &command_line)?;
             Some(initramfs::build(&spec, &modules)?.finish())
         }
     };
@@ -184,7 +191,10 @@ where
 
     let shared_root = own_initramfs.then_some(root);
     let status = std::fs::File::open("/proc/self/status").ok();
-    let uses = network.as_ref().map_or(Use::Nothing, Network::needs);
+    let uses = Uses {
+        network: network.as_ref().map_or(Use::Nothing, Network::needs),
+        messages: !devices.is_empty(),
+    };
     let confined = inherited.map(|inherited| isolation::confine(inherited, shared_root.as_deref(), uses));
 
     // What the machine is connected to.
@@ -216,6 +226,7 @@ where
         cpus: args.cpus,
         shared_root,
         disks,
+        devices,
         network,
         serial,
         ports,

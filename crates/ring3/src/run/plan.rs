@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use guest_init::spec::{Root, Spec, Stream};
 
+use super::devices::Connected;
 use super::spec::OpenDisk;
 use super::{RunError, terminal};
 use crate::cli::{Disk, EnvVar, Link, RunArgs};
@@ -210,18 +211,18 @@ pub fn open_disks(disks: &[Disk]) -> Result<Vec<OpenDisk>, RunError> {
 
 /// Drivers of devices that not every guest has: those that the guest needs, and those that it is given where the
 /// kernel has them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Drivers {
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Drivers<'a> {
     /// Needed.
-    pub required: &'static [&'static str],
+    pub required: Vec<&'a str>,
     /// Welcome.
-    pub optional: &'static [&'static str],
+    pub optional: Vec<&'a str>,
 }
 
 /// The drivers for what the options ask for. A network that the user did not ask for is given up with a kernel that
 /// does not know it.
 #[must_use]
-pub fn drivers(args: &RunArgs) -> Drivers {
+pub fn drivers<'a>(args: &'a RunArgs, devices: &[Connected]) -> Drivers<'a> {
     const BLOCK: &str = "virtio_blk";
     const NET: &str = "virtio_net";
     let has_disks = !args.disks.is_empty();
@@ -233,7 +234,9 @@ pub fn drivers(args: &RunArgs) -> Drivers {
         _ if has_disks => (&[BLOCK, NET], &[]),
         _ => (&[NET], &[BLOCK]),
     };
-    Drivers { required, optional }
+    let named = args.modules.iter().map(String::as_str);
+    let needed = devices.iter().filter_map(|device| device.driver()).chain(named);
+    Drivers { required: required.iter().copied().chain(needed).collect(), optional: optional.to_vec() }
 }
 
 /// The modules that the guest's first process is to load.
@@ -244,11 +247,11 @@ pub fn drivers(args: &RunArgs) -> Drivers {
 pub fn modules(
     kernel: &Kernel,
     bytes: &[u8],
-    drivers: Drivers,
+    drivers: &Drivers<'_>,
     command_line: &str,
 ) -> Result<Vec<Module>, RunError> {
-    let required = [&REQUIRED, drivers.required].concat();
-    let optional = [&["virtio_rng", "pvpanic_mmio"], drivers.optional].concat();
+    let required = [&REQUIRED[..], &drivers.required].concat();
+    let optional = [&["virtio_rng", "pvpanic_mmio"][..], &drivers.optional].concat();
     if let Some(dir) = &kernel.modules {
         let mut modules = ModuleTree::open(dir)?.load(&required, &optional)?;
         if !wants_signatures(kernel, command_line) {
@@ -348,17 +351,17 @@ mod tests {
             modules: None,
             source: crate::kernel::Source::File,
         };
-        let plain = Drivers { required: &[], optional: &[] };
-        let error = modules(&kernel, b"\x7fELF virtio-pci virtio_console", plain, "").unwrap_err();
+        let plain = Drivers { required: vec![], optional: vec![] };
+        let error = modules(&kernel, b"\x7fELF virtio-pci virtio_console", &plain, "").unwrap_err();
         assert!(matches!(error, RunError::NoModules { driver, .. } if driver == "virtiofs"));
         assert!(
-            modules(&kernel, b"\x7fELF virtio-pci virtio_console virtiofs overlay", plain, "")
+            modules(&kernel, b"\x7fELF virtio-pci virtio_console virtiofs overlay", &plain, "")
                 .unwrap()
                 .is_empty()
         );
-        let network = Drivers { required: &["virtio_net"], optional: &[] };
-        let error =
-            modules(&kernel, b"\x7fELF virtio-pci virtio_console virtiofs overlay", network, "").unwrap_err();
+        let network = Drivers { required: vec!["virtio_net"], optional: vec![] };
+        let error = modules(&kernel, b"\x7fELF virtio-pci virtio_console virtiofs overlay", &network, "")
+            .unwrap_err();
         assert!(matches!(error, RunError::NoModules { driver, .. } if driver == "virtio_net"));
     }
 

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use machine::power::Shutdown;
 
+use super::devices::Connected;
 use super::isolation::Confined;
 use super::network::Network;
 use super::spinner::Notes;
@@ -33,6 +34,8 @@ pub struct VmSpec {
     pub shared_root: Option<PathBuf>,
     /// Disks in the order in which the guest is to see them.
     pub disks: Vec<OpenDisk>,
+    /// Devices from elsewhere, in the order of their slots.
+    pub devices: Vec<Connected>,
     /// The network card and what serves it; `None`: no such device.
     pub network: Option<Network>,
     /// The first serial port (0x3f8), the kernel's console.

@@ -116,6 +116,9 @@ pub fn launch(spec: VmSpec) -> Result<Outcome, VmError> {
         }
         None => None,
     };
+    for device in spec.devices {
+        device.assign(&mut machine)?;
+    }
     machine.load(&image, spec.boot.into(), spec.initramfs.as_deref(), &spec.command_line)?;
     drop(image);
     drop(spec.initramfs);

@@ -317,7 +317,7 @@ impl Tap for Stream {
     }
 
     fn abilities(&self) -> Abilities {
-        Abilities { checksum: false, segmentation: [false; 2], mtu: self.mtu }
+        Abilities { checksum: false, segmentation: [false; 2], datagrams: false, mtu: self.mtu }
     }
 
     fn receive(&mut self, buffer: &mut [u8]) -> io::Result<Option<(usize, Offload)>> {

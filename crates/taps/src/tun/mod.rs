@@ -33,6 +33,9 @@ pub const DEVICE: &str = "/dev/net/tun";
 /// any length. Congestion notification needs no care here, as segments are not cut again.
 const OFFLOAD: u32 = libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6 | libc::TUN_F_TSO_ECN;
 
+/// Likewise, several UDP datagrams in one frame (since Linux 6.2). A kernel that has these takes such frames, too.
+const DATAGRAMS: u32 = libc::TUN_F_USO4 | libc::TUN_F_USO6;
+
 /// One queue of a tap device.
 #[derive(Debug)]
 pub struct Tun {
@@ -78,8 +81,11 @@ impl Tun {
         let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | queues;
         ioctl::set_interface(&file, &mut ioctl::Interface::new(name, flags as u16))?;
         ioctl::set_header_size(&file, vnet::HEADER as i32)?;
-        ioctl::set_offload(&file, OFFLOAD)?;
-        let abilities = Abilities { checksum: true, segmentation: [true; 2], mtu: options.mtu };
+        let datagrams = ioctl::set_offload(&file, OFFLOAD | DATAGRAMS).is_ok();
+        if !datagrams {
+            ioctl::set_offload(&file, OFFLOAD)?;
+        }
+        let abilities = Abilities { checksum: true, segmentation: [true; 2], datagrams, mtu: options.mtu };
         Ok(Self { file, abilities })
     }
 

@@ -45,7 +45,7 @@ impl Tap for Dummy {
     fn acknowledge(&mut self) {}
 
     fn abilities(&self) -> Abilities {
-        Abilities { checksum: true, segmentation: [true, false], mtu: 9000 }
+        Abilities { checksum: true, segmentation: [true, false], datagrams: false, mtu: 9000 }
     }
 
     fn receive(&mut self, _: &mut [u8]) -> io::Result<Option<(usize, Offload)>> {

@@ -93,7 +93,7 @@ impl Pair {
             [Features::GUEST_TSO4, Features::GUEST_TSO6].map(|feature| checksum && has(feature));
         let long = has(Features::MRG_RXBUF) || segmentation.contains(&true);
         let mtu = if long { self.mtu } else { self.mtu.min(PLAIN_MTU) };
-        Abilities { checksum, segmentation, mtu }
+        Abilities { checksum, segmentation, datagrams: false, mtu }
     }
 
     /// Stops a ring. Where the next chain is, for whoever goes on with it.

@@ -26,12 +26,16 @@ fn cut_short_anywhere_a_frame_is_malformed_or_wrong() {
         udp_frame(guest_v4(1), (GATEWAY_V4, 2).into(), b"payload"),
         udp_frame(guest_v6(1), (GATEWAY_V6, 2).into(), b"payload"),
     ] {
-        assert!(matches!(parse(&frame, CHECKED).unwrap().packet, Packet::Udp(d) if d.payload == b"payload"));
+        assert!(
+            matches!(parse(&frame, CHECKED).unwrap().packet, Packet::Udp(d) if d.payload.bytes == b"payload")
+        );
         for length in 0..frame.len() {
             assert_eq!(refused(&frame[..length]), Some(Refused::Malformed), "{length} bytes");
         }
         let padded = [frame.as_slice(), &[0xaa; 40]].concat();
-        assert!(matches!(parse(&padded, CHECKED).unwrap().packet, Packet::Udp(d) if d.payload == b"payload"));
+        assert!(
+            matches!(parse(&padded, CHECKED).unwrap().packet, Packet::Udp(d) if d.payload.bytes == b"payload")
+        );
     }
 }
 
@@ -138,7 +142,9 @@ fn options_and_extension_headers_are_passed_over() {
         .udp(1, 2)
         .write(&mut frame, b"payload")
         .unwrap();
-    assert!(matches!(parse(&frame, CHECKED).unwrap().packet, Packet::Udp(d) if d.payload == b"payload"));
+    assert!(
+        matches!(parse(&frame, CHECKED).unwrap().packet, Packet::Udp(d) if d.payload.bytes == b"payload")
+    );
 
     let plain = udp_frame(guest_v6(1), (GATEWAY_V6, 2).into(), b"payload");
     let mut frame = plain[..14 + 40].to_vec();
@@ -147,7 +153,9 @@ fn options_and_extension_headers_are_passed_over() {
     frame.extend([60, 0, 1, 4, 0, 0, 0, 0]);
     frame.extend([17, 0, 1, 4, 0, 0, 0, 0]);
     frame.extend(&plain[54..]);
-    assert!(matches!(parse(&frame, CHECKED).unwrap().packet, Packet::Udp(d) if d.payload == b"payload"));
+    assert!(
+        matches!(parse(&frame, CHECKED).unwrap().packet, Packet::Udp(d) if d.payload.bytes == b"payload")
+    );
 }
 
 #[test]

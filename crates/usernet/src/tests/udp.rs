@@ -3,12 +3,13 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
+use etherparse::checksum::Sum16BitWords;
 use etherparse::{PacketBuilder, SlicedPacket};
 
 use super::{Datagram, as_icmp, as_udp, guest_v4, guest_v6, has_ipv6, udp_frame};
 use crate::config::{Config, Forward, Services, Transport};
 use crate::engine::Engine;
-use crate::tap::Abilities;
+use crate::tap::{Abilities, Offload};
 use crate::testing::{GATEWAY_MAC, GATEWAY_V4, GATEWAY_V6, GUEST_MAC, GUEST_V4, Net, PLAIN, config, tap};
 
 /// A socket of the host's.
@@ -273,9 +274,84 @@ fn a_link_that_completes_checksums_is_given_the_pseudo_headers() {
     let (mut frame, offload) = net.guest.receive().unwrap();
     assert!(offload.needs_checksum);
     // What the guest's driver does (virtio 1.2, 5.1.6.2): the sum of all from the header on, the partial one included.
-    let sum = etherparse::checksum::Sum16BitWords::new().add_slice(&frame[34..]).ones_complement();
+    let sum = Sum16BitWords::new().add_slice(&frame[34..]).ones_complement();
     frame[40..42].copy_from_slice(&sum.to_ne_bytes());
     assert_eq!(as_udp(&frame).unwrap().payload, b"odd");
+}
+
+/// Sends datagrams of `length` bytes by one call.
+fn send_together(from: &UdpSocket, to: SocketAddr, bytes: &[u8], length: u16) {
+    let from = from.try_clone().unwrap().into();
+    crate::socket::send(&from, bytes, Some(length), None, Some(to)).unwrap();
+}
+
+#[test]
+fn what_the_host_has_together_the_guest_gets_as_its_link_can() {
+    let bytes: Vec<u8> = (0..10_100u32).map(|n| (n % 251) as u8).collect();
+    let (server, port) = host(Ipv4Addr::LOCALHOST);
+    for datagrams in [true, false] {
+        let mut net = Net::with(config(), Abilities { checksum: true, datagrams, ..PLAIN }, 64);
+        let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        let forward = net.engine.add_forward(Forward::new(Transport::Udp, any, 53)).unwrap();
+        net.guest.send(udp_frame(guest_v4(9), (GATEWAY_V4, port).into(), b"?"));
+        net.settle();
+        let (_, from) = receive(&server);
+        // By a flow of the guest's, and by a forwarded port.
+        for to in [from, forward.listen] {
+            drop(net.frames());
+            send_together(&server, to, &bytes, 1000);
+            net.settle();
+            let frames: Vec<_> = std::iter::from_fn(|| net.guest.receive()).collect();
+            let count = if datagrams { 1 } else { 11 };
+            assert_eq!(frames.len(), count, "{to}");
+            let mut whole = Vec::new();
+            for (mut frame, offload) in frames {
+                assert_eq!(offload, Offload { needs_checksum: true, segment: datagrams.then_some(1000) });
+                let sum = Sum16BitWords::new().add_slice(&frame[34..]).ones_complement();
+                frame[40..42].copy_from_slice(&sum.to_ne_bytes());
+                whole.extend(as_udp(&frame).unwrap().payload);
+            }
+            assert!(whole == bytes, "{to}");
+        }
+    }
+}
+
+#[test]
+fn what_does_not_fit_the_link_is_given_one_by_one() {
+    let (server, port) = host(Ipv4Addr::LOCALHOST);
+    let abilities = Abilities { checksum: true, datagrams: true, mtu: 1000, ..PLAIN };
+    let mut net = Net::with(config(), abilities, 64);
+    net.guest.send(udp_frame(guest_v4(9), (GATEWAY_V4, port).into(), b"?"));
+    net.settle();
+    let (_, from) = receive(&server);
+    drop(net.frames());
+    send_together(&server, from, &[7; 3000], 1500);
+    net.settle();
+    let frames: Vec<_> = std::iter::from_fn(|| net.guest.receive()).collect();
+    assert_eq!(frames.len(), 4, "two fragments each");
+    assert!(frames.iter().all(|(frame, offload)| frame.len() <= 1014 && *offload == Offload::default()));
+}
+
+#[test]
+fn what_the_guest_has_together_leaves_as_many() {
+    let (server, port) = host(Ipv4Addr::LOCALHOST);
+    let mut net = Net::new(config());
+    let remote = SocketAddr::from((GATEWAY_V4, port));
+    let bytes: Vec<u8> = (0..50_000u32).map(|n| (n % 253) as u8).collect();
+    let send = |net: &mut Net, segment| {
+        let offload = Offload { needs_checksum: true, segment: Some(segment) };
+        net.guest.send_with(udp_frame(guest_v4(9), remote, &bytes), offload);
+        net.settle();
+    };
+    send(&mut net, 1200);
+    let got: Vec<Vec<u8>> = (0..42).map(|_| receive(&server).0).collect();
+    assert!(got.iter().take(41).all(|datagram| datagram.len() == 1200));
+    assert!(got.concat() == bytes);
+    // As many as no socket sends together, and as no driver may.
+    send(&mut net, 10);
+    assert_eq!(net.stats().dropped.malformed, 1);
+    server.set_nonblocking(true).unwrap();
+    assert!(server.recv(&mut [0; 10]).is_err());
 }
 
 #[test]

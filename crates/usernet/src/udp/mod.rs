@@ -6,7 +6,8 @@
 //! stands for the host's loopback or for a resolver is replaced: [`Context::outside`]), with the guest's own port if
 //! the host has it free. Multicast and broadcast do not leave the link.
 //!
-//! Datagrams that the guest sends in one go leave the host in one go ([`burst`]).
+//! Datagrams that the guest sends in one go leave the host in one go ([`burst`]), and those that the host's kernel has put
+//! together are given to a guest together, if its link can do that.
 //!
 //! **Into the guest.** A forwarded port is one socket for all of its peers. A datagram on it makes a flow
 //! without a socket of its own: the guest's answers go out by the same one, from the address that the peer had sent to.
@@ -33,14 +34,14 @@ use std::time::{Duration, Instant};
 use etherparse::{IpNumber, Ipv4HeaderSlice, Ipv6HeaderSlice};
 use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendFlags};
+use rustix::net::SendFlags;
 
 use crate::claims::Claims;
 use crate::config::{Config, Forward};
 use crate::context::{Context, RESOLVER_PORTS, Spare};
 use crate::flow::{Class, FlowTable, Patience};
 use crate::frame::{HOP_LIMIT, IcmpError, quoted_udp};
-use crate::packet::{Addresses, UdpView};
+use crate::packet::{Addresses, Datagrams, UdpView};
 use crate::poller::Token;
 use crate::socket::{self, Received};
 use burst::Burst;
@@ -184,6 +185,7 @@ impl Udp {
     /// The port is taken or forbidden, or there are no descriptors.
     pub(crate) fn listen(&mut self, cx: &Context<'_>, forward: &Forward) -> io::Result<SocketAddr> {
         let fd = socket::listening_udp(forward, cx.config.freebind, self.shares_ports)?;
+        socket::receive_together(&fd);
         // syscalls: getsockname
         let listen = SocketAddr::try_from(rustix::net::getsockname(&fd)?)?;
         let forward = Forward { listen, ..forward.clone() };
@@ -270,6 +272,7 @@ impl Udp {
             }
             result => result?,
         };
+        socket::receive_together(&fd);
         let flow = Flow::new(Way::Own(fd));
         // The guest's next datagram will find whose it is.
         let number = self.insert(cx, key, flow).ok_or(io::ErrorKind::AlreadyExists)?;
@@ -290,12 +293,14 @@ impl Udp {
         Some(number)
     }
 
-    /// Sends a datagram of the guest's by its flow, now or with those that follow.
+    /// Sends what the guest sent by its flow, now or with what follows.
     fn send(&mut self, cx: &mut Context<'_>, number: u32, datagram: &UdpView<'_>) {
-        let (hops, payload) = (datagram.ip.hop_limit, datagram.payload);
-        if !self.burst.add(number, hops, payload) {
-            self.send_burst(cx);
-            self.burst.add(number, hops, payload);
+        let hops = datagram.ip.hop_limit;
+        for payload in datagram.payload.each() {
+            if !self.burst.add(number, hops, payload) {
+                self.send_burst(cx);
+                self.burst.add(number, hops, payload);
+            }
         }
         if self.flows.get_mut(number).is_some_and(|(_, flow)| flow.alone) {
             self.send_burst(cx);
@@ -465,7 +470,9 @@ impl Udp {
     }
 
     fn drain_flow(&mut self, cx: &mut Context<'_>, number: u32) -> Drained {
-        for _ in 0..QUANTUM {
+        let mut taken = 0;
+        while taken < QUANTUM {
+            taken += 1;
             if cx.link.full {
                 return Drained::No;
             }
@@ -484,13 +491,14 @@ impl Udp {
                 }
                 continue;
             }
-            // syscalls: recvfrom
-            match rustix::net::recv(fd, &mut self.buffer[..], RecvFlags::DONTWAIT) {
-                Ok((length, _)) => {
+            match socket::receive(fd, &mut self.buffer) {
+                Ok(received) => {
                     self.flows.touch(number, Class::BothWays, cx.now);
-                    deliver(cx, key, self.buffer.get(..length).unwrap_or_default());
+                    let datagrams = received.datagrams(&self.buffer);
+                    taken += datagrams.count();
+                    deliver(cx, key, datagrams);
                 }
-                Err(Errno::AGAIN) => return Drained::Yes,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Drained::Yes,
                 Err(_) => flow.failed = true,
             }
         }
@@ -498,7 +506,9 @@ impl Udp {
     }
 
     fn drain_listener(&mut self, cx: &mut Context<'_>, number: u32) -> Drained {
-        for _ in 0..QUANTUM {
+        let mut taken = 0;
+        while taken < QUANTUM {
+            taken += 1;
             if cx.link.full {
                 return Drained::No;
             }
@@ -520,16 +530,21 @@ impl Udp {
             }
             match socket::receive(&listener.fd, &mut self.buffer) {
                 Ok(received) => {
-                    let payload = self.buffer.get(..received.length).unwrap_or_default();
-                    if bypass(cx, listener, &received, payload) {
+                    let datagrams = received.datagrams(&self.buffer);
+                    taken += datagrams.count();
+                    if bypass(cx, listener, &received, datagrams) {
                         continue;
                     }
                     let flow = flow_of(&mut self.flows, cx, &listener.forward, received.peer);
                     // A guest without an address is not there.
                     let Some((key, flow)) = flow else { continue };
-                    let Received { peer, local, .. } = received;
+                    let Received { peer, local, length, segment } = received;
                     self.note_peer(cx, key, flow, Way::Forwarded { listener: number, peer, local });
-                    deliver(cx, key, self.buffer.get(..received.length).unwrap_or_default());
+                    deliver(
+                        cx,
+                        key,
+                        Datagrams { bytes: self.buffer.get(..length).unwrap_or_default(), segment },
+                    );
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Drained::Yes,
                 Err(_) => listener.failed = true,
@@ -577,14 +592,20 @@ impl Spare for Udp {
     }
 }
 
-/// Gives a datagram to the bypass, if it is for that. Whether it was.
-fn bypass(cx: &Context<'_>, listener: &Listener, received: &Received, payload: &[u8]) -> bool {
+/// Gives datagrams to the bypass, if they are for that. Whether they were.
+fn bypass(cx: &Context<'_>, listener: &Listener, received: &Received, datagrams: Datagrams<'_>) -> bool {
     let (Some(bypass), Some(local)) = (&cx.link.bypass, received.local) else { return false };
     let local = SocketAddr::new(local, listener.forward.listen.port());
     let own = || cx.guest_address(received.peer.ip().to_canonical());
     let guest = listener.forward.guest_address.or_else(own);
     let port = listener.forward.guest_port;
-    bypass.datagram(&listener.fd, (received.peer, local), guest, port, payload)
+    // They have all the same ends.
+    let pass = |payload| bypass.datagram(&listener.fd, (received.peer, local), guest, port, payload);
+    let mut passed = false;
+    for payload in datagrams.each() {
+        passed |= pass(payload);
+    }
+    passed
 }
 
 /// The flow of `peer`, as the host knows it, by a forwarded port, and its number if it is there already; `None` if the
@@ -668,10 +689,10 @@ fn is_subnet_broadcast(cx: &Context<'_>, address: std::net::Ipv4Addr) -> bool {
     })
 }
 
-/// Gives the guest a datagram from the other end.
-fn deliver(cx: &mut Context<'_>, key: Key, payload: &[u8]) {
+/// Gives the guest datagrams from the other end.
+fn deliver(cx: &mut Context<'_>, key: Key, datagrams: Datagrams<'_>) {
     if let Some((addresses, (guest, remote))) = key.outbound() {
-        cx.send_udp(addresses.reversed(), (remote, guest), payload);
+        cx.send_datagrams(addresses.reversed(), (remote, guest), datagrams);
     }
 }
 

@@ -89,7 +89,7 @@ impl<M: GuestMem> Link<M> {
         }
         rings.checked = checksum;
         let mut state = self.state();
-        state.abilities = Abilities { checksum, segmentation, mtu: self.mtu };
+        state.abilities = Abilities { checksum, segmentation, datagrams: false, mtu: self.mtu };
         state.used = used;
         state.rings = Some(rings);
         drop(state);
@@ -136,7 +136,7 @@ impl<M: GuestMem> Link<M> {
 
 /// What the link can do while nobody is at its other end.
 fn without_driver(mtu: u16) -> Abilities {
-    Abilities { checksum: false, segmentation: [false; 2], mtu }
+    Abilities { checksum: false, segmentation: [false; 2], datagrams: false, mtu }
 }
 
 impl<M: GuestMem> Rings<M> {

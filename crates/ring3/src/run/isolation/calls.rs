@@ -20,7 +20,7 @@ use seccompiler::{
     SeccompRule, TargetArch, apply_filter_all_threads,
 };
 
-use super::Use;
+use super::{Use, Uses};
 
 /// A condition on one argument: its bits under `mask` are `value`.
 pub(crate) struct Arg {
@@ -88,15 +88,34 @@ fn network() -> Vec<Call> {
             ],
         ),
         // From sockets that are not connected, and what is said about them.
-        all(&[libc::SYS_sendmsg, libc::SYS_recvmsg]),
+        messages(),
     ]
     .into_iter()
     .flatten()
     .collect()
 }
 
+/// What serving a device to clients calls: crate `vfio`, on all of its threads.
+fn clients() -> Vec<Call> {
+    [
+        messages(),
+        // The next client, and the second socket of one.
+        all(&[libc::SYS_accept4, libc::SYS_socketpair]),
+        // What kind of descriptor it was given.
+        all(&[libc::SYS_readlink]),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+/// Messages that carry more than bytes, by sockets that are open: a device's calls (`vfio::user`) too.
+fn messages() -> Vec<Call> {
+    all(&[libc::SYS_sendmsg, libc::SYS_recvmsg])
+}
+
 /// What the process `pid` may call, and why.
-fn allowed(pid: u32, uses: Use) -> Vec<Call> {
+fn allowed(pid: u32, uses: Uses) -> Vec<Call> {
     const EXEC: u64 = libc::PROT_EXEC as u64;
     const WRITE: u64 = libc::PROT_WRITE as u64;
     const THREAD: u64 = libc::CLONE_THREAD as u64;
@@ -165,8 +184,10 @@ fn allowed(pid: u32, uses: Use) -> Vec<Call> {
         when(libc::SYS_tgkill, [arg(0, INT, u64::from(pid))]),
         // The entropy device, and hash tables.
         all(&[libc::SYS_getrandom]),
-        match uses {
+        match uses.network {
+            Use::Nothing if uses.messages => messages(),
             Use::Nothing => Vec::new(),
+            Use::Clients => clients(),
             Use::Sockets => network(),
             Use::Ports => network().into_iter().chain(all(&[libc::SYS_listen])).collect(),
         },
@@ -250,13 +271,13 @@ pub(crate) const FATAL: [c_long; 63] = [
 ];
 
 /// The calls that end the process: those that this run makes all the same are none of them.
-fn fatal(uses: Use) -> Vec<c_long> {
+fn fatal(uses: Uses) -> Vec<c_long> {
     let allowed: BTreeSet<c_long> = allowed(0, uses).iter().map(|call| call.number).collect();
     FATAL.iter().copied().filter(|number| !allowed.contains(number)).collect()
 }
 
 /// Puts the filters on all threads of the process.
-pub(super) fn filter(uses: Use) -> Result<(), seccompiler::Error> {
+pub(super) fn filter(uses: Uses) -> Result<(), seccompiler::Error> {
     let fatal = fatal_program(uses)?;
     let allowed = allowed_program(std::process::id(), uses)?;
     // Later filters add to earlier ones; this one lets the next be added.
@@ -264,12 +285,12 @@ pub(super) fn filter(uses: Use) -> Result<(), seccompiler::Error> {
     apply_filter_all_threads(&allowed)
 }
 
-fn fatal_program(uses: Use) -> Result<BpfProgram, BackendError> {
+fn fatal_program(uses: Uses) -> Result<BpfProgram, BackendError> {
     let rules = fatal(uses).into_iter().map(|number| (number, Vec::new())).collect();
     program(rules, SeccompAction::Allow, SeccompAction::KillProcess)
 }
 
-fn allowed_program(pid: u32, uses: Use) -> Result<BpfProgram, BackendError> {
+fn allowed_program(pid: u32, uses: Uses) -> Result<BpfProgram, BackendError> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
     for call in allowed(pid, uses) {
         // No rule at all means always.
@@ -305,7 +326,17 @@ pub(crate) fn program(
 mod tests {
     use super::*;
 
-    const USES: [Use; 3] = [Use::Nothing, Use::Sockets, Use::Ports];
+    const fn plain(network: Use) -> Uses {
+        Uses { network, messages: false }
+    }
+
+    const USES: [Uses; 5] = [
+        plain(Use::Nothing),
+        plain(Use::Clients),
+        plain(Use::Sockets),
+        plain(Use::Ports),
+        Uses { network: Use::Nothing, messages: true },
+    ];
 
     #[test]
     fn the_tables_do_not_contradict_themselves() {
@@ -318,8 +349,9 @@ mod tests {
             let fatal = fatal(uses);
             assert!(calls.iter().all(|call| !fatal.contains(&call.number)), "allowed, and fatal");
             assert_eq!(fatal.iter().collect::<BTreeSet<_>>().len(), fatal.len(), "fatal twice");
-            let not_fatal = match uses {
+            let not_fatal = match uses.network {
                 Use::Nothing => 0,
+                Use::Clients => 1,
                 Use::Sockets => 4,
                 Use::Ports => 5,
             };
@@ -335,7 +367,7 @@ mod tests {
         // What the other front ends do with their standard streams.
         let others = [libc::SYS_dup2, libc::SYS_dup3];
         let numbers = |uses| allowed(1, uses).iter().map(|call| call.number).collect::<BTreeSet<c_long>>();
-        let (sockets, ports) = (numbers(Use::Sockets), numbers(Use::Ports));
+        let (sockets, ports) = (numbers(plain(Use::Sockets)), numbers(plain(Use::Ports)));
         for (name, number) in crate::net::isolation::for_all_modes() {
             let elsewhere = before.contains(&number) || others.contains(&number);
             assert!(ports.contains(&number) || elsewhere, "{name}");
@@ -347,9 +379,12 @@ mod tests {
     fn the_document_has_the_numbers() {
         let text = include_str!("../../../../../docs/isolation.md");
         let count = |numbers: Vec<c_long>| numbers.into_iter().collect::<BTreeSet<_>>().len();
-        for (uses, network) in
-            USES.into_iter().zip(["without a network", "with a network", "with --net-control"])
-        {
+        for (uses, network) in USES.into_iter().zip([
+            "without a network",
+            "with a network",
+            "with --net-control",
+            "with --device alone",
+        ]) {
             let calls = allowed(1, uses);
             let total = count(calls.iter().map(|call| call.number).collect());
             let limited = count(calls.iter().filter(|c| !c.when.is_empty()).map(|c| c.number).collect());

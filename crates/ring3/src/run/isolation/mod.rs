@@ -37,10 +37,27 @@ pub use descriptors::Inherited;
 pub enum Use {
     /// None of it.
     Nothing,
+    /// None of it, but clients of a UNIX socket that it listens on already.
+    Clients,
     /// Sockets of IPv4 and IPv6 that it opens for the guest; it listens to no more ports than it does already.
     Sockets,
     /// Such sockets, and ports that it begins to listen to when the user asks for them.
     Ports,
+}
+
+/// What a run uses once it is confined, besides what every run does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Uses {
+    /// Of the host's network.
+    pub network: Use,
+    /// Messages with whoever has the guest's devices, over sockets that are open.
+    pub messages: bool,
+}
+
+impl From<Use> for Uses {
+    fn from(network: Use) -> Self {
+        Self { network, messages: false }
+    }
 }
 
 /// What became of each measure, as words for the user.
@@ -71,16 +88,17 @@ impl fmt::Display for Measures {
 /// A process after the first step. The second is due when everything is open.
 #[derive(Debug)]
 #[must_use = "without its second step the process is only half confined"]
-pub struct Confined(Measures, Use);
+pub struct Confined(Measures, Uses);
 
 /// The first step, for a process whose only thread is the caller. Below `root` files can be read from now on; none
 /// can be written that is not open yet, apart from what the standard streams are.
-pub fn confine(inherited: Inherited, root: Option<&Path>, network: Use) -> Confined {
+pub fn confine(inherited: Inherited, root: Option<&Path>, uses: impl Into<Uses>) -> Confined {
+    let uses = uses.into();
     let mut measures = Measures(Vec::new());
     inherited.close();
     // Before Landlock and the filter, for which the kernel demands it.
     measures.add("no_new_privs", set_no_new_privs(true));
-    measures.0.push(match files::restrict(root, network) {
+    measures.0.push(match files::restrict(root, uses.network) {
         Ok(measure) => measure,
         Err(error) => format!("no Landlock ({error})"),
     });
@@ -89,15 +107,15 @@ pub fn confine(inherited: Inherited, root: Option<&Path>, network: Use) -> Confi
         Err(error) => format!("all capabilities kept ({error})"),
     });
     measures.add("not dumpable", set_dumpable_behavior(DumpableBehavior::NotDumpable));
-    Confined(measures, network)
+    Confined(measures, uses)
 }
 
 impl Confined {
     /// The second step, for all threads. Returns what was done in both.
     #[must_use]
     pub fn seal(self) -> Measures {
-        let Self(mut measures, network) = self;
-        measures.add("seccomp", calls::filter(network));
+        let Self(mut measures, uses) = self;
+        measures.add("seccomp", calls::filter(uses));
         measures
     }
 }

@@ -252,8 +252,12 @@ impl Sim {
     pub(super) fn new(setup: Setup) -> Self {
         let to_guest =
             Arc::new(Mutex::new(Wire { room: setup.room, ..Wire::new(setup.to_guest, setup.seed) }));
-        let abilities =
-            Abilities { checksum: setup.offload, segmentation: [setup.offload; 2], mtu: setup.mtu };
+        let abilities = Abilities {
+            checksum: setup.offload,
+            segmentation: [setup.offload; 2],
+            datagrams: false,
+            mtu: setup.mtu,
+        };
         let nothing = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap();
         let tap = Box::new(SimTap { to_guest: to_guest.clone(), abilities, nothing });
         let mut nic = Nic {

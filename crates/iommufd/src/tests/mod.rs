@@ -1,0 +1,32 @@
+//! Tests of the address space as a whole; those of its parts stand beside them.
+
+mod concurrency;
+mod domain;
+mod injection;
+mod memory;
+mod model;
+mod moves;
+mod process;
+mod rules;
+
+use std::sync::Arc;
+
+use crate::{
+    account::Accounting,
+    iova::{Iova, IovaRange, PAGE_SIZE},
+    pages::Pages,
+    process::{Process, UserAddr},
+};
+
+pub(crate) const PAGE: u64 = PAGE_SIZE;
+
+/// `length` bytes at `start`.
+fn range(start: u64, length: u64) -> IovaRange {
+    IovaRange::with_length(Iova(start), length).unwrap()
+}
+
+/// A writable store of a process's memory that nobody's limit counts.
+fn store(process: &Arc<process::TestProcess>, start: UserAddr, length: u64) -> Arc<Pages> {
+    let process: Arc<dyn Process> = process.clone();
+    Pages::user(process, start, length, true, Accounting::None).unwrap()
+}

@@ -1,0 +1,69 @@
+//! Who calls: this process, as `iommufd` and `vfio` see it.
+
+use std::sync::Arc;
+
+use arc_swap::ArcSwapOption;
+use iommufd::{
+    Errno, Result,
+    caller::{Caller, Capability, File},
+    process::Process,
+};
+
+use crate::{calls, process::ShimProcess, table};
+
+/// The program in whose process we are.
+pub(crate) struct ShimCaller {
+    process: Arc<dyn Process>,
+}
+
+static CALLER: ArcSwapOption<ShimCaller> = ArcSwapOption::const_empty();
+
+impl ShimCaller {
+    /// The one of this process.
+    pub(crate) fn get() -> Arc<Self> {
+        if let Some(caller) = &*CALLER.load() {
+            return Arc::clone(caller);
+        }
+        // Who is second takes what the first made.
+        CALLER.compare_and_swap(&None::<Arc<Self>>, Some(Arc::new(Self::new())));
+        CALLER.load_full().unwrap_or_else(|| Arc::new(Self::new()))
+    }
+
+    fn new() -> Self {
+        Self { process: Arc::new(ShimProcess::new()) }
+    }
+
+    /// In a child after `fork`: another process calls, with nothing pinned.
+    pub(crate) fn renew() {
+        core::mem::forget(CALLER.swap(Some(Arc::new(Self::new()))));
+    }
+}
+
+impl Caller for ShimCaller {
+    fn process(&self) -> &Arc<dyn Process> {
+        &self.process
+    }
+
+    fn capable(&self, capability: Capability) -> bool {
+        use rustix::thread::CapabilitySet;
+        let wanted = match capability {
+            Capability::IpcLock => CapabilitySet::IPC_LOCK,
+            Capability::SysResource => CapabilitySet::SYS_RESOURCE,
+            Capability::SysRawio => CapabilitySet::SYS_RAWIO,
+        };
+        rustix::thread::capabilities(None).is_ok_and(|sets| sets.effective.contains(wanted))
+    }
+
+    fn install(&self, file: Arc<dyn File>) -> Result<i32> {
+        let descriptor = file.readiness().try_clone_to_owned().map_err(|_| Errno::MFILE)?;
+        calls::install(descriptor, calls::given(file), true)
+    }
+
+    fn uninstall(&self, fd: i32) {
+        calls::uninstall(fd);
+    }
+
+    fn installed(&self, fd: i32) -> Result<Arc<dyn File>> {
+        table::get_full(fd).and_then(|description| description.file.given()).ok_or(Errno::BADF)
+    }
+}

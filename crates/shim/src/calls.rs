@@ -1,0 +1,230 @@
+//! What a call on a served descriptor does: the safe half of the exported functions.
+
+use core::ffi::{c_int, c_void};
+use std::{
+    os::fd::{IntoRawFd, OwnedFd},
+    sync::Arc,
+};
+
+use iommufd::{
+    Errno, Result,
+    caller::{Caller, File},
+    process::UserAddr,
+};
+use rustix::{
+    fs::{MemfdFlags, OFlags},
+    io::FdFlags,
+};
+
+use crate::{
+    caller::ShimCaller,
+    node::{Mapping, Node, Opened, ServedFile},
+    process,
+    table::{self, Description},
+    user,
+};
+
+/// The most that one call reads or writes: as Linux does, more is done in part.
+const LARGEST: usize = 1 << 20;
+
+/// Transfers up to this size need no allocation.
+const SMALL: usize = 256;
+
+/// Opens `node`: the new descriptor.
+pub(crate) fn open(node: &dyn Node, flags: c_int) -> Result<c_int> {
+    if flags & libc::O_CREAT != 0 && flags & libc::O_EXCL != 0 {
+        return Err(Errno::EXIST);
+    }
+    if flags & libc::O_DIRECTORY != 0 {
+        return Err(Errno::NOTDIR);
+    }
+    let close_on_exec = flags & libc::O_CLOEXEC != 0;
+    match node.open(flags)? {
+        Opened::Served(file) => {
+            let descriptor = stand_in()?;
+            let status =
+                OFlags::from_bits_truncate(flags.cast_unsigned()) & (OFlags::NONBLOCK | OFlags::APPEND);
+            rustix::fs::fcntl_setfl(&descriptor, status)?;
+            install(descriptor, file, close_on_exec)
+        }
+        Opened::Plain(descriptor) => {
+            set_close_on_exec(&descriptor, close_on_exec)?;
+            Ok(descriptor.into_raw_fd())
+        }
+    }
+}
+
+fn set_close_on_exec(descriptor: &OwnedFd, close_on_exec: bool) -> Result<()> {
+    let flags = if close_on_exec { FdFlags::CLOEXEC } else { FdFlags::empty() };
+    rustix::io::fcntl_setfd(descriptor, flags)
+}
+
+/// Gives the program `descriptor`, which stands for `file`.
+pub(crate) fn install(descriptor: OwnedFd, file: Arc<dyn ServedFile>, close_on_exec: bool) -> Result<c_int> {
+    set_close_on_exec(&descriptor, close_on_exec)?;
+    let number = descriptor.into_raw_fd();
+    table::insert(number, Arc::new(Description { file })).map_err(|_| Errno::MFILE)?;
+    Ok(number)
+}
+
+/// Takes back a descriptor that [`install`] gave, before the program has seen its number.
+pub(crate) fn uninstall(number: c_int) {
+    if let Some(description) = table::remove(number) {
+        process::close(number);
+        drop(description);
+    }
+}
+
+/// What serves a file that an ioctl gives out.
+pub(crate) fn given(file: Arc<dyn File>) -> Arc<dyn ServedFile> {
+    Arc::new(Given(file))
+}
+
+/// A descriptor that polls as a device without a poll operation does: always ready, and none of `epoll`'s.
+fn stand_in() -> Result<OwnedFd> {
+    rustix::fs::memfd_create(c"ring3", MemfdFlags::CLOEXEC)
+}
+
+/// `ioctl`.
+pub(crate) fn ioctl(description: &Description, request: u64, argument: *mut c_void) -> Result<c_int> {
+    // The kernel's type is an unsigned int; libc's is wider.
+    #[expect(clippy::cast_possible_truncation, reason = "as the system call does")]
+    let request = request as u32;
+    description.file.ioctl(&*ShimCaller::get(), request, UserAddr(argument as u64))
+}
+
+/// Where a `read` or `write` takes place.
+#[derive(Clone, Copy)]
+pub(crate) enum Position {
+    /// At the file's own.
+    Current,
+    /// At this offset (`pread`).
+    At(i64),
+}
+
+impl Position {
+    fn offset(self) -> Result<Option<u64>> {
+        match self {
+            Self::Current => Ok(None),
+            Self::At(offset) => u64::try_from(offset).map(Some).map_err(|_| Errno::INVAL),
+        }
+    }
+}
+
+/// `read`, `pread`.
+pub(crate) fn read(
+    description: &Description,
+    to: UserAddr,
+    count: usize,
+    position: Position,
+) -> Result<usize> {
+    let offset = position.offset()?;
+    with_buffer(count, |buffer| {
+        let done = match offset {
+            None => description.file.read(buffer)?,
+            Some(offset) => description.file.read_at(offset, buffer)?,
+        };
+        user::write(to, buffer.get(..done).ok_or(Errno::IO)?)?;
+        Ok(done)
+    })
+}
+
+/// `write`, `pwrite`.
+pub(crate) fn write(
+    description: &Description,
+    from: UserAddr,
+    count: usize,
+    position: Position,
+) -> Result<usize> {
+    let offset = position.offset()?;
+    with_buffer(count, |buffer| {
+        user::read(from, buffer)?;
+        match offset {
+            None => description.file.write(buffer),
+            Some(offset) => description.file.write_at(offset, buffer),
+        }
+    })
+}
+
+/// One piece of a vectored call: where, and how long.
+type Piece = (UserAddr, usize);
+
+/// `readv`, `preadv` and their opposites: piece by piece, until one is short.
+pub(crate) fn vectored(
+    pieces: &[Piece],
+    position: Position,
+    mut each: impl FnMut(Piece, Position) -> Result<usize>,
+) -> Result<usize> {
+    let mut done = 0_usize;
+    for &(at, length) in pieces {
+        let here = match position {
+            Position::Current => Position::Current,
+            Position::At(offset) => {
+                Position::At(offset.saturating_add(i64::try_from(done).unwrap_or(i64::MAX)))
+            }
+        };
+        match each((at, length), here) {
+            Ok(some) => {
+                done = done.saturating_add(some);
+                if some < length {
+                    break;
+                }
+            }
+            Err(error) if done == 0 => return Err(error),
+            Err(_) => break,
+        }
+    }
+    Ok(done)
+}
+
+/// The pieces that `count` `iovec`s at `at` name. EINVAL for more than Linux allows, EFAULT for what cannot be read.
+pub(crate) fn pieces(at: *const libc::iovec, count: c_int) -> Result<Vec<Piece>> {
+    const MOST: usize = 1024;
+    const EACH: usize = size_of::<libc::iovec>();
+    let count = usize::try_from(count).ok().filter(|&count| count <= MOST).ok_or(Errno::INVAL)?;
+    let mut bytes = vec![0; count * EACH];
+    user::read(UserAddr(at as u64), &mut bytes)?;
+    let (words, _) = bytes.as_chunks::<8>();
+    let (pairs, _) = words.as_chunks::<2>();
+    pairs
+        .iter()
+        .map(|&[base, length]| {
+            let length = usize::try_from(i64::from_ne_bytes(length)).map_err(|_| Errno::INVAL)?;
+            Ok((UserAddr(u64::from_ne_bytes(base)), length))
+        })
+        .collect()
+}
+
+fn with_buffer<T>(count: usize, work: impl FnOnce(&mut [u8]) -> Result<T>) -> Result<T> {
+    let count = count.min(LARGEST);
+    let mut small = [0; SMALL];
+    match small.get_mut(..count) {
+        Some(buffer) => work(buffer),
+        None => work(&mut vec![0; count]),
+    }
+}
+
+/// A file that an ioctl gave out.
+struct Given(Arc<dyn File>);
+
+impl ServedFile for Given {
+    fn ioctl(&self, _caller: &dyn Caller, _request: u32, _argument: UserAddr) -> Result<i32> {
+        Err(Errno::NOTTY)
+    }
+
+    fn read(&self, to: &mut [u8]) -> Result<usize> {
+        self.0.read(to)
+    }
+
+    fn write(&self, from: &[u8]) -> Result<usize> {
+        self.0.write(from)
+    }
+
+    fn mmap(&self, _offset: u64, _length: u64, _prot: i32, _shared: bool) -> Result<Mapping> {
+        Err(Errno::NODEV)
+    }
+
+    fn given(&self) -> Option<Arc<dyn File>> {
+        Some(Arc::clone(&self.0))
+    }
+}

@@ -1,0 +1,109 @@
+//! `close`, `dup` and the other functions that change which descriptor is what.
+
+use core::ffi::{c_int, c_uint, c_void};
+
+use crate::{errno, real, table};
+
+/// `copy` is a new descriptor for what `fd` is; it may have been something served before.
+fn copied(fd: c_int, copy: c_int) {
+    errno::preserved(|| {
+        match table::get_full(fd) {
+            // A number past the table's end stays an ordinary descriptor of the stand-in.
+            Some(description) => drop(table::insert(copy, description)),
+            None => drop(table::remove(copy)),
+        }
+    });
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn close(fd: c_int) -> c_int {
+    // Before the number can be given to another thread's open; what was served is released when the number is free.
+    let description = table::remove(fd);
+    // SAFETY: the caller's argument, for the function that it meant to call.
+    let result = unsafe { real::close()(fd) };
+    if description.is_some() {
+        errno::preserved(|| drop(description));
+    }
+    result
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int {
+    let closes = c_int::try_from(libc::CLOSE_RANGE_CLOEXEC).is_ok_and(|cloexec| flags & cloexec == 0);
+    let closed = if closes && first <= last { take(first, last) } else { Vec::new() };
+    // SAFETY: the caller's arguments, for the function that it meant to call.
+    let result = unsafe { real::close_range()(first, last, flags) };
+    if result == 0 {
+        errno::preserved(|| drop(closed));
+    } else {
+        for (fd, description) in closed {
+            drop(table::insert(fd, description));
+        }
+    }
+    result
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn closefrom(first: c_int) {
+    let closed = take(c_uint::try_from(first).unwrap_or(0), c_uint::MAX);
+    // SAFETY: the caller's argument, for the function that it meant to call.
+    unsafe { real::closefrom()(first) };
+    errno::preserved(|| drop(closed));
+}
+
+/// Takes all served descriptors of a range out of the table.
+fn take(first: c_uint, last: c_uint) -> Vec<(c_int, std::sync::Arc<table::Description>)> {
+    if !table::serves_any() {
+        return Vec::new();
+    }
+    let bound = |number| c_int::try_from(number).unwrap_or(c_int::MAX);
+    table::range(bound(first), bound(last)).filter_map(|(fd, _)| Some((fd, table::remove(fd)?))).collect()
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn dup(fd: c_int) -> c_int {
+    // SAFETY: the caller's argument, for the function that it meant to call.
+    let copy = unsafe { real::dup()(fd) };
+    if copy >= 0 && table::serves_any() {
+        copied(fd, copy);
+    }
+    copy
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn dup2(fd: c_int, to: c_int) -> c_int {
+    // SAFETY: the caller's arguments, for the function that it meant to call.
+    let copy = unsafe { real::dup2()(fd, to) };
+    if copy >= 0 && copy != fd && table::serves_any() {
+        copied(fd, copy);
+    }
+    copy
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn dup3(fd: c_int, to: c_int, flags: c_int) -> c_int {
+    // SAFETY: the caller's arguments, for the function that it meant to call.
+    let copy = unsafe { real::dup3()(fd, to, flags) };
+    if copy >= 0 && table::serves_any() {
+        copied(fd, copy);
+    }
+    copy
+}
+
+/// Defines `fcntl` under the names that it has.
+macro_rules! fcntl {
+    ($($name:ident)*) => {$(
+        #[unsafe(no_mangle)]
+        unsafe extern "C" fn $name(fd: c_int, command: c_int, argument: *mut c_void) -> c_int {
+            // SAFETY: the caller's arguments, for the function that it meant to call.
+            let result = unsafe { real::$name()(fd, command, argument) };
+            let duplicates = matches!(command, libc::F_DUPFD | libc::F_DUPFD_CLOEXEC);
+            if duplicates && result >= 0 && table::serves_any() {
+                copied(fd, result);
+            }
+            result
+        }
+    )*};
+}
+
+fcntl!(fcntl fcntl64);

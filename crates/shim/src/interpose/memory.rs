@@ -1,0 +1,118 @@
+//! `mmap` of what is served.
+
+use core::{
+    ffi::{c_int, c_void},
+    ptr,
+};
+use std::os::fd::AsRawFd;
+
+use iommufd::Errno;
+use libc::{off_t, size_t};
+
+use super::answer_pointer;
+use crate::{mapped, moving, real, table};
+
+/// Defines `mmap` under the names that it has.
+macro_rules! mmap {
+    ($($name:ident)*) => {$(
+        #[unsafe(no_mangle)]
+        unsafe extern "C" fn $name(
+            at: *mut c_void,
+            length: size_t,
+            prot: c_int,
+            flags: c_int,
+            fd: c_int,
+            offset: off_t,
+        ) -> *mut c_void {
+            let anonymous = flags & libc::MAP_ANONYMOUS != 0;
+            let served = if anonymous { None } else { table::get_full(fd) };
+            // SAFETY: the caller's arguments but for the file, for the function that it meant to call.
+            let map = |fd, offset| unsafe { real::$name()(at, length, prot, flags, fd, offset) };
+            if flags & libc::MAP_FIXED != 0 && moving::evacuate(at as usize, length).is_err() {
+                return out_of_memory();
+            }
+            let Some(description) = served else {
+                let result = map(fd, offset);
+                if result != libc::MAP_FAILED {
+                    mapped::replaced(result as usize, length);
+                }
+                return result;
+            };
+            answer_pointer(|| {
+                let offset = u64::try_from(offset).map_err(|_| Errno::INVAL)?;
+                let shared = flags & libc::MAP_TYPE != libc::MAP_PRIVATE;
+                let mapping = description.file.mmap(offset, length as u64, prot, shared)?;
+                let offset = off_t::try_from(mapping.offset).map_err(|_| Errno::OVERFLOW)?;
+                let result = map(mapping.fd.as_raw_fd(), offset);
+                if result == libc::MAP_FAILED {
+                    return Err(Errno::from_raw_os_error(crate::errno::get()));
+                }
+                mapped::replaced(result as usize, length);
+                mapped::insert(result as usize, length, mapping.guard);
+                Ok(result)
+            })
+        }
+    )*};
+}
+
+mmap!(mmap mmap64);
+
+/// MAP_FAILED for want of memory.
+fn out_of_memory() -> *mut c_void {
+    crate::errno::set(libc::ENOMEM);
+    libc::MAP_FAILED
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn munmap(at: *mut c_void, length: size_t) -> c_int {
+    if moving::evacuate(at as usize, length).is_err() {
+        crate::errno::set(libc::ENOMEM);
+        return -1;
+    }
+    // SAFETY: the caller's arguments, for the function that it meant to call.
+    let result = unsafe { real::munmap()(at, length) };
+    if result == 0 {
+        mapped::replaced(at as usize, length);
+    }
+    result
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn mremap(
+    at: *mut c_void,
+    old_length: size_t,
+    new_length: size_t,
+    flags: c_int,
+    to: *mut c_void,
+) -> *mut c_void {
+    let fixed = flags & libc::MREMAP_FIXED != 0;
+    let to = if fixed { to } else { ptr::null_mut() };
+    let kept = old_length.min(new_length);
+    let cut = moving::evacuate((at as usize).saturating_add(kept), old_length - kept);
+    let covered = if fixed { moving::evacuate(to as usize, new_length) } else { Ok(()) };
+    if cut.and(covered).is_err() {
+        return out_of_memory();
+    }
+    // SAFETY: the caller's arguments, for the function that it meant to call.
+    let remap = || unsafe { real::mremap()(at, old_length, new_length, flags, to) };
+    let mut result = libc::MAP_FAILED;
+    moving::carry(at as usize, kept, || {
+        result = remap();
+        (result != libc::MAP_FAILED).then_some(result as usize)
+    });
+    if result != libc::MAP_FAILED {
+        mapped::moved(at as usize, old_length, result as usize, new_length);
+    }
+    result
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn madvise(at: *mut c_void, length: size_t, advice: c_int) -> c_int {
+    // Advice that throws private pages away; an empty mapping stays where they were.
+    if matches!(advice, libc::MADV_DONTNEED | libc::MADV_FREE) {
+        // If they cannot be moved they stay, which the advice allows.
+        let _ = moving::evacuate_private(at as usize, length);
+    }
+    // SAFETY: the caller's arguments, for the function that it meant to call.
+    unsafe { real::madvise()(at, length, advice) }
+}

@@ -1,0 +1,93 @@
+//! What the library serves: device nodes, and the files that opening them gives.
+
+use std::{any::Any, os::fd::OwnedFd, sync::Arc};
+
+use crate::share::Link;
+use iommufd::{Errno, Result, caller::Caller, process::UserAddr};
+
+/// A path that can be opened.
+pub(crate) trait Node: Send + Sync {
+    /// Opens it with `flags` (`O_*`).
+    fn open(&self, flags: i32) -> Result<Opened>;
+
+    /// What `stat` tells of it.
+    fn metadata(&self) -> Metadata;
+}
+
+/// What opening gives.
+pub(crate) enum Opened {
+    /// A file that this library serves.
+    Served(Arc<dyn ServedFile>),
+    /// An ordinary file.
+    Plain(OwnedFd),
+}
+
+/// What `stat` tells of a node, as far as programs look.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Metadata {
+    /// `st_mode`.
+    pub mode: u32,
+    /// `st_rdev`: major and minor number.
+    pub rdev: (u32, u32),
+}
+
+/// Pages of a served file, ready for the real mmap. The guard lives as long as any part stays mapped.
+pub(crate) struct Mapping {
+    /// What to map.
+    pub fd: OwnedFd,
+    /// From where in it.
+    pub offset: u64,
+    /// What the mapping holds.
+    pub guard: Arc<dyn Any + Send + Sync>,
+}
+
+/// An open file that this library serves. The defaults are what Linux answers for a device without the operation.
+pub(crate) trait ServedFile: Send + Sync {
+    /// `ioctl`. ENOTTY for a request that it does not have.
+    fn ioctl(&self, caller: &dyn Caller, request: u32, argument: UserAddr) -> Result<i32>;
+
+    /// `read`.
+    fn read(&self, to: &mut [u8]) -> Result<usize> {
+        let _ = to;
+        Err(Errno::INVAL)
+    }
+
+    /// `write`.
+    fn write(&self, from: &[u8]) -> Result<usize> {
+        let _ = from;
+        Err(Errno::INVAL)
+    }
+
+    /// `pread` at `offset`.
+    fn read_at(&self, offset: u64, to: &mut [u8]) -> Result<usize> {
+        let _ = (offset, to);
+        Err(Errno::SPIPE)
+    }
+
+    /// `pwrite` at `offset`.
+    fn write_at(&self, offset: u64, from: &[u8]) -> Result<usize> {
+        let _ = (offset, from);
+        Err(Errno::SPIPE)
+    }
+
+    /// `mmap` of `length` bytes at `offset` with `PROT_*`, shared or private.
+    fn mmap(&self, offset: u64, length: u64, prot: i32, shared: bool) -> Result<Mapping> {
+        let _ = (offset, length, prot, shared);
+        Err(Errno::NODEV)
+    }
+
+    /// What `fstat` tells of it; none for what `fstat` tells of its stand-in.
+    fn metadata(&self) -> Option<Metadata> {
+        None
+    }
+
+    /// What `iommufd` or `vfio` gave for this descriptor, when they take it back from the program.
+    fn given(&self) -> Option<Arc<dyn iommufd::caller::File>> {
+        None
+    }
+
+    /// The connection to the process that serves it, when that is another one, and its number there.
+    fn shared(&self) -> Option<(Arc<Link>, u64)> {
+        None
+    }
+}

@@ -1,0 +1,5 @@
+//! The devices and files that are served.
+
+pub(crate) mod faults;
+pub(crate) mod iommu;
+pub(crate) mod status;

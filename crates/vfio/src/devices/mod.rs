@@ -1,0 +1,4 @@
+//! Devices in software.
+
+pub mod ioat;
+pub mod nvme;
