@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use support::process::{as_other_user, finish};
 use support::selftests::{
-    Answers, Expectations, HugePages, Kernel, Outcome, Report, kernel, lift_memory_limit, say, shim,
+    Answers, Expectations, HugePages, Kernel, Outcome, Report, as_root, behind, kernel, lift_memory_limit, say, shim,
 };
 
 const PATIENCE: Duration = Duration::from_secs(240);
@@ -24,12 +24,14 @@ fn assert_none_wrong(wrong: &[String]) {
     assert!(wrong.is_empty(), "{} answers are wrong:\n{}", wrong.len(), wrong.join("\n"));
 }
 
-/// Runs a program of the selftests as ourselves, with as much locked memory as it likes where we may allow that.
+/// Runs a program of the selftests as root, with as much locked memory as it likes where we may allow that.
 #[track_caller]
 fn selftest(program: &str, options: &[&str], arguments: &[&str]) {
     let Some(kernel) = kernel() else { return };
     lift_memory_limit();
-    judge(kernel, program, shim(options, &kernel.program(program), arguments));
+    if let Some(command) = as_root(shim(options, &kernel.program(program), arguments)) {
+        judge(kernel, program, command);
+    }
 }
 
 /// Runs a command and compares what it reports with what is expected of the program of this name.
@@ -55,10 +57,8 @@ fn judge(kernel: &Kernel, program: &str, command: Command) {
 #[test]
 fn iommufd_as_a_user() {
     let Some(kernel) = kernel() else { return };
-    let mut command = Command::new("prlimit");
     let program = shim(&["--mock-iommu"], &kernel.program("iommufd"), &[]);
-    command.arg("--memlock=8388608:8388608").arg(program.get_program()).args(program.get_args());
-    command.envs(program.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    let mut command = behind("prlimit", &["--memlock=8388608:8388608"], &program);
     command.current_dir("/").env("HOME", "/nonexistent");
     as_other_user(&mut command);
     judge(kernel, "iommufd@user", command);
@@ -68,13 +68,11 @@ fn iommufd_as_a_user() {
 #[track_caller]
 fn probe(name: &str, options: &[&str], arguments: &[&str], answers: &[&str]) {
     let Some(kernel) = kernel() else { return };
-    if !rustix::process::geteuid().is_root() {
-        return support::skip("the answers are those that root is given");
-    }
     lift_memory_limit();
     let dir = tempfile::tempdir().unwrap();
     let program = kernel.probe(name, dir.path());
-    let done = finish(shim(options, &program, arguments), PATIENCE);
+    let Some(command) = as_root(shim(options, &program, arguments)) else { return };
+    let done = finish(command, PATIENCE);
     let mut wrong = Answers::read(answers).compare(name, Answers::parse(&done.text()), answers.len() > 1);
     if done.code != Some(0) {
         wrong.push(format!(

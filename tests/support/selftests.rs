@@ -102,7 +102,7 @@ impl Kernel {
     }
 }
 
-/// A command under the shim: as ourselves, because privileges are a part of what is asked.
+/// A program under the shim, as ourselves.
 pub fn shim(options: &[&str], program: &Path, arguments: &[&str]) -> Command {
     let mut command = match std::env::var_os("RING3_TEST_SHIM") {
         None => {
@@ -111,18 +111,40 @@ pub fn shim(options: &[&str], program: &Path, arguments: &[&str]) -> Command {
             command
         }
         Some(library) => {
-            let mut items = String::new();
-            for option in options {
-                let item = option.trim_start_matches("--");
-                let _ = writeln!(items, "{item}");
-            }
+            let items: Vec<_> = options.iter().map(|option| option.trim_start_matches("--")).collect();
             let mut command = with_arguments(program.to_str().unwrap(), &[]);
-            command.env("LD_PRELOAD", library).env("RING3_SHIM", items.trim());
+            command.env("LD_PRELOAD", library).env("RING3_SHIM", items.join("\n"));
             command
         }
     };
     command.args(arguments);
     command
+}
+
+/// A command with the privileges of root: of our own, or of a user namespace's; or none after having said aloud why. What
+/// programs may ask of the shim depends on privileges as it does with the kernel.
+pub fn as_root(command: Command) -> Option<Command> {
+    let own = rustix::process::geteuid().is_root()
+        && rustix::thread::capabilities(None)
+            .is_ok_and(|ours| ours.effective.contains(rustix::thread::CapabilityFlags::SYS_RESOURCE));
+    if own {
+        return Some(command);
+    }
+    const NAMESPACE: [&str; 3] = ["--user", "--map-root-user", "--"];
+    let probe = finish(with_arguments("unshare", &[&NAMESPACE[..], &["true"]].concat()), PATIENCE);
+    if probe.code != Some(0) {
+        super::skip(&format!("no root, and no user namespace: {}", probe.stderr.trim()));
+        return None;
+    }
+    Some(behind("unshare", &NAMESPACE, &command))
+}
+
+/// The command as the last arguments of another program.
+pub fn behind(program: &str, arguments: &[&str], command: &Command) -> Command {
+    let mut outer = with_arguments(program, arguments);
+    outer.arg(command.get_program()).args(command.get_args());
+    outer.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    outer
 }
 
 /// Huge pages for as long as this lives, for one test at a time.
