@@ -1,6 +1,6 @@
 //! The page table that an IOMMU reads: what an IOAS is entered into.
 
-use core::fmt;
+use core::{any::Any, fmt};
 
 use crate::{
     Errno, Result,
@@ -46,7 +46,8 @@ pub trait DirtySink {
 }
 
 /// An I/O page table. Calls that change it come one at a time for a range of addresses; the IOMMU reads meanwhile.
-pub trait Domain: Send + Sync + fmt::Debug {
+/// (It is [`Any`] for the driver that made it.)
+pub trait Domain: Any + Send + Sync + fmt::Debug {
     /// What it can map.
     fn geometry(&self) -> Geometry;
 

@@ -38,6 +38,7 @@ pub mod mock;
 mod object;
 pub mod pages;
 pub mod process;
+pub mod soft;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 #[cfg(test)]

@@ -2,7 +2,7 @@
 //!
 //! The machine is "hardware-reduced" (ACPI 4.1): no PM timer, no event registers, no SCI, and by that, for
 //! Linux, no PIC and no PIT either. Kernels find here: processors and interrupt controllers (MADT), PCI
-//! configuration space (MCFG), how to power off (`_S5` and the sleep control register) and reset
+//! configuration space (MCFG), which devices are behind an IOMMU (VIOT), how to power off (`_S5` and the sleep control register) and reset
 //! (reset register), the PCI host bridge with its windows, the serial port and pvpanic (DSDT).
 //!
 //! Everything that depends on the configuration is data in the tables; the only method is `_OSC`.
@@ -22,6 +22,7 @@ use acpi_tables::madt::{EnabledStatus, IoApic, ProcessorLocalApic};
 use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
+use acpi_tables::viot::{PciDevice, PciRange, VIOT, VirtIoPciIommu};
 use acpi_tables::xsdt::XSDT;
 use mmu::Gpa;
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError};
@@ -46,6 +47,17 @@ pub struct AcpiConfig {
     pub cpus: u32,
     /// The 64-bit PCI window, [`layout::mmio64_window`].
     pub mmio64: Range<u64>,
+    /// The virtio IOMMU, if there is one.
+    pub iommu: Option<Iommu>,
+}
+
+/// A virtio IOMMU on bus 0.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Iommu {
+    /// Its PCI slot.
+    pub slot: usize,
+    /// The slots of the functions behind it.
+    pub behind: Vec<usize>,
 }
 
 /// Why the tables could not be made.
@@ -91,6 +103,9 @@ pub fn build(config: &AcpiConfig) -> Result<Vec<u8>, AcpiError> {
     xsdt.add_entry(append(&mut tables, &bytes(&fadt(dsdt))));
     xsdt.add_entry(append(&mut tables, &madt(config.cpus)));
     xsdt.add_entry(append(&mut tables, &bytes(&mcfg())));
+    if let Some(iommu) = &config.iommu {
+        xsdt.add_entry(append(&mut tables, &bytes(&viot(iommu))));
+    }
     let xsdt = append(&mut tables, &bytes(&xsdt));
     let rsdp = bytes(&Rsdp::new(OEM_ID, xsdt));
     for (place, byte) in tables.iter_mut().zip(rsdp) {
@@ -177,6 +192,18 @@ fn mcfg() -> MCFG {
     let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     mcfg.add_ecam(layout::ECAM.0, 0, 0, layout::ECAM_BUSES - 1);
     mcfg
+}
+
+/// What is behind the virtio IOMMU (ACPI 6.5, 5.2.34). Each function is a range of its own, because others, in between,
+/// may not be behind it. The number of an endpoint is that of bus, device and function.
+fn viot(iommu: &Iommu) -> VIOT {
+    let function = |slot: &usize| PciDevice::new(0, 0, (*slot as u8) & 0x1f, 0);
+    let mut viot = VIOT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    let handle = viot.add_virtio_pci_iommu(VirtIoPciIommu::new(function(&iommu.slot)));
+    for slot in &iommu.behind {
+        viot.add_pci_range(PciRange::new(function(slot), function(slot), &handle));
+    }
+    viot
 }
 
 /// A table of this signature and revision with this content after the header.
@@ -329,7 +356,7 @@ mod tests {
     use super::*;
 
     fn config(cpus: u32) -> AcpiConfig {
-        AcpiConfig { cpus, mmio64: layout::mmio64_window(4 << 30) }
+        AcpiConfig { cpus, mmio64: layout::mmio64_window(4 << 30), iommu: None }
     }
 
     fn u32_at(bytes: &[u8], at: usize) -> u32 {

@@ -2,7 +2,8 @@
 //!
 //! [`machine`] puts the parts together and is where to start reading: memory by the [`layout`], interrupt
 //! controllers ([`apic`]), the [`clock`] and KVM's paravirtual interface ([`kvm`]), the [`bus`] with [`pci`],
-//! [`serial`], [`rtc`] and [`power`], devices from elsewhere ([`assigned`]), the [`loader`], and the [`acpi`] tables that describe all of it to the guest.
+//! [`serial`], [`rtc`] and [`power`], devices from elsewhere ([`assigned`]), memory as devices reach it
+//! ([`dma`]) and the guest's own [`iommu`], the [`loader`], and the [`acpi`] tables that describe all of it to the guest.
 #![deny(unsafe_code)]
 
 pub mod acpi;
@@ -11,7 +12,9 @@ pub mod assigned;
 mod boot;
 pub mod bus;
 pub mod clock;
+pub mod dma;
 mod guest_abi;
+pub mod iommu;
 pub mod kvm;
 pub mod layout;
 pub mod loader;

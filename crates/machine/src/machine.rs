@@ -15,6 +15,7 @@ use cpu::{CpuState, Cpuid, GuestRam, Ram, Vcpu, VcpuConfig, VcpuStats, attention
 use mmu::Gpa;
 use vfio::device::Device;
 use virtio::device::VirtioDevice;
+use virtio::iommu::Faults;
 use virtio::pci::VirtioPci;
 
 use crate::acpi::{self, AcpiConfig, AcpiError};
@@ -23,7 +24,9 @@ use crate::assigned::{AssignError, AssignedFunction, Reach};
 use crate::boot;
 use crate::bus::{Bus, BusError, MmioDevice, Unclaimed};
 use crate::clock::Clock;
+use crate::dma::DeviceMemory;
 use crate::guest_abi::GuestAbi;
+use crate::iommu::{GuestIommu, IommuStats, PAGE_SIZES};
 use crate::kvm::{KvmVcpu, KvmVm};
 use crate::layout;
 use crate::loader::{self, BootProtocol, BootRequest, BootState, KernelImage, LoadError};
@@ -46,6 +49,8 @@ pub struct MachineConfig {
     pub serial: Box<dyn Write + Send>,
     /// What the kernel is offered.
     pub guest_abi: GuestAbi,
+    /// Whether virtio devices are behind an IOMMU, which the guest drives.
+    pub iommu: bool,
 }
 
 /// The most vCPUs a machine can have.
@@ -85,6 +90,9 @@ pub enum MachineError {
     /// A virtio device could not be made.
     #[error("cannot add a virtio device")]
     Virtio(#[from] virtio::pci::PciError),
+    /// The IOMMU could not be made.
+    #[error("cannot make an IOMMU")]
+    Iommu(#[source] io::Error),
     /// A device could not be given to the guest.
     #[error("cannot give the guest a device")]
     Assign(#[from] AssignError),
@@ -122,6 +130,8 @@ pub struct MachineStats {
     pub unclaimed_ports: Unclaimed,
     /// Memory accesses that nothing answered.
     pub unclaimed_mmio: Unclaimed,
+    /// What the IOMMU counted, if there was one.
+    pub iommu: Option<IommuStats>,
 }
 
 /// A place to wait for the end.
@@ -191,6 +201,20 @@ pub struct Machine {
     power: Arc<PowerSignal>,
     end: Arc<End>,
     boot: Option<BootState>,
+    iommu: Option<IommuSlot>,
+}
+
+/// The IOMMU, where it is, and what is behind it.
+struct IommuSlot {
+    iommu: Arc<Mutex<GuestIommu>>,
+    faults: Arc<Faults>,
+    slot: usize,
+    behind: Vec<usize>,
+}
+
+/// The number that an IOMMU knows the function in a slot by: its bus, device and function number.
+fn endpoint(slot: usize) -> u32 {
+    (slot as u32) << 3
 }
 
 /// What is left of a [`MachineConfig`] once the devices are made.
@@ -248,7 +272,7 @@ impl Machine {
         power::attach(&mut bus, &power)?;
         let pci = PciRoot::new(layout::MMIO32, layout::mmio64_window(bytes));
 
-        Ok(Self {
+        let mut machine = Self {
             config: Shape { memory: bytes, cpus: config.cpus, guest_abi: config.guest_abi },
             memory,
             bus,
@@ -261,7 +285,24 @@ impl Machine {
             power,
             end,
             boot: None,
-        })
+            iommu: None,
+        };
+        if config.iommu {
+            machine.add_iommu()?;
+        }
+        Ok(machine)
+    }
+
+    fn add_iommu(&mut self) -> Result<(), MachineError> {
+        let faults = Faults::new().map_err(MachineError::Iommu)?;
+        let iommu = GuestIommu::new(&self.memory).map_err(|errno| MachineError::Iommu(errno.into()))?;
+        let iommu = Arc::new(Mutex::new(iommu));
+        let device = virtio::iommu::Iommu::new(Arc::clone(&iommu) as _, Arc::clone(&faults), PAGE_SIZES);
+        let msi = Arc::new(Msi(Arc::clone(&self.apics)));
+        let function = VirtioPci::new(Box::new(device), DeviceMemory::whole(&self.memory), msi, None)?;
+        let slot = self.pci.add_next(Arc::new(Mutex::new(VirtioFunction(function))))?;
+        self.iommu = Some(IommuSlot { iommu, faults, slot, behind: Vec::new() });
+        Ok(())
     }
 
     /// Guest RAM, for devices.
@@ -279,13 +320,24 @@ impl Machine {
         MachineHandle { end: Arc::clone(&self.end) }
     }
 
-    /// Adds a virtio device in the next free PCI slot.
+    /// Adds a virtio device in the next free PCI slot, behind the IOMMU if there is one.
     ///
     /// # Errors
     /// When the slots are taken, or the host is out of descriptors.
-    pub fn add_virtio(&mut self, device: Box<dyn VirtioDevice<Arc<GuestRam>>>) -> Result<(), MachineError> {
+    pub fn add_virtio(&mut self, device: Box<dyn VirtioDevice<DeviceMemory>>) -> Result<(), MachineError> {
         let msi = Arc::new(Msi(Arc::clone(&self.apics)));
-        let function = VirtioPci::new(device, Arc::clone(&self.memory), msi, None)?;
+        let function = match &mut self.iommu {
+            None => VirtioPci::new(device, DeviceMemory::whole(&self.memory), msi, None)?,
+            Some(behind) => {
+                let slot = self.pci.next_slot()?;
+                let port = lock(&behind.iommu).add_endpoint(endpoint(slot));
+                let port = port.map_err(|errno| MachineError::Iommu(errno.into()))?;
+                behind.behind.push(slot);
+                let faults = Arc::clone(&behind.faults);
+                let memory = DeviceMemory::translated(&self.memory, port, endpoint(slot), faults);
+                VirtioPci::new(device, memory, msi, None)?.behind_iommu()
+            }
+        };
         self.pci.add_next(Arc::new(Mutex::new(VirtioFunction(function))))?;
         Ok(())
     }
@@ -313,8 +365,9 @@ impl Machine {
         initramfs: Option<&[u8]>,
         cmdline: &str,
     ) -> Result<(), MachineError> {
-        let acpi_config =
-            AcpiConfig { cpus: self.config.cpus, mmio64: layout::mmio64_window(self.config.memory) };
+        let iommu = self.iommu.as_ref().map(|it| acpi::Iommu { slot: it.slot, behind: it.behind.clone() });
+        let mmio64 = layout::mmio64_window(self.config.memory);
+        let acpi_config = AcpiConfig { cpus: self.config.cpus, mmio64, iommu };
         let rsdp = acpi::write(&*self.memory, &acpi_config)?;
         power::write_reset_vector(&*self.memory).map_err(MachineError::ResetVector)?;
         let memory_map = layout::memory_map(self.config.memory);
@@ -408,6 +461,7 @@ impl Machine {
         let ended = ended?;
         stats.unclaimed_ports = bus.unclaimed_ports();
         stats.unclaimed_mmio = bus.unclaimed_mmio();
+        stats.iommu = self.iommu.as_ref().map(|it| lock(&it.iommu).stats());
         Ok((ended, stats))
     }
 
@@ -468,7 +522,7 @@ mod tests {
     }
 
     fn with_abi(memory: u64, cpus: u32, guest_abi: GuestAbi) -> Result<Machine, MachineError> {
-        Machine::new(MachineConfig { memory, cpus, serial: Box::new(io::sink()), guest_abi })
+        Machine::new(MachineConfig { memory, cpus, serial: Box::new(io::sink()), guest_abi, iommu: false })
     }
 
     #[test]

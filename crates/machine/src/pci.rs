@@ -158,9 +158,17 @@ impl PciRoot {
     /// # Errors
     /// When there is none.
     pub fn add_next(&mut self, function: SharedFunction) -> Result<usize, PciError> {
-        let slot = self.slots.iter().position(Option::is_none).ok_or(PciError::Full)?;
+        let slot = self.next_slot()?;
         self.add(slot, function)?;
         Ok(slot)
+    }
+
+    /// Which slot the next function comes into.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn next_slot(&self) -> Result<usize, PciError> {
+        self.slots.iter().position(Option::is_none).ok_or(PciError::Full)
     }
 
     /// Gives every BAR an address, as firmware does before it starts a kernel: those of 64 bits in the

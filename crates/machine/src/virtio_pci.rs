@@ -4,14 +4,14 @@ use std::sync::Arc;
 
 use ::pci::config::{Bar, BarKind};
 use ::pci::msix::MsiSink;
-use cpu::GuestRam;
 use virtio::pci::VirtioPci;
 
 use crate::apic::ApicBus;
+use crate::dma::DeviceMemory;
 use crate::pci::{BarInfo, PciFunction};
 
 /// A virtio device as a function on the bus.
-pub(crate) struct VirtioFunction(pub(crate) VirtioPci<Arc<GuestRam>>);
+pub(crate) struct VirtioFunction(pub(crate) VirtioPci<DeviceMemory>);
 
 impl PciFunction for VirtioFunction {
     fn config_read(&mut self, offset: u16, data: &mut [u8]) {

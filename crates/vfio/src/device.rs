@@ -214,10 +214,11 @@ pub trait Device: Send + Sync + fmt::Debug {
     /// EINVAL for vectors that do not exist, ENOTTY for an action that the kind does not know.
     fn set_irqs(&self, set: IrqSet) -> Result<()>;
 
-    /// Back to the state after power-up. Interrupts that were set up stay set up.
+    /// Back to the state after power-up. Interrupts that were set up stay set up, and so do the registers of a
+    /// configuration space that software programs.
     ///
     /// # Errors
-    /// ENOTTY when it has no reset.
+    /// EINVAL when it has no reset.
     fn reset(&self) -> Result<()>;
 
     /// A user has come: from now on the device may access memory by `dma`. It is as after a reset. Calls of open and
@@ -268,7 +269,7 @@ pub trait Device: Send + Sync + fmt::Debug {
     /// Changes its power state.
     ///
     /// # Errors
-    /// ENOTTY when it has no such states, EALREADY when it is asked to sleep twice.
+    /// ENOTTY when it has no such states, EINVAL when it is asked to sleep twice.
     fn low_power(&self, state: LowPower) -> Result<()> {
         let _ = state;
         Err(Errno::NOTTY)

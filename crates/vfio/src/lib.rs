@@ -8,9 +8,17 @@
 #![forbid(unsafe_code)]
 
 pub mod device;
+pub mod devices;
 pub mod dma;
+#[cfg(any(feature = "device-cdev", feature = "group"))]
+pub mod doors;
+pub mod eventfd;
 pub mod irq;
 pub mod migration;
+pub mod pci;
 pub mod user;
 
-pub use iommufd::{Errno, Result};
+pub use iommufd::Errno;
+
+/// What most calls return: the errno is the one that the kernel's interface documents, or that it was seen to give.
+pub type Result<T, E = Errno> = core::result::Result<T, E>;

@@ -13,11 +13,10 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
 
+use disk::{Clear, Disk as HostDisk, SECTOR};
 use fuse_backend_rs::file_buf::FileVolatileSlice;
 use fuse_backend_rs::file_traits::FileReadWriteVolatile;
-use rustix::fs::{FallocateFlags, FileType, fallocate, fstat};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
     VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR,
@@ -31,8 +30,6 @@ use crate::queue::{Buffers, Chain, mark_dirty};
 use crate::serve::serve_queue;
 use crate::worker::Worker;
 
-/// Bytes of a sector, the protocol's unit whatever the block size.
-const SECTOR: u64 = 512;
 /// Logical block size shown to the guest. The physical one is 4096.
 const BLOCK_SIZE: u32 = 512;
 const QUEUE_SIZES: [u16; 1] = [256];
@@ -47,29 +44,13 @@ const RANGE_SIZE: usize = 16;
 /// Most pieces of one vectored read or write (`IOV_MAX` of Linux).
 const IOV_MAX: usize = 1024;
 const HEADER_SIZE: usize = 16;
-/// Bytes that are written at once where a file has no fallocate.
-static ZEROES: [u8; 1 << 16] = [0; 1 << 16];
 
-/// A disk cannot be made of a file.
-#[derive(Debug, thiserror::Error)]
-pub enum BlockError {
-    /// Not a regular file or block device.
-    #[error("a disk must be a regular file or a block device")]
-    Kind,
-    /// Less than one sector.
-    #[error("{0} bytes are too few for a disk")]
-    Size(u64),
-    /// The host refused.
-    #[error("cannot find out the size of the disk")]
-    Host(#[from] io::Error),
-}
+pub use disk::DiskError as BlockError;
 
 /// The file behind the device.
 #[derive(Debug)]
 struct Disk {
-    file: File,
-    sectors: u64,
-    read_only: bool,
+    host: HostDisk,
     id: [u8; VIRTIO_BLK_ID_BYTES as usize],
 }
 
@@ -87,22 +68,12 @@ impl Block {
     /// # Errors
     /// [`BlockError`].
     pub fn new(file: File, read_only: bool, id: &str) -> Result<Self, BlockError> {
-        use std::io::{Seek, SeekFrom};
-        let stat = fstat(&file).map_err(io::Error::from)?;
-        if !matches!(FileType::from_raw_mode(stat.st_mode), FileType::RegularFile | FileType::BlockDevice) {
-            return Err(BlockError::Kind);
-        }
-        // The end by seeking, since the metadata of a block device does not tell it.
-        let size = (&file).seek(SeekFrom::End(0))?;
-        let sectors = size / SECTOR;
-        if sectors == 0 {
-            return Err(BlockError::Size(size));
-        }
+        let host = HostDisk::new(file, read_only)?;
         let mut id_bytes = [0; VIRTIO_BLK_ID_BYTES as usize];
         for (to, from) in id_bytes.iter_mut().zip(id.as_bytes()) {
             *to = *from;
         }
-        let disk = Disk { file, sectors, read_only, id: id_bytes };
+        let disk = Disk { host, id: id_bytes };
         Ok(Block { disk, worker: None })
     }
 
@@ -114,7 +85,7 @@ impl Block {
                 *to = *from;
             }
         };
-        put(0, &self.disk.sectors.to_le_bytes());
+        put(0, &self.disk.host.sectors().to_le_bytes());
         put(12, &SEG_MAX.to_le_bytes());
         put(20, &BLOCK_SIZE.to_le_bytes());
         // Topology: 2^3 logical blocks in a physical one, aligned, best in units of 8.
@@ -152,7 +123,7 @@ impl<M: GuestMem> VirtioDevice<M> for Block {
     fn features(&self) -> u64 {
         let always = [VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_FLUSH];
         let writable = [VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES];
-        let rest: &[u32] = if self.disk.read_only { &[VIRTIO_BLK_F_RO] } else { &writable };
+        let rest: &[u32] = if self.disk.host.read_only() { &[VIRTIO_BLK_F_RO] } else { &writable };
         always.iter().chain(rest).fold(0, |features, bit| features | feature(*bit))
     }
 
@@ -192,8 +163,7 @@ fn out_of_range() -> Failure {
 impl Disk {
     /// The same disk for a thread of its own.
     fn try_clone(&self) -> io::Result<Self> {
-        let file = self.file.try_clone()?;
-        Ok(Disk { file, sectors: self.sectors, read_only: self.read_only, id: self.id })
+        Ok(Disk { host: self.host.try_clone()?, id: self.id })
     }
 
     /// Carries out one request; returns how many bytes of the writable part are filled.
@@ -234,7 +204,7 @@ impl Disk {
                 self.transfer(mem, &chain.readable, HEADER_SIZE, len, sector, false)
             }
             VIRTIO_BLK_T_FLUSH => {
-                self.file.sync_data()?;
+                self.host.flush()?;
                 Ok(())
             }
             VIRTIO_BLK_T_GET_ID => {
@@ -249,13 +219,17 @@ impl Disk {
     }
 
     fn check_writable(&self) -> Result<(), Failure> {
-        if self.read_only { Err(io::Error::from(io::ErrorKind::ReadOnlyFilesystem).into()) } else { Ok(()) }
+        if self.host.read_only() {
+            Err(io::Error::from(io::ErrorKind::ReadOnlyFilesystem).into())
+        } else {
+            Ok(())
+        }
     }
 
     /// The place in the file of a range, if it is on the disk.
     fn place(&self, sector: u64, len: u64) -> Result<u64, Failure> {
         let sectors = len / SECTOR;
-        let end = sector.checked_add(sectors).filter(|end| *end <= self.sectors);
+        let end = sector.checked_add(sectors).filter(|end| *end <= self.host.sectors());
         match end {
             Some(_) if len.is_multiple_of(SECTOR) => Ok(sector * SECTOR),
             _ => Err(out_of_range()),
@@ -280,9 +254,9 @@ impl Disk {
             let parts: Vec<_> = slices.iter().map(FileVolatileSlice::from_volatile_slice).collect();
             let at = place + done as u64;
             let result = if to_guest {
-                self.file.read_vectored_at_volatile(&parts, at)
+                self.host.file_mut().read_vectored_at_volatile(&parts, at)
             } else {
-                self.file.write_vectored_at_volatile(&parts, at)
+                self.host.file_mut().write_vectored_at_volatile(&parts, at)
             };
             match result {
                 Ok(0) => return Err(Failure::Io(io::ErrorKind::UnexpectedEof.into())),
@@ -328,30 +302,13 @@ impl Disk {
             }
             let bytes = u64::from(sectors) * SECTOR;
             let place = self.place(sector, bytes)?;
-            if bytes > 0 {
-                self.clear(place, bytes, discard, unmap)?;
-            }
+            let how = match (discard, unmap) {
+                (true, _) => Clear::Discard,
+                (false, true) => Clear::ZeroAndUnmap,
+                (false, false) => Clear::Zero,
+            };
+            self.host.clear(place, bytes, how)?;
         }
         Ok(())
-    }
-
-    fn clear(&self, place: u64, bytes: u64, discard: bool, unmap: bool) -> io::Result<()> {
-        let how = if discard || unmap { FallocateFlags::PUNCH_HOLE } else { FallocateFlags::ZERO_RANGE };
-        match fallocate(self.file.as_fd(), how | FallocateFlags::KEEP_SIZE, place, bytes) {
-            Ok(()) => Ok(()),
-            // Discarding is a hint.
-            Err(_) if discard => Ok(()),
-            Err(_) => {
-                use std::os::unix::fs::FileExt;
-                let end = place + bytes;
-                let mut at = place;
-                while at < end {
-                    let len = usize::try_from(end - at).unwrap_or(usize::MAX).min(ZEROES.len());
-                    self.file.write_all_at(ZEROES.get(..len).unwrap_or(&[]), at)?;
-                    at += len as u64;
-                }
-                Ok(())
-            }
-        }
     }
 }

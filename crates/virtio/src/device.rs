@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use vm_memory::GuestAddressSpace;
+use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryRegion, GuestRegionCollection};
 
 use crate::interrupt::Interrupts;
 use crate::queue::Virtq;
@@ -11,9 +11,31 @@ use crate::queue::Virtq;
 ///
 /// An `Arc<GuestMemoryMmap<B>>` is one, with any dirty bitmap `B`: everything a device writes to guest memory
 /// marks it.
-pub trait GuestMem: GuestAddressSpace<T: Send> + Clone + Send + Sync + 'static {}
+///
+/// What [`GuestAddressSpace::memory`] returns is held while memory is accessed, and not longer: behind an IOMMU it keeps
+/// translations valid, and the guest waits for it when it unmaps.
+pub trait GuestMem: GuestAddressSpace<M: Reach, T: Send> + Clone + Send + Sync + 'static {}
 
-impl<M: GuestAddressSpace<T: Send> + Clone + Send + Sync + 'static> GuestMem for M {}
+impl<M: GuestAddressSpace<M: Reach, T: Send> + Clone + Send + Sync + 'static> GuestMem for M {}
+
+/// Memory of which a device may reach a part only.
+pub trait Reach: GuestMemory {
+    /// The device may read the `len` bytes at `at`.
+    fn may_read(&self, at: GuestAddress, len: usize) -> bool;
+    /// The device may write to the `len` bytes at `at`.
+    fn may_write(&self, at: GuestAddress, len: usize) -> bool;
+}
+
+/// Plain memory: all of it.
+impl<R: GuestMemoryRegion> Reach for GuestRegionCollection<R> {
+    fn may_read(&self, at: GuestAddress, len: usize) -> bool {
+        self.check_range(at, len)
+    }
+
+    fn may_write(&self, at: GuestAddress, len: usize) -> bool {
+        self.check_range(at, len)
+    }
+}
 
 /// Everything that a device needs to run, from the driver's DRIVER_OK until reset.
 pub struct Activation<M: GuestMem> {

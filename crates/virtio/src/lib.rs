@@ -1,4 +1,4 @@
-//! Virtio devices over PCI (virtio 1.2): console, disk, file system, network, entropy.
+//! Virtio devices over PCI (virtio 1.2): console, disk, file system, network, entropy, IOMMU.
 //!
 //! The crate knows nothing of the machine. The machine gives it guest memory, a place for its interrupts
 //! ([`MsiSink`](::pci::msix::MsiSink)) and the accesses of the guest; it gives back what the registers say.
@@ -28,7 +28,7 @@
 //! Virtio itself: [`pci`], the registers and the status protocol; [`queue`], queues and chains; [`interrupt`],
 //! the way back; [`device`], what a device kind implements; [`event`], the eventfd in between.
 //!
-//! The devices: [`console`], [`block`], [`fs`], [`net`], [`rng`].
+//! The devices: [`console`], [`block`], [`fs`], [`net`], [`rng`], [`iommu`].
 #![forbid(unsafe_code)]
 
 pub mod block;
@@ -37,6 +37,7 @@ pub mod device;
 pub mod event;
 pub mod fs;
 pub mod interrupt;
+pub mod iommu;
 pub mod net;
 pub mod pci;
 pub mod queue;

@@ -26,13 +26,13 @@ use std::sync::Arc;
 
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED,
-    VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_F_VERSION_1,
+    VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1,
 };
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{GuestAddress, GuestMemory};
+use vm_memory::GuestAddress;
 
-use crate::device::{Activation, GuestMem, VirtioDevice, feature};
+use crate::device::{Activation, GuestMem, Reach, VirtioDevice, feature};
 use crate::event::Event;
 use crate::interrupt::{Interrupts, STATUS_NEEDS_RESET};
 use crate::queue::Virtq;
@@ -140,7 +140,7 @@ impl QueueSetup {
     }
 
     /// The queue to run, if the addresses make sense in this memory.
-    fn build(&self, mem: &impl GuestMemory, event_idx: bool) -> Option<Queue> {
+    fn build(&self, mem: &impl Reach, event_idx: bool) -> Option<Queue> {
         let mut queue = Queue::new(self.max_size).ok()?;
         queue.try_set_size(self.size).ok()?;
         queue.try_set_desc_table_address(GuestAddress(self.desc)).ok()?;
@@ -150,10 +150,11 @@ impl QueueSetup {
         let size = usize::from(self.size);
         let parts = [(self.desc, 16 * size), (self.driver, 6 + 2 * size), (self.device, 6 + 8 * size)];
         let fits = |(address, len): (u64, usize)| {
-            address.checked_add(len as u64).is_some() && mem.check_range(GuestAddress(address), len)
+            address.checked_add(len as u64).is_some() && mem.may_read(GuestAddress(address), len)
         };
         // `Queue` takes an available ring at 0 for "not set up".
-        if self.driver == 0 || !parts.into_iter().all(fits) {
+        let writable = mem.may_write(GuestAddress(self.device), 6 + 8 * size);
+        if self.driver == 0 || !parts.into_iter().all(fits) || !writable {
             return None;
         }
         queue.set_event_idx(event_idx);
@@ -166,6 +167,8 @@ impl QueueSetup {
 pub struct VirtioPci<M: GuestMem> {
     device: Box<dyn VirtioDevice<M>>,
     mem: M,
+    /// Features that the transport offers.
+    features: u64,
     config: PciConfig,
     msix_capability: u8,
     window_capability: u8,
@@ -257,6 +260,7 @@ impl<M: GuestMem> VirtioPci<M> {
         Ok(VirtioPci {
             device,
             mem,
+            features: TRANSPORT_FEATURES,
             config,
             msix_capability,
             window_capability,
@@ -268,6 +272,13 @@ impl<M: GuestMem> VirtioPci<M> {
             queue_select: 0,
             activated: false,
         })
+    }
+
+    /// Tells the driver that the device's addresses are not the processor's: it is behind an IOMMU.
+    #[must_use]
+    pub fn behind_iommu(mut self) -> Self {
+        self.features |= feature(VIRTIO_F_ACCESS_PLATFORM);
+        self
     }
 
     /// The BARs as they are programmed now.
@@ -401,7 +412,7 @@ impl<M: GuestMem> VirtioPci<M> {
     }
 
     fn offered_features(&self) -> u64 {
-        self.device.features() | TRANSPORT_FEATURES
+        self.device.features() | self.features
     }
 
     fn selected(&self) -> Option<&QueueSetup> {

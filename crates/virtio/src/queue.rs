@@ -24,7 +24,7 @@ use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::bitmap::{BitmapSlice, MS};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, VolatileSlice};
 
-use crate::device::GuestMem;
+use crate::device::{GuestMem, Reach};
 use crate::event::Event;
 use crate::interrupt::Interrupts;
 
@@ -204,8 +204,16 @@ pub struct Chain<M: GuestMem> {
     pub readable: Buffers,
     /// Where the device writes its answer.
     pub writable: Buffers,
-    /// The same chain for libraries that walk it themselves.
-    pub raw: DescriptorChain<M::T>,
+    raw: Option<DescriptorChain<M::T>>,
+}
+
+impl<M: GuestMem> Chain<M> {
+    /// The same chain for libraries that walk it themselves. Only a chain that is answered at once ([`Virtq::serve`])
+    /// has it, because it keeps hold of memory.
+    #[must_use]
+    pub fn raw(&self) -> Option<DescriptorChain<M::T>> {
+        self.raw.clone()
+    }
 }
 
 /// A queue in use.
@@ -267,6 +275,10 @@ impl<M: GuestMem> Virtq<M> {
     /// Takes the next available chain. `None` when there is none, the queue is broken, or the function may not
     /// access memory (bus master off; the queue is kicked when that changes).
     pub fn pop(&mut self) -> Option<Chain<M>> {
+        self.pop_raw().map(|chain| Chain { raw: None, ..chain })
+    }
+
+    fn pop_raw(&mut self) -> Option<Chain<M>> {
         if self.broken || !self.interrupts.bus_master() {
             return None;
         }
@@ -290,7 +302,7 @@ impl<M: GuestMem> Virtq<M> {
         let head = raw.head_index();
         let table = Table { address: GuestAddress(self.queue.desc_table()), size: self.queue.size().into() };
         match walk(&*mem, table, head, self.indirect) {
-            Ok((readable, writable)) => Some(Chain { head, readable, writable, raw }),
+            Ok((readable, writable)) => Some(Chain { head, readable, writable, raw: Some(raw) }),
             Err(reason) => {
                 self.break_by(&QueueError::Chain { queue: self.index, head, reason });
                 None
@@ -398,7 +410,7 @@ impl<M: GuestMem> Virtq<M> {
     pub fn serve(&mut self, stop: &dyn Fn() -> bool, mut handle: impl FnMut(&Chain<M>) -> usize) {
         self.clear_kick();
         loop {
-            while let Some(chain) = self.pop() {
+            while let Some(chain) = self.pop_raw() {
                 let written = handle(&chain);
                 self.push(&chain, written);
                 self.signal();
@@ -426,7 +438,7 @@ struct Table {
 }
 
 /// Walks a chain: what the device reads and what it writes.
-fn walk<G: GuestMemory>(
+fn walk<G: Reach>(
     mem: &G,
     mut table: Table,
     head: u16,
@@ -476,8 +488,11 @@ fn walk<G: GuestMemory>(
         buffers.len = buffers.len.checked_add(len).ok_or(ChainError::Size)?;
         let address = descriptor.addr();
         if len > 0 {
-            let in_memory = usize::try_from(len).is_ok_and(|len| mem.check_range(address, len));
-            if !in_memory || address.checked_add(len.into()).is_none() {
+            let in_reach = usize::try_from(len).is_ok_and(|len| match descriptor.is_write_only() {
+                true => mem.may_write(address, len),
+                false => mem.may_read(address, len),
+            });
+            if !in_reach || address.checked_add(len.into()).is_none() {
                 return Err(ChainError::Buffer { address: address.raw_value(), len });
             }
             buffers.segments.push(Segment { address, len });

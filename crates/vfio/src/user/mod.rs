@@ -34,7 +34,4 @@ pub mod testing;
 #[cfg(test)]
 mod tests;
 
-pub use crate::Errno;
-
-/// Most fail with an errno.
-pub type Result<T, E = Errno> = core::result::Result<T, E>;
+pub use crate::{Errno, Result};

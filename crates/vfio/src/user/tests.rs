@@ -594,7 +594,7 @@ fn answers_are_as_long_as_the_client_has_room() {
         (info, chain.len())
     };
     let (info, chain) = ask(&mut raw, 32);
-    assert_eq!((info.flags, info.cap_offset, chain), (15, 0, 0));
+    assert_eq!((info.flags, info.cap_offset, chain), (15, 32, 0));
     // Headers, two areas, the type.
     let full = 32 + (8 + 8 + 32) + (8 + 8) + 8;
     assert_eq!(info.argsz, full);

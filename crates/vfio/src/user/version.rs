@@ -15,8 +15,8 @@ pub const MAJOR: u16 = 0;
 /// See [`MAJOR`].
 pub const MINOR: u16 = 1;
 
-/// Most descriptors that one message may carry here.
-pub const MAX_FDS: usize = 128;
+/// Most descriptors that one message may carry here. QEMU refuses servers that offer to take more.
+pub const MAX_FDS: usize = 16;
 /// Most bytes that one transfer may have here, and the specification's default.
 pub const MAX_TRANSFER: usize = 1 << 20;
 /// The least that a peer may ask transfers to be limited to: what the structures need that come with a transfer.

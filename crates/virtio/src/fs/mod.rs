@@ -178,8 +178,9 @@ impl<M: GuestMem> VirtioDevice<M> for Fs {
 /// Answers one request; returns how many bytes it wrote.
 fn answer<M: GuestMem>(server: &Server<Tree>, mem: &M, interrupts: &Interrupts, chain: &Chain<M>) -> usize {
     let mem = mem.memory();
-    let reader = Reader::from_descriptor_chain(&*mem, chain.raw.clone());
-    let writer = VirtioFsWriter::new(&*mem, chain.raw.clone());
+    let Some(raw) = chain.raw() else { return 0 };
+    let reader = Reader::from_descriptor_chain(&*mem, raw.clone());
+    let writer = VirtioFsWriter::new(&*mem, raw);
     let (reader, writer) = match (reader, writer) {
         (Ok(reader), Ok(writer)) => (reader, writer),
         (Err(error), _) | (_, Err(error)) => {

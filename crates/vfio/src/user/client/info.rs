@@ -36,6 +36,13 @@ pub(super) struct Region {
     pub(super) file: Option<(OwnedFd, u64)>,
 }
 
+impl Region {
+    /// One that the device does not have.
+    pub(super) fn absent() -> Self {
+        Self { info: RegionInfo::default(), file: None }
+    }
+}
+
 pub(super) fn device(main: &Connection) -> Result<DeviceInfo> {
     let argsz = wire_length(size_of::<wire::DeviceInfo>());
     let asked = wire::DeviceInfo { argsz, ..Default::default() };

@@ -140,7 +140,16 @@ impl RemoteDevice {
         };
         device.info = info::device(&device.main)?;
         for index in 0..device.info.regions {
-            device.regions.push(info::region(&device.main, index, device.info.flags)?);
+            // A region that is counted but not there: one that the bus has numbers for.
+            let absent = |errno| {
+                if device.main.broken().is_none() && errno == Errno::INVAL {
+                    Ok(Region::absent())
+                } else {
+                    Err(errno)
+                }
+            };
+            let region = info::region(&device.main, index, device.info.flags).or_else(absent)?;
+            device.regions.push(region);
         }
         for index in 0..device.info.irqs {
             device.irqs.push(info::irq(&device.main, index)?);

@@ -7,7 +7,8 @@
 //! for is decoded, checked and answered in `session`, features of the device in `feature`.
 //!
 //! When the client goes, the device is closed: it accesses no memory and signals no eventfd any more, and everything that
-//! the client gave is unmapped and closed. Its own state stays for the next client.
+//! the client gave is unmapped and closed. What of the device's own state the next client finds is the device's matter
+//! ([`Device::open`]).
 
 mod dirty;
 mod feature;

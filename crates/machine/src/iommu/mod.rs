@@ -1,0 +1,292 @@
+//! The guest's own IOMMU: what a virtio IOMMU's requests mean, in terms of crate `iommufd`.
+//!
+//! Each PCI function behind it is a device that is bound to one context. Each domain of the guest's is an IOAS
+//! over guest RAM ([`ram`]), which the device is attached to: the HWPT is made, and goes, with that. A domain that does
+//! not translate, and "no domain" while the guest allows it, is one IOAS in which RAM lies at its physical addresses.
+
+mod ram;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use cpu::GuestRam;
+use iommufd::domain::Prot;
+use iommufd::iova::{Iova, IovaRange, PAGE_SIZE};
+use iommufd::process::{Process, UserAddr};
+use iommufd::soft::{Port, SoftDevice};
+use iommufd::{BoundDevice, Context, Errno};
+use virtio::iommu::{MapFlags, Refusal, Reserved, Translator};
+
+use crate::dma::{self, Place};
+use crate::layout;
+use ram::GuestProcess;
+
+/// The sizes that mappings are made of, one bit each: any multiple of 4 KiB can be mapped, so all sizes from there.
+pub(crate) const PAGE_SIZES: u64 = !(PAGE_SIZE - 1);
+/// Bits of an address that is translated: as many as the software IOMMU has.
+const ADDRESS_BITS: u32 = 48;
+
+/// What a guest's IOMMU counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct IommuStats {
+    /// Translations of devices' addresses.
+    pub translations: u64,
+    /// Accesses that were not translated.
+    pub faults: u64,
+    /// Mappings that the guest made.
+    pub maps: u64,
+    /// Mappings that it removed.
+    pub unmaps: u64,
+}
+
+/// The IOMMU's side that does the work.
+#[derive(Debug)]
+pub struct GuestIommu {
+    context: Arc<Context>,
+    process: Arc<dyn Process>,
+    places: Vec<Place>,
+    /// The IOAS in which RAM lies at its physical addresses.
+    whole: u32,
+    bypass: bool,
+    endpoints: BTreeMap<u32, Endpoint>,
+    domains: BTreeMap<u32, Domain>,
+    counted: IommuStats,
+}
+
+#[derive(Debug)]
+struct Endpoint {
+    device: BoundDevice,
+    port: Arc<Port>,
+    domain: Option<u32>,
+    /// The IOAS that it is attached to.
+    attached: Option<u32>,
+}
+
+#[derive(Debug)]
+struct Domain {
+    /// None when it does not translate.
+    ioas: Option<u32>,
+    /// What is mapped: the last address of each mapping by its first one.
+    mappings: BTreeMap<u64, u64>,
+}
+
+fn refusal(errno: Errno) -> Refusal {
+    match errno {
+        Errno::NOMEM => Refusal::NoMemory,
+        Errno::EXIST | Errno::ADDRINUSE => Refusal::Invalid,
+        Errno::INVAL | Errno::OVERFLOW | Errno::FAULT => Refusal::Range,
+        _ => Refusal::Device,
+    }
+}
+
+impl GuestIommu {
+    /// One without endpoints.
+    ///
+    /// # Errors
+    /// ENOMEM.
+    pub fn new(ram: &Arc<GuestRam>) -> Result<Self, Errno> {
+        let context = Context::new();
+        let process: Arc<dyn Process> = Arc::new(GuestProcess::new(Arc::clone(ram)));
+        let places = dma::places(ram);
+        let whole = context.ioas_alloc()?;
+        for place in &places {
+            let (at, from) = (Some(Iova(place.physical)), UserAddr(place.host));
+            context.ioas_map(whole, &process, from, place.len, at, Prot::READ | Prot::WRITE)?;
+        }
+        Ok(Self {
+            context,
+            process,
+            places,
+            whole,
+            bypass: false,
+            endpoints: BTreeMap::new(),
+            domains: BTreeMap::new(),
+            counted: IommuStats::default(),
+        })
+    }
+
+    /// Adds an endpoint: what its DMA goes through.
+    ///
+    /// # Errors
+    /// ENOMEM.
+    pub fn add_endpoint(&mut self, endpoint: u32) -> Result<Arc<Port>, Errno> {
+        let msi = IovaRange::with_length(Iova(layout::LOCAL_APIC.0), layout::LOCAL_APIC_SIZE)?;
+        let device = SoftDevice::new(endpoint.into(), vec![msi]);
+        let port = device.port(None);
+        let device = self.context.bind(device)?;
+        let made = Endpoint { device, port: Arc::clone(&port), domain: None, attached: None };
+        self.endpoints.insert(endpoint, made);
+        self.apply(endpoint).map_err(|_| Errno::NOMEM)?;
+        Ok(port)
+    }
+
+    /// What it counted until now.
+    pub fn stats(&self) -> IommuStats {
+        self.endpoints.values().fold(self.counted, |mut sum, endpoint| {
+            let counters = endpoint.port.counters();
+            sum.translations += counters.translations;
+            sum.faults += counters.faults;
+            sum
+        })
+    }
+
+    /// Attaches an endpoint to what it is to be attached to now.
+    fn apply(&mut self, endpoint: u32) -> Result<(), Refusal> {
+        let it = self.endpoints.get_mut(&endpoint).ok_or(Refusal::NoEntry)?;
+        let target = match it.domain.and_then(|domain| self.domains.get(&domain)) {
+            Some(domain) => Some(domain.ioas.unwrap_or(self.whole)),
+            None => self.bypass.then_some(self.whole),
+        };
+        if it.attached == target {
+            return Ok(());
+        }
+        match (it.attached, target) {
+            (None, Some(to)) => it.device.attach(None, to).map_err(refusal)?,
+            (Some(_), Some(to)) => it.device.replace(None, to).map_err(refusal)?,
+            (_, None) => {
+                it.device.detach(None);
+                0
+            }
+        };
+        it.attached = target;
+        Ok(())
+    }
+
+    /// Ends a domain that no endpoint is attached to.
+    fn collect(&mut self, domain: u32) {
+        if self.endpoints.values().any(|endpoint| endpoint.domain == Some(domain)) {
+            return;
+        }
+        if let Some(ioas) = self.domains.remove(&domain).and_then(|domain| domain.ioas)
+            && let Err(errno) = self.context.destroy(ioas)
+        {
+            tracing::warn!(%errno, domain, "an address space of the guest's is still in use");
+        }
+    }
+
+    /// Where the guest-physical range is in this process, if it is RAM as a whole.
+    fn host(&self, physical: u64, length: u64) -> Option<UserAddr> {
+        self.places.iter().find_map(|place| {
+            let offset = physical.checked_sub(place.physical)?;
+            (offset.checked_add(length)? <= place.len).then(|| UserAddr(place.host + offset))
+        })
+    }
+
+    /// A domain that translates: its IOAS and mappings.
+    fn translating(&mut self, domain: u32) -> Result<(u32, &mut BTreeMap<u64, u64>), Refusal> {
+        let domain = self.domains.get_mut(&domain).ok_or(Refusal::NoEntry)?;
+        Ok((domain.ioas.ok_or(Refusal::Invalid)?, &mut domain.mappings))
+    }
+}
+
+impl Translator for GuestIommu {
+    fn input_range(&self) -> (u64, u64) {
+        (0, (1 << ADDRESS_BITS) - 1)
+    }
+
+    fn attach(&mut self, domain: u32, endpoint: u32, bypass: bool) -> Result<(), Refusal> {
+        let before = self.endpoints.get(&endpoint).ok_or(Refusal::NoEntry)?.domain;
+        match self.domains.get(&domain) {
+            Some(known) if known.ioas.is_none() != bypass => return Err(Refusal::Invalid),
+            Some(_) => {}
+            None => {
+                let ioas = if bypass { None } else { Some(self.context.ioas_alloc().map_err(refusal)?) };
+                self.domains.insert(domain, Domain { ioas, mappings: BTreeMap::new() });
+            }
+        }
+        if let Some(it) = self.endpoints.get_mut(&endpoint) {
+            it.domain = Some(domain);
+        }
+        let result = self.apply(endpoint);
+        if result.is_err()
+            && let Some(it) = self.endpoints.get_mut(&endpoint)
+        {
+            it.domain = before;
+        }
+        let left = if result.is_ok() { before } else { Some(domain) };
+        if let Some(left) = left {
+            self.collect(left);
+        }
+        result
+    }
+
+    fn detach(&mut self, domain: u32, endpoint: u32) -> Result<(), Refusal> {
+        let it = self.endpoints.get_mut(&endpoint).ok_or(Refusal::NoEntry)?;
+        if it.domain != Some(domain) {
+            return Err(Refusal::Invalid);
+        }
+        it.domain = None;
+        let result = self.apply(endpoint);
+        self.collect(domain);
+        result
+    }
+
+    fn map(&mut self, domain: u32, start: u64, last: u64, to: u64, flags: MapFlags) -> Result<(), Refusal> {
+        let process = Arc::clone(&self.process);
+        let length = last.checked_sub(start).and_then(|rest| rest.checked_add(1)).ok_or(Refusal::Range)?;
+        if !(start | length | to).is_multiple_of(PAGE_SIZE) {
+            return Err(Refusal::Range);
+        }
+        let from = self.host(to, length);
+        let context = Arc::clone(&self.context);
+        let (ioas, mappings) = self.translating(domain)?;
+        let from = from.ok_or(Refusal::Range)?;
+        let mut prot = Prot::empty();
+        prot.set(Prot::READ, flags.read);
+        prot.set(Prot::WRITE, flags.write);
+        context.ioas_map(ioas, &process, from, length, Some(Iova(start)), prot).map_err(refusal)?;
+        mappings.insert(start, last);
+        self.counted.maps += 1;
+        Ok(())
+    }
+
+    fn unmap(&mut self, domain: u32, start: u64, last: u64) -> Result<(), Refusal> {
+        let context = Arc::clone(&self.context);
+        let (ioas, mappings) = self.translating(domain)?;
+        if let Some((_, end)) = mappings.range(..start).next_back()
+            && *end >= start
+        {
+            return Err(Refusal::Range);
+        }
+        let inside: Vec<(u64, u64)> = mappings.range(start..=last).map(|(from, to)| (*from, *to)).collect();
+        let Some((_, end)) = inside.last() else { return Ok(()) };
+        if *end > last {
+            return Err(Refusal::Range);
+        }
+        let range = IovaRange::new(Iova(start), Iova(last)).map_err(refusal)?;
+        context.ioas_unmap(ioas, range).map_err(refusal)?;
+        for (from, _) in &inside {
+            mappings.remove(from);
+        }
+        self.counted.unmaps += inside.len() as u64;
+        Ok(())
+    }
+
+    fn reserved(&self, endpoint: u32) -> Result<Vec<Reserved>, Refusal> {
+        self.endpoints.get(&endpoint).ok_or(Refusal::NoEntry)?;
+        let start = layout::LOCAL_APIC.0;
+        Ok(vec![Reserved { start, last: start + (layout::LOCAL_APIC_SIZE - 1), msi: true }])
+    }
+
+    fn set_bypass(&mut self, bypass: bool) {
+        self.bypass = bypass;
+        let endpoints: Vec<u32> = self.endpoints.keys().copied().collect();
+        for endpoint in endpoints {
+            if let Err(refusal) = self.apply(endpoint) {
+                tracing::warn!(endpoint, ?refusal, "an endpoint cannot be attached to guest memory");
+            }
+        }
+    }
+
+    fn reset(&mut self) {
+        let attached: Vec<(u32, u32)> =
+            self.endpoints.iter().filter_map(|(id, it)| Some((*id, it.domain?))).collect();
+        for (endpoint, domain) in attached {
+            // It is attached there, so it can only fail to be attached to guest memory, which the guest finds out.
+            let _ = self.detach(domain, endpoint);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

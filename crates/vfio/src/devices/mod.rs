@@ -1,0 +1,3 @@
+//! Devices in software.
+
+pub mod nvme;

@@ -1,0 +1,1 @@
+//! A driver, in a few lines, against the controller.
