@@ -40,7 +40,10 @@ pub fn run_ioctls(data: &[u8]) {
             0..=7 => close(&mut bytes, &program),
             8..=23 => transfer(&mut bytes, &program, kind % 2 == 0),
             24..=27 => map(&mut bytes, &context).map(|mapping| mappings.extend(mapping)),
-            28..=31 => Some(mappings.clear()),
+            28..=31 => {
+                mappings.clear();
+                Some(())
+            }
             _ => ioctl(&mut bytes, &program, &context, kind),
         };
         if step.is_none() {
