@@ -11,7 +11,7 @@ use guest_init::spec::{Root, Spec, Stream};
 
 use super::spec::OpenDisk;
 use super::{RunError, terminal};
-use crate::cli::{Disk, EnvVar, Link, RunArgs};
+use crate::cli::{Disk, EnvVar, Iommu, Link, RunArgs};
 use crate::initramfs::{Module, ModuleTree};
 use crate::kernel::{Kernel, image};
 
@@ -212,6 +212,8 @@ pub fn open_disks(disks: &[Disk]) -> Result<Vec<OpenDisk>, RunError> {
 /// kernel has them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Drivers {
+    /// Needed before the others: what they are behind.
+    pub first: &'static [&'static str],
     /// Needed.
     pub required: &'static [&'static str],
     /// Welcome.
@@ -233,7 +235,11 @@ pub fn drivers(args: &RunArgs) -> Drivers {
         _ if has_disks => (&[BLOCK, NET], &[]),
         _ => (&[NET], &[BLOCK]),
     };
-    Drivers { required, optional }
+    let first: &[_] = match args.iommu {
+        Iommu::None => &[],
+        Iommu::Virtio => &["virtio_iommu"],
+    };
+    Drivers { first, required, optional }
 }
 
 /// The modules that the guest's first process is to load.
@@ -247,7 +253,7 @@ pub fn modules(
     drivers: Drivers,
     command_line: &str,
 ) -> Result<Vec<Module>, RunError> {
-    let required = [&REQUIRED, drivers.required].concat();
+    let required = [drivers.first, &REQUIRED, drivers.required].concat();
     let optional = [&["virtio_rng", "pvpanic_mmio"], drivers.optional].concat();
     if let Some(dir) = &kernel.modules {
         let mut modules = ModuleTree::open(dir)?.load(&required, &optional)?;
@@ -348,7 +354,7 @@ mod tests {
             modules: None,
             source: crate::kernel::Source::File,
         };
-        let plain = Drivers { required: &[], optional: &[] };
+        let plain = Drivers { first: &[], required: &[], optional: &[] };
         let error = modules(&kernel, b"\x7fELF virtio-pci virtio_console", plain, "").unwrap_err();
         assert!(matches!(error, RunError::NoModules { driver, .. } if driver == "virtiofs"));
         assert!(
@@ -356,7 +362,7 @@ mod tests {
                 .unwrap()
                 .is_empty()
         );
-        let network = Drivers { required: &["virtio_net"], optional: &[] };
+        let network = Drivers { first: &[], required: &["virtio_net"], optional: &[] };
         let error =
             modules(&kernel, b"\x7fELF virtio-pci virtio_console virtiofs overlay", network, "").unwrap_err();
         assert!(matches!(error, RunError::NoModules { driver, .. } if driver == "virtio_net"));
