@@ -19,8 +19,10 @@ use rustix::process::{Resource, Rlimit, setrlimit};
 
 use super::process::{self, RING3, finish};
 
-/// What a whole program of selftests may take. The real kernel takes a quarter of a minute under emulation.
-const PATIENCE: Duration = Duration::from_secs(240);
+/// What fetching and compiling may take.
+const PATIENCE: Duration = Duration::from_secs(600);
+/// The source that the expectations were written for.
+const EXPECTATIONS_FOR: &str = "linux-source-7.3";
 
 /// The directory of the expectations and the probes.
 pub fn here() -> PathBuf {
@@ -30,6 +32,8 @@ pub fn here() -> PathBuf {
 /// What was compiled from the kernel's source.
 pub struct Kernel {
     dir: PathBuf,
+    /// Whether it is the source that the expectations were written for.
+    pub as_expected: bool,
 }
 
 /// What was compiled from the kernel's source, or none after having said aloud why.
@@ -55,7 +59,8 @@ pub fn kernel() -> Option<&'static Kernel> {
         }
         let version = std::fs::read_to_string(dir.join("version")).unwrap_or_default();
         say(&format!("the selftests are those of {}", version.trim().replace('\t', " ")));
-        Ok(Kernel { dir })
+        let as_expected = version.split('\t').next() == Some(EXPECTATIONS_FOR);
+        Ok(Kernel { dir, as_expected })
     });
     match kernel {
         Ok(kernel) => Some(kernel),

@@ -148,20 +148,6 @@ static void ask_fork(void)
 	close(fd);
 }
 
-static int option(int fd, uint32_t which, uint16_t op, uint32_t object, uint64_t *number)
-{
-	struct iommu_option cmd = { .size = sizeof(cmd), .option_id = which, .op = op, .object_id = object, .val64 = *number };
-	int result = ioctl(fd, IOMMU_OPTION, &cmd);
-
-	*number = cmd.val64;
-	return result;
-}
-
-static int set_option(int fd, uint32_t which, uint32_t object, uint64_t number)
-{
-	return option(fd, which, IOMMU_OPTION_OP_SET, object, &number);
-}
-
 /* Gives up root. */
 static void be_nobody(void)
 {
