@@ -1,6 +1,7 @@
 //! The command line, as `clap` types: the help text, the man page and the completions come from here.
 
 mod network;
+mod vfio;
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
@@ -15,6 +16,7 @@ use crate::net::options::{PasstArgs, PastaArgs};
 use crate::run::devices::{self, DeviceSpec};
 
 pub use network::{Link, Publish};
+pub use vfio::{NvmeArgs, ServeArgs, ServedDevice, VfioTask};
 
 const EXIT_STATUS: &str = "\
 Exit status:
@@ -159,6 +161,12 @@ pub enum Task {
         #[command(subcommand)]
         task: NetTask,
     },
+    /// Devices for other virtual machine monitors, by vfio-user
+    Vfio {
+        /// What to do.
+        #[command(subcommand)]
+        task: VfioTask,
+    },
     /// Run a program of the host with /dev/iommu and VFIO devices that ring3 serves
     ///
     /// The program is not changed and needs no privileges, and the machine no IOMMU. Everything but these devices is
@@ -286,6 +294,12 @@ pub struct RunArgs {
     /// chooses pvm.
     #[arg(long, value_name = "ABI", value_enum, default_value_t = GuestAbi::Auto)]
     pub guest_abi: GuestAbi,
+    /// Which IOMMU the guest's devices are behind
+    ///
+    /// With `virtio` the guest decides what of its memory each device may reach, and --stats shows what that took. The kernel
+    /// needs the driver virtio_iommu: Debian's have it from 6.12 on.
+    #[arg(long, value_name = "KIND", value_enum, default_value_t = Iommu::None)]
+    pub iommu: Iommu,
     /// How the guest's processor is run
     #[arg(long, value_enum, default_value_t = Engine::Interpret)]
     pub engine: Engine,
@@ -321,6 +335,15 @@ pub enum GuestAbi {
     Pvm,
     /// Plain x86: PVM is never offered
     Off,
+}
+
+/// Which IOMMU the guest's devices are behind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Iommu {
+    /// None: they reach all of the guest's memory
+    None,
+    /// The virtio IOMMU, and all virtio devices are behind it
+    Virtio,
 }
 
 /// How the guest's processor is run.
