@@ -9,6 +9,8 @@ use iommufd::{
     process::Process,
 };
 
+use rustix::thread::CapabilitySet;
+
 use crate::{calls, process::ShimProcess, table};
 
 /// The program in whose process we are.
@@ -45,13 +47,19 @@ impl Caller for ShimCaller {
     }
 
     fn capable(&self, capability: Capability) -> bool {
-        use rustix::thread::CapabilitySet;
-        let wanted = match capability {
-            Capability::IpcLock => CapabilitySet::IPC_LOCK,
-            Capability::SysResource => CapabilitySet::SYS_RESOURCE,
-            Capability::SysRawio => CapabilitySet::SYS_RAWIO,
+        // A container's root may lack these altogether. On a machine of its own it would have them, and nothing of this
+        // machine's is at stake: the limits and devices that they are for are served here.
+        let (wanted, of_root) = match capability {
+            Capability::IpcLock => (CapabilitySet::IPC_LOCK, false),
+            Capability::SysResource => (CapabilitySet::SYS_RESOURCE, true),
+            Capability::SysRawio => (CapabilitySet::SYS_RAWIO, true),
         };
-        rustix::thread::capabilities(None).is_ok_and(|sets| sets.effective.contains(wanted))
+        let withheld = || {
+            rustix::process::geteuid().is_root()
+                && rustix::thread::capability_is_in_bounding_set(wanted).is_ok_and(|is_in| !is_in)
+        };
+        let has = rustix::thread::capabilities(None).is_ok_and(|sets| sets.effective.contains(wanted));
+        has || (of_root && withheld())
     }
 
     fn install(&self, file: Arc<dyn File>) -> Result<i32> {

@@ -46,7 +46,7 @@ pub(crate) fn apply() {
     for line in unknown {
         crate::complain(&format!("{VARIABLE} has a line that means nothing: {line:?}"));
     }
-    let context: fn() -> Arc<Context> = if configuration.mock_iommu { mock } else { Context::new };
+    let context: fn() -> Arc<Context> = if configuration.mock_iommu { iommufd::mock::open } else { Context::new };
     let mut plan = Plan::default();
     if configuration.mock_iommu {
         faults::plan(&mut plan);
@@ -56,11 +56,6 @@ pub(crate) fn apply() {
         nodes: vec![("/dev/iommu".to_owned(), Arc::new(IommuNode { context }))],
         fail_nth: configuration.mock_iommu,
     });
-}
-
-/// A context with the kernel's test driver.
-fn mock() -> Arc<Context> {
-    Context::new()
 }
 
 #[cfg(test)]
