@@ -45,7 +45,7 @@ pub use data::Data;
 pub use event::Event;
 pub use exit::{Answer, Exit, Platform};
 pub use fault::{Exec, Fault, Stop};
-pub use ram::{GuestRam, Ram};
+pub use ram::{GuestRam, PageStamps, Ram};
 pub use run::{Interpreter, Outcome};
 pub use state::CpuState;
 pub use stats::{Exits, VcpuStats};

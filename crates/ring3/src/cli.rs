@@ -1,6 +1,7 @@
 //! The command line, as `clap` types: the help text, the man page and the completions come from here.
 
 mod network;
+mod vfio;
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
@@ -15,6 +16,7 @@ use crate::net::options::{PasstArgs, PastaArgs};
 use crate::run::devices::{self, DeviceSpec};
 
 pub use network::{Link, Publish};
+pub use vfio::{NvmeArgs, ServeArgs, ServedDevice, VfioTask};
 
 const EXIT_STATUS: &str = "\
 Exit status:
@@ -158,6 +160,12 @@ pub enum Task {
         /// What to do.
         #[command(subcommand)]
         task: NetTask,
+    },
+    /// Devices for other virtual machine monitors, by vfio-user
+    Vfio {
+        /// What to do.
+        #[command(subcommand)]
+        task: VfioTask,
     },
     /// Run a program of the host with /dev/iommu and VFIO devices that ring3 serves
     ///

@@ -1,6 +1,6 @@
 //! The `ring3` command: what it is told ([`cli`]), which kernel it boots ([`kernel`]), what the guest finds
-//! at boot ([`initramfs`]), one run from start to exit status ([`run`]), and the guest that tests the PVM guest
-//! ABI ([`pvm_guest`]).
+//! at boot ([`initramfs`]), one run from start to exit status ([`run`]), the guest that tests the PVM guest
+//! ABI ([`pvm_guest`]), and devices for other monitors ([`vfio`]).
 
 // `net::isolation::background` alone allows it.
 #![deny(unsafe_code)]
@@ -12,3 +12,4 @@ pub mod net;
 pub mod pvm_guest;
 pub mod run;
 pub mod shim;
+pub mod vfio;

@@ -10,7 +10,7 @@ use ring3::cli::{Cli, KernelTask, NetPortsArgs, NetTask, NetworkArgs, PvmTask, T
 use ring3::net::command::{self, CommandError, Invocation};
 use ring3::net::control::{Request, client};
 use ring3::net::options::ports::PortSpec;
-use ring3::{kernel, pvm_guest, run, shim};
+use ring3::{kernel, pvm_guest, run, shim, vfio};
 use usernet::config::Transport;
 
 /// ring3's own failures; the numbers of a run are in `ring3 run --help`.
@@ -46,6 +46,10 @@ fn main() -> ExitCode {
         Task::Pasta(args) => return finish_net("pasta", command::serve_pasta(*args)),
         Task::Passt(args) => return finish_net("passt", command::serve_passt(*args)),
         Task::Net { task } => control_net(task).map(|()| 0),
+        Task::Vfio { task } => {
+            start_log();
+            vfio::run(task).map(|()| 0).map_err(Into::into)
+        }
         Task::Shim(args) => {
             let Err(error) = shim::exec(&args);
             complain("ring3", &error);

@@ -42,7 +42,9 @@ pub enum ShimError {
         what: &'static str,
     },
     /// The library has no place.
-    #[error("cannot keep ring3's library in any of {tried}; set XDG_CACHE_HOME or TMPDIR to a directory that can be written to, without spaces and colons in its name")]
+    #[error(
+        "cannot keep ring3's library in any of {tried}; set XDG_CACHE_HOME or TMPDIR to a directory that can be written to, without spaces and colons in its name"
+    )]
     NoPlace {
         /// The directories.
         tried: String,
@@ -259,7 +261,10 @@ mod tests {
             devices: devices.iter().map(|&device| device.to_owned()).collect(),
             command: Vec::new(),
         };
-        assert_eq!(configuration(&args(&["test", "nvme,file=a"])).unwrap(), "mock-iommu\ndevice=test\ndevice=nvme,file=a");
+        assert_eq!(
+            configuration(&args(&["test", "nvme,file=a"])).unwrap(),
+            "mock-iommu\ndevice=test\ndevice=nvme,file=a"
+        );
         assert!(configuration(&args(&["a\nb"])).is_err());
     }
 }

@@ -95,6 +95,20 @@ fn network() -> Vec<Call> {
     .collect()
 }
 
+/// What serving a device to clients calls: crate `vfio`, on all of its threads.
+fn clients() -> Vec<Call> {
+    [
+        messages(),
+        // The next client, and the second socket of one.
+        all(&[libc::SYS_accept4, libc::SYS_socketpair]),
+        // What kind of descriptor it was given.
+        all(&[libc::SYS_readlink]),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
 /// Messages that carry more than bytes, by sockets that are open: a device's calls (`vfio::user`) too.
 fn messages() -> Vec<Call> {
     all(&[libc::SYS_sendmsg, libc::SYS_recvmsg])
@@ -173,6 +187,7 @@ fn allowed(pid: u32, uses: Uses) -> Vec<Call> {
         match uses.network {
             Use::Nothing if uses.messages => messages(),
             Use::Nothing => Vec::new(),
+            Use::Clients => clients(),
             Use::Sockets => network(),
             Use::Ports => network().into_iter().chain(all(&[libc::SYS_listen])).collect(),
         },
@@ -315,8 +330,9 @@ mod tests {
         Uses { network, messages: false }
     }
 
-    const USES: [Uses; 4] = [
+    const USES: [Uses; 5] = [
         plain(Use::Nothing),
+        plain(Use::Clients),
         plain(Use::Sockets),
         plain(Use::Ports),
         Uses { network: Use::Nothing, messages: true },
@@ -335,6 +351,7 @@ mod tests {
             assert_eq!(fatal.iter().collect::<BTreeSet<_>>().len(), fatal.len(), "fatal twice");
             let not_fatal = match uses.network {
                 Use::Nothing => 0,
+                Use::Clients => 1,
                 Use::Sockets => 4,
                 Use::Ports => 5,
             };

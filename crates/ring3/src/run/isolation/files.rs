@@ -22,7 +22,7 @@ const ABOUT_THE_HOST: [&str; 2] = ["/sys/devices/system/clocksource", "/sys/devi
 /// and connecting if the guest has sockets. Returns what is enforced.
 pub(super) fn restrict(root: Option<&Path>, network: Use) -> Result<String, RulesetError> {
     let forbidden = match network {
-        Use::Nothing => AccessNet::from_all(NEWEST),
+        Use::Nothing | Use::Clients => AccessNet::from_all(NEWEST),
         // The ports that lead into the guest are bound already.
         Use::Sockets => AccessNet::BindTcp.into(),
         Use::Ports => BitFlags::empty(),

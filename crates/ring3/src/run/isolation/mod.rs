@@ -37,6 +37,8 @@ pub use descriptors::Inherited;
 pub enum Use {
     /// None of it.
     Nothing,
+    /// None of it, but clients of a UNIX socket that it listens on already.
+    Clients,
     /// Sockets of IPv4 and IPv6 that it opens for the guest; it listens to no more ports than it does already.
     Sockets,
     /// Such sockets, and ports that it begins to listen to when the user asks for them.

@@ -65,15 +65,14 @@ impl State {
         }
     }
 
-    /// Completions of the requests that have something to report.
-    pub(super) fn due(&mut self, queue: u16) -> Vec<Completion> {
+    /// Completions of the requests that have something to report, when the admin queue's head is `sq_head`.
+    pub(super) fn due(&mut self, sq_head: u16) -> Vec<Completion> {
         let mut due = Vec::new();
         while !self.requests.is_empty()
             && let Some(result) = self.events.pop_front()
         {
             let command_id = self.requests.pop_front().unwrap_or_default();
-            // What the head was when the request was taken is of no use any more; zero is what it never is without use.
-            due.push(Completion { result, command_id, sq_id: queue, ..Default::default() });
+            due.push(Completion { result, command_id, sq_head, ..Default::default() });
         }
         due
     }

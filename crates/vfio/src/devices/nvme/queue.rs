@@ -139,6 +139,13 @@ pub(super) struct Head {
     pub(super) unposted: Vec<Completion>,
 }
 
+impl Head {
+    /// As completions have it. Queues have at most 1024 entries.
+    pub(super) fn number(&self) -> u16 {
+        u16::try_from(self.at).unwrap_or(0)
+    }
+}
+
 impl SubmissionQueue {
     pub(super) fn new(id: u16, base: Iova, size: u32, completions: Arc<CompletionQueue>) -> Self {
         completions.users.fetch_add(1, Ordering::SeqCst);
@@ -163,18 +170,23 @@ impl SubmissionQueue {
     }
 
     /// One command more was carried out: the head after it.
-    pub(super) fn advance(&self, head: &mut Head) -> u32 {
+    pub(super) fn advance(&self, head: &mut Head) -> u16 {
         head.at = (head.at + 1) % self.size;
-        head.at
+        head.number()
     }
 
-    /// The completion of a command, after which the head is `head`.
-    pub(super) fn completion(&self, head: u32, command: &Command, result: u32, status: Status) -> Completion {
+    /// The completion of a command, after which the head is `sq_head`.
+    pub(super) fn completion(
+        &self,
+        sq_head: u16,
+        command: &Command,
+        result: u32,
+        status: Status,
+    ) -> Completion {
         Completion {
             result,
             reserved: 0,
-            // Queues have at most 1024 entries.
-            sq_head: u16::try_from(head).unwrap_or(0),
+            sq_head,
             sq_id: self.id,
             command_id: command.id,
             status: status.0 << 1,

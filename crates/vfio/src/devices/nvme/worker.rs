@@ -104,7 +104,8 @@ fn batch(shared: &Shared, queue: &SubmissionQueue, buffer: &mut Vec<u8>) -> Resu
     }
     let dma = &*shared.link;
     if queue.id == 0 {
-        head.unposted.extend(lock(&shared.state).due(queue.id));
+        let due = lock(&shared.state).due(head.number());
+        head.unposted.extend(due);
     }
     if !post(shared, queue, &mut head.unposted)? {
         return Ok(false);
