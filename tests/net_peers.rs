@@ -7,9 +7,11 @@ mod support;
 
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsRawFd as _;
 use std::process::Command;
 use std::time::Duration;
 
+use nix::sys::socket::{setsockopt, sockopt};
 use rustix::process::Signal;
 use support::Noise;
 use support::process::Running;
@@ -485,6 +487,44 @@ fn a_new_address_of_the_host_serves_at_once() {
             assert_eq!(from.ip().to_canonical(), host);
             let _into = world.neighbour.run(|| connect(at(host, IN)));
             accept(&within).write_all(b"still here").unwrap();
+        }
+        guest.finish();
+    });
+}
+
+/// Datagrams of 1000 bytes, a shorter one at the end, by one call (`UDP_SEGMENT` in udp(7)).
+fn send_together(to: SocketAddr, bytes: &[u8]) {
+    let any: SocketAddr = if to.is_ipv4() { at(Ipv4Addr::UNSPECIFIED, 0) } else { "[::]:0".parse().unwrap() };
+    let socket = UdpSocket::bind(any).unwrap();
+    setsockopt(socket.as_raw_fd(), sockopt::UdpGsoSegment, &1000).unwrap();
+    assert_eq!(socket.send_to(bytes, to).unwrap(), bytes.len());
+}
+
+/// What arrives, one by one.
+fn expect_together(socket: &UdpSocket, bytes: &[u8]) {
+    socket.set_read_timeout(Some(STALL)).unwrap();
+    let mut buffer = vec![0; 1 << 16];
+    for expected in bytes.chunks(1000) {
+        let length = socket.recv(&mut buffer).unwrap();
+        assert!(buffer[..length] == *expected, "{length} bytes");
+    }
+}
+
+/// The kernel cuts them apart on either side, and completes their checksums.
+#[test]
+fn datagrams_that_are_sent_together_all_arrive() {
+    inside("datagrams_that_are_sent_together_all_arrive", |world| {
+        let guest = world.guest(&format!("-t none -u {IN}"));
+        let mut bytes = vec![0; 40_104];
+        Noise(7).fill(&mut bytes);
+        let addresses = [(at(HOST.0, IN), at(GATEWAY.0, OUT)), (at(HOST.1, IN), at(GATEWAY.1, OUT))];
+        for (host, gateway) in addresses {
+            let within = guest.namespace.run(|| UdpSocket::bind(("::", IN)).unwrap());
+            world.neighbour.run(|| send_together(host, &bytes));
+            expect_together(&within, &bytes);
+            let outside = UdpSocket::bind(("::", OUT)).unwrap();
+            guest.namespace.run(|| send_together(gateway, &bytes));
+            expect_together(&outside, &bytes);
         }
         guest.finish();
     });

@@ -448,7 +448,7 @@ fn ports(kernels: &Kernels) {
         end.expect_error("another program has the port");
         assert!(end.stderr.contains("127.0.0.1:8080"), "{}", end.stderr);
     }
-    try_with(&["-p", "192.0.2.99:8081:80"]).expect_error("the host has no such address");
+    try_with(&["-p", "192.0.2.99:8081:80"]).expect_error("the host does not have that address");
     try_with(&["--net", "none", "-p", "8081:80"]).expect_error("-p 8081:80");
     try_with(&["--net", "none", "--net-control", "control"]).expect_error("--net-control control");
     try_with(&["--net-control", "/proc/x"]).expect_error("cannot listen for control at /proc/x");

@@ -91,7 +91,7 @@ if [ -n "$vfio" ]; then
 fi
 timeout -s KILL "$seconds" "$qemu" "${machine[@]}" -accel tcg -cpu max -m $([ -n "$vfio" ] && echo 4096 || echo 2048) -net none \
     -kernel "$kernel" -initrd "$root/initrd" \
-    -append "console=ttyS0 quiet panic=-1 intel_iommu=$iommu vfio_pci.enable_sriov=1 $words" \
+    -append "console=ttyS0 quiet panic=-1 no_timer_check intel_iommu=$iommu vfio_pci.enable_sriov=1 $words" \
     -display none -monitor none -serial stdio -no-reboot </dev/null >"$root/out" 2>"$root/err" || true
 tr -d '\r' <"$root/out" >"$root/text"
 sed -n '/^ORACLE-BEGIN$/,/^ORACLE-END /{/^ORACLE-/!p}' "$root/text"

@@ -24,8 +24,7 @@ pub(crate) fn explained(forward: &Forward, error: &io::Error) -> io::Error {
              `sysctl -w net.ipv4.ip_unprivileged_port_start={port}`"
         ),
         Some(Errno::ADDRNOTAVAIL) => {
-            "the host does not have that address (now): name one that `ip address` shows, or allow others with \
-             --freebind"
+            "the host does not have that address (now): name one that `ip address` shows; freebind allows others"
                 .to_owned()
         }
         Some(Errno::NODEV) => "there is no such interface: `ip link` shows them".to_owned(),

@@ -180,6 +180,20 @@ static inline int queue_alloc(int fd, uint32_t viommu, uint32_t type, uint32_t i
 	return result;
 }
 
+static inline int option(int fd, uint32_t which, uint16_t op, uint32_t object, uint64_t *number)
+{
+	struct iommu_option cmd = { .size = sizeof(cmd), .option_id = which, .op = op, .object_id = object, .val64 = *number };
+	int result = ioctl(fd, IOMMU_OPTION, &cmd);
+
+	*number = cmd.val64;
+	return result;
+}
+
+static inline int set_option(int fd, uint32_t which, uint32_t object, uint64_t number)
+{
+	return option(fd, which, IOMMU_OPTION_OP_SET, object, &number);
+}
+
 static inline int open_iommu(void)
 {
 	return (int)must(open("/dev/iommu", O_RDWR));

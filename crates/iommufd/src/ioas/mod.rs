@@ -118,6 +118,12 @@ impl Ioas {
         self.write_areas().ranges.unreserve(owner);
     }
 
+    /// What is mapped where, for tests.
+    #[cfg(test)]
+    pub(crate) fn layout(&self) -> Vec<(IovaRange, crate::domain::Prot)> {
+        self.read_areas().map.values().map(|area| (area.range, area.prot)).collect()
+    }
+
     fn read_areas(&self) -> RwLockReadGuard<'_, Areas> {
         self.areas.read().unwrap_or_else(PoisonError::into_inner)
     }

@@ -36,12 +36,17 @@ impl Ioas {
     ///
     /// Areas before the one that it fails at are unmapped.
     pub fn unmap(&self, range: IovaRange) -> Result<u64> {
-        let mut closed = Closed::default();
         let mut bytes = 0;
+        self.unmap_counting(range, &mut bytes).map(|()| bytes)
+    }
+
+    /// As [`Self::unmap`]; the bytes that are unmapped are added to `bytes` also when it fails after some areas.
+    pub fn unmap_counting(&self, range: IovaRange, bytes: &mut u64) -> Result<()> {
+        let mut closed = Closed::default();
         let mut asked = 0;
         loop {
-            match self.unmap_some(range, &mut bytes)? {
-                Obstacle::None => return Ok(bytes),
+            match self.unmap_some(range, bytes)? {
+                Obstacle::None => return Ok(()),
                 Obstacle::More => {}
                 Obstacle::Busy(area) => {
                     closed.close(&area);

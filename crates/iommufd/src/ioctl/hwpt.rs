@@ -45,8 +45,8 @@ pub(super) fn alloc(call: &Call<'_>, args: &mut iommu_hwpt_alloc) -> Result<()> 
 }
 
 pub(super) fn set_dirty_tracking(call: &Call<'_>, args: &mut iommu_hwpt_set_dirty_tracking) -> Result<()> {
+    // As the kernel, which does not look at the reserved field of this one.
     known_flags(args.flags, IOMMU_HWPT_DIRTY_TRACKING_ENABLE)?;
-    known_flags(args.__reserved, 0)?;
     let enable = args.flags & IOMMU_HWPT_DIRTY_TRACKING_ENABLE != 0;
     call.context.set_dirty_tracking(args.hwpt_id, enable)
 }

@@ -23,7 +23,7 @@ use crate::{
 };
 
 /// How many ranges a program may allow. The kernel has no number for it, only its memory.
-const MAX_ALLOWED: u32 = 1 << 20;
+const MAX_ALLOWED: usize = 1 << 20;
 
 pub(super) fn alloc(call: &Call<'_>, args: &mut iommu_ioas_alloc) -> Result<()> {
     known_flags(args.flags, 0)?;
@@ -55,9 +55,6 @@ pub(super) fn iova_ranges(call: &Call<'_>, args: &mut iommu_ioas_iova_ranges) ->
 pub(super) fn allow_iovas(call: &Call<'_>, args: &mut iommu_ioas_allow_iovas) -> Result<()> {
     known_flags(args.__reserved, 0)?;
     let ioas = call.context.ioas(args.ioas_id)?;
-    if args.num_iovas > MAX_ALLOWED {
-        return Err(Errno::NOMEM);
-    }
     let mut ranges = Vec::new();
     let mut chunk = [iommu_iova_range::new_zeroed(); 64];
     let mut left = args.num_iovas as usize;
@@ -66,6 +63,9 @@ pub(super) fn allow_iovas(call: &Call<'_>, args: &mut iommu_ioas_allow_iovas) ->
         // A piece at a time: that there are so many is only what the program says.
         let Some(piece) = chunk.get_mut(..left.min(64)) else { break };
         call.process().read(UserAddr(from), piece.as_mut_bytes())?;
+        if ranges.len() >= MAX_ALLOWED {
+            return Err(Errno::NOMEM);
+        }
         for range in piece.iter() {
             ranges.push(IovaRange::new(Iova(range.start), Iova(range.last))?);
         }

@@ -115,7 +115,7 @@ static IOCTLS: [Ioctl; 22] = [
         "full", "tells a virtual IOMMU by what id the guest knows a device"),
     sized!(IOMMUFD_CMD_IOAS_CHANGE_PROCESS, "IOMMU_IOAS_CHANGE_PROCESS", iommu_ioas_change_process, __reserved, ioas::change_process,
         "full", "counts pinned memory with the calling process from now on"),
-    sized!(IOMMUFD_CMD_VEVENTQ_ALLOC, "IOMMU_VEVENTQ_ALLOC", iommu_veventq_alloc, __reserved, viommu::alloc_event_queue,
+    sized!(IOMMUFD_CMD_VEVENTQ_ALLOC, "IOMMU_VEVENTQ_ALLOC", iommu_veventq_alloc, out_veventq_fd, viommu::alloc_event_queue,
         "full", "makes a queue for events of a virtual IOMMU; the types are the IOMMU's"),
     sized!(IOMMUFD_CMD_HW_QUEUE_ALLOC, "IOMMU_HW_QUEUE_ALLOC", iommu_hw_queue_alloc, length, viommu::alloc_hw_queue,
         "full", "hands a queue in the guest's memory to the IOMMU; the types are the IOMMU's"),

@@ -52,6 +52,7 @@ impl AccessOps for Items {
 pub(super) struct AccessFile {
     // Before the items: dropping it lets go of them.
     access: Access,
+    pins: bool,
     items: Arc<Items>,
     readiness: Readiness,
 }
@@ -64,7 +65,7 @@ impl AccessFile {
         let weak: Weak<Items> = Arc::downgrade(&items);
         let access = context.create_access(pins.then_some(weak as Weak<dyn AccessOps>))?;
         access.attach(ioas)?;
-        Ok(Arc::new(Self { access, items, readiness: Readiness::new()? }))
+        Ok(Arc::new(Self { access, pins, items, readiness: Readiness::new()? }))
     }
 
     /// The access behind descriptor `fd`. EBADFD when it is something else.
@@ -83,8 +84,8 @@ impl AccessFile {
         usize::try_from(length).ok().filter(|_| length <= LIMIT).ok_or(Errno::NOMEM)
     }
 
-    /// Pins what is mapped at `iova`, which must be what the process has at `user`: the id of the item. EINVAL when it is
-    /// other memory.
+    /// Pins what is mapped at `iova`, which must be what the process has at `user`: the id of the item. EBADE when it is
+    /// other memory, EOPNOTSUPP when the access was made without pins.
     pub(super) fn pin(
         &self,
         caller: &dyn Caller,
@@ -94,6 +95,9 @@ impl AccessFile {
         write: bool,
     ) -> Result<u32> {
         inject::check()?;
+        if !self.pins {
+            return Err(Errno::OPNOTSUPP);
+        }
         let pinned = self.access.pin(iova, length, write)?;
         let process = caller.process();
         let mut at = UserAddr(user.0 & !(PAGE_SIZE - 1));
@@ -101,7 +105,7 @@ impl AccessFile {
             for page in 0..run.pages {
                 let host = crate::domain::HostAddr(run.start.0 + page * PAGE_SIZE);
                 if process.page_id(at)? != process.host_page_id(host)? {
-                    return Err(Errno::INVAL);
+                    return Err(Errno::BADE);
                 }
                 at = UserAddr(at.0.checked_add(PAGE_SIZE).ok_or(Errno::FAULT)?);
             }

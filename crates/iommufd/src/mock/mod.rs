@@ -218,7 +218,8 @@ impl Operation<'_> {
     fn access_pages(&mut self) -> Result<()> {
         let mut member: AccessPages = self.member()?;
         AccessFile::bounded(member.length)?;
-        ioctl::known_flags(member.flags, MOCK_FLAGS_ACCESS_WRITE | MOCK_FLAGS_ACCESS_SYZ)?;
+        // Not MOCK_FLAGS_ACCESS_SYZ: addresses in the form of the fuzzer syzkaller.
+        ioctl::known_flags(member.flags, MOCK_FLAGS_ACCESS_WRITE)?;
         let access = AccessFile::of(self.caller, self.args.id)?;
         let (iova, user) = (Iova(member.iova), UserAddr(member.uptr));
         let write = member.flags & MOCK_FLAGS_ACCESS_WRITE != 0;

@@ -1,13 +1,14 @@
 //! The mock's vIOMMU: the caches of its devices, a page that user space maps, events, and hardware queues that are
 //! never read.
 
-use core::{any::Any, fmt};
+use core::{any::Any, fmt, mem::offset_of};
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
 };
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use uapi::iommufd::IOMMU_VEVENTQ_TYPE_DEFAULT;
 use uapi::iommufd_test::{
     IOMMU_HW_QUEUE_TYPE_SELFTEST, IOMMU_TEST_HW_QUEUE_MAX, IOMMU_TEST_INVALIDATE_FLAG_ALL,
     IOMMU_VEVENTQ_TYPE_SELFTEST, IOMMU_VIOMMU_INVALIDATE_DATA_SELFTEST, iommu_viommu_event_selftest,
@@ -50,7 +51,7 @@ impl MockViommu {
             None
         } else {
             let mut known: iommu_viommu_selftest =
-                data.read(&**caller.process(), size_of::<iommu_viommu_selftest>())?;
+                data.read(&**caller.process(), offset_of!(iommu_viommu_selftest, out_mmap_offset))?;
             let file = memfd_create("mock vIOMMU", MemfdFlags::CLOEXEC)?;
             ftruncate(&file, MAPPED)?;
             rustix::io::pwrite(&file, known.in_data.as_bytes(), 0)?;
@@ -125,7 +126,7 @@ impl VirtualIommu for MockViommu {
     }
 
     fn has_events(&self, kind: u32) -> bool {
-        kind == IOMMU_VEVENTQ_TYPE_SELFTEST
+        kind != IOMMU_VEVENTQ_TYPE_DEFAULT
     }
 
     fn queues(&self, kind: u32) -> Option<(QueueAddressing, u32)> {

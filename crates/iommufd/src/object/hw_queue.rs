@@ -4,14 +4,14 @@
 //! meanwhile. Queues of a type are made from index 0 upwards and destroyed downwards: each one uses the one below it.
 
 use core::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
-use super::{Pending, table::Use, viommu::Viommu};
+use super::{Pending, ioas::IoasObject, table::Use, viommu::Viommu};
 use crate::{
     Context, Errno, Result,
     domain::HostAddr,
     inject,
-    ioas::Pinned,
+    ioas::{AccessId, AccessOps, Ioas, Pinned},
     iova::{Iova, IovaRange, PAGE_SIZE},
     viommu::{HardwareQueue, QueueAddressing, QueueRequest},
 };
@@ -61,6 +61,7 @@ pub(crate) struct HwQueue {
     /// None while it is dropped. It goes before the memory.
     driver: Option<Box<dyn HardwareQueue>>,
     _memory: QueueMemory,
+    _access: QueueAccess,
     _below: Option<Use<HwQueue>>,
     viommu: Use<Viommu>,
 }
@@ -100,6 +101,8 @@ impl Context {
         let range = IovaRange::with_length(iova, length)?;
         let viommu = self.table().get::<Viommu>(viommu)?;
         let (addressing, count) = viommu.driver.queues(kind).ok_or(Errno::OPNOTSUPP)?;
+        // The space is aligned to pages from now on, as for whoever pins.
+        let access = QueueAccess::new(&viommu.parent.ioas)?;
         let memory = pin(&viommu, range, length, addressing)?;
         if index >= count {
             return Err(Errno::INVAL);
@@ -121,8 +124,42 @@ impl Context {
         let driver = Some(viommu.driver.create_queue(request)?);
         parts.queues.insert((kind, index), reservation.id());
         drop(parts);
-        let queue = HwQueue { kind, index, driver, _memory: memory, _below: below, viommu: viommu.hold() };
+        let queue = HwQueue {
+            kind,
+            index,
+            driver,
+            _memory: memory,
+            _access: access,
+            _below: below,
+            viommu: viommu.hold(),
+        };
         Ok(Pending::new(reservation, queue))
+    }
+}
+
+/// A queue's being an access of the address space: what is mapped there must be whole pages.
+struct QueueAccess {
+    id: AccessId,
+    space: Arc<Ioas>,
+}
+
+/// Nobody asks a queue to let go.
+struct Owner;
+
+impl AccessOps for Owner {
+    fn unmap(&self, _range: IovaRange) {}
+}
+
+impl QueueAccess {
+    fn new(ioas: &IoasObject) -> Result<Self> {
+        let id = ioas.space.add_access(Weak::<Owner>::new(), PAGE_SIZE)?;
+        Ok(Self { id, space: ioas.space.clone() })
+    }
+}
+
+impl Drop for QueueAccess {
+    fn drop(&mut self) {
+        self.space.remove_access(self.id);
     }
 }
 

@@ -170,7 +170,7 @@ impl Context {
             return Err(Errno::OPNOTSUPP);
         }
         let reservation = self.table().reserve()?;
-        let readiness = Readiness::new()?;
+        let readiness = Readiness::new_read_only()?;
         let depth = usize::try_from(depth).map_err(|_| Errno::INVAL)?;
         let mut events = viommu.shared.events();
         if events.get(&kind).is_some_and(|queue| queue.strong_count() > 0) {

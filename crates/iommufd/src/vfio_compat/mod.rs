@@ -106,6 +106,9 @@ pub(crate) fn map_dma(call: &Call<'_>) -> Result<i32> {
     let mut prot = Prot::empty();
     prot.set(Prot::READ, args.flags & VFIO_DMA_MAP_FLAG_READ != 0);
     prot.set(Prot::WRITE, args.flags & VFIO_DMA_MAP_FLAG_WRITE != 0);
+    if prot.is_empty() {
+        return Err(Errno::INVAL);
+    }
     let (_, ioas) = call.context.compat()?;
     let pages = Pages::user(
         call.caller.process().clone(),
@@ -125,21 +128,26 @@ pub(crate) fn unmap_dma(call: &Call<'_>) -> Result<i32> {
         return Err(Errno::INVAL);
     }
     let (_, ioas) = call.context.compat()?;
-    args.size = if args.flags & VFIO_DMA_UNMAP_FLAG_ALL != 0 {
+    let range = if args.flags & VFIO_DMA_UNMAP_FLAG_ALL != 0 {
         if args.iova != 0 || args.size != 0 {
             return Err(Errno::INVAL);
         }
-        ioas.space.unmap(IovaRange::ALL)?
+        Ok(IovaRange::ALL)
     } else {
-        let range = IovaRange::with_length(Iova(args.iova), args.size)?;
-        if !ioas.space.huge_pages() {
+        let range = IovaRange::with_length(Iova(args.iova), args.size);
+        if let Ok(range) = range
+            && !ioas.space.huge_pages()
+        {
             // Of an area's first byte alone the kernel says that it is not mapped, rather than not aligned.
             let end = range.last().0.checked_add(1).filter(|_| range.last() != range.start());
             let cuts: Vec<_> = [Some(range.start().0), end].into_iter().flatten().map(Iova).collect();
             ioas.space.cut(&cuts)?;
         }
-        ioas.space.unmap(range)?
+        range
     };
+    args.size = 0;
+    let result = range.and_then(|range| ioas.space.unmap_counting(range, &mut args.size));
+    // How much was unmapped the program learns also when it failed half-way.
     call.process().write(call.arg, args.as_bytes())?;
-    Ok(0)
+    result.map(|()| 0)
 }

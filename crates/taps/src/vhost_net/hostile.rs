@@ -8,6 +8,9 @@ use vm_memory::{Bytes, GuestAddress};
 use super::VhostTap;
 use super::software::{Dummy, EVERYTHING, Software};
 
+/// Bytes of a frame from Ethernet to TCP.
+const HEADERS: usize = 54;
+
 /// Lets a device do what `data` says between the driver's own calls: use any buffer of either ring, with any length, or
 /// write any index; write anything to a receive buffer; complain. Whatever happens, frames are no longer than
 /// frames are, and a link that has ended stays so.
@@ -68,8 +71,9 @@ pub fn any_completions(mut data: &[u8]) {
                 assert!(frame.is_none_or(|(length, _)| length <= LONGEST_FRAME));
             }),
             88..112 => {
-                let frame = buffer.get(..usize::from(word)).unwrap_or_default();
-                tap.send(&[*c; 54], frame, Offload::default()).map(|_| ())
+                let length = usize::from(word).min(LONGEST_FRAME - HEADERS);
+                let payload = buffer.get(..length).unwrap_or_default();
+                tap.send(&[*c; HEADERS], payload, Offload::default()).map(|_| ())
             }
             _ => tap.flush(),
         };

@@ -601,7 +601,11 @@ fn bypass(cx: &Context<'_>, listener: &Listener, received: &Received, datagrams:
     let port = listener.forward.guest_port;
     // They have all the same ends.
     let pass = |payload| bypass.datagram(&listener.fd, (received.peer, local), guest, port, payload);
-    datagrams.each().fold(false, |any, payload| pass(payload) || any)
+    let mut passed = false;
+    for payload in datagrams.each() {
+        passed |= pass(payload);
+    }
+    passed
 }
 
 /// The flow of `peer`, as the host knows it, by a forwarded port, and its number if it is there already; `None` if the

@@ -1,3 +1,4 @@
 //! Devices in software.
 
+pub mod ioat;
 pub mod nvme;

@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::process::exit;
 
 use nix::sched::{CloneFlags, unshare};
@@ -80,6 +81,16 @@ fn await_child(child: Pid, wait: &OwnedFd, pid_file: Option<File>) -> i32 {
     }
     let status = rustix::io::retry_on_intr(|| waitpid(Some(child), WaitOptions::empty()));
     status.ok().flatten().and_then(|(_, status)| status.exit_status()).unwrap_or(1)
+}
+
+/// Makes the file for a process identifier, while the process sees the host's files.
+///
+/// # Errors
+/// It cannot be made.
+pub fn pid_file(path: Option<&Path>) -> Result<Option<File>, NetError> {
+    let create =
+        |path: &Path| File::create(path).because(|| format!("cannot write the PID file {}", path.display()));
+    path.map(create).transpose()
 }
 
 /// Writes a process identifier to the file that was asked for.

@@ -12,7 +12,6 @@
 //!
 //! Whatever goes wrong before 4 is an error, and nobody has been told that there is a network.
 
-use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -55,11 +54,7 @@ pub fn run(settings: &PasstSettings) -> Result<u8, NetError> {
     let changes = Changes::open(&common.network)?;
     let forwards = common.forwards();
     let config = Config { forwards: forwards.required.clone(), ..changes.config()? };
-    let mut pid_file = common
-        .pid_file
-        .as_ref()
-        .map(|path| File::create(path).because(|| format!("cannot write the PID file {}", path.display())))
-        .transpose()?;
+    let mut pid_file = background::pid_file(common.pid_file.as_deref())?;
     let (socket, keeper) = open(&settings.socket)?;
     let mtu = if config.mtu == 0 { MTU } else { config.mtu };
     let (taps, control) =

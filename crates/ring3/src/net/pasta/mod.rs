@@ -27,7 +27,6 @@ mod opener;
 mod serve;
 mod watch;
 
-use std::fs::File;
 use std::io;
 
 use taps::vhost_net::{self, Device};
@@ -61,11 +60,7 @@ pub fn run(settings: &PastaSettings) -> Result<u8, NetError> {
     let changes = Changes::open(&common.network)?;
     let config = changes.config()?;
     let ifname = settings.ifname.clone().unwrap_or_else(|| name_after(changes.host()));
-    let pid_file = common
-        .pid_file
-        .as_ref()
-        .map(|path| File::create(path).because(|| format!("cannot write the PID file {}", path.display())));
-    let mut pid_file = pid_file.transpose()?;
+    let mut pid_file = background::pid_file(common.pid_file.as_deref())?;
     let prepared = Prepared::open(common)?;
     let found = Found::find(&settings.target)?;
     let watch = watched(settings)?;

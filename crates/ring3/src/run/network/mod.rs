@@ -61,7 +61,7 @@ pub enum NetworkError {
     #[error("cannot make the guest's network (--net none does without)")]
     Host(#[source] io::Error),
     /// A port cannot be had.
-    #[error("the guest's ports cannot be forwarded (-p){}", advice(.0))]
+    #[error("the guest's ports cannot be forwarded (-p): port 0 of the host is any that is free")]
     Port(#[source] io::Error),
     /// The tap device cannot be used.
     #[error("cannot use the tap device {name} (--net tap={name}){}", if *missing { ": there is none; make it by `ip tuntap add NAME mode tap user USER`" } else { "" })]
@@ -73,21 +73,6 @@ pub enum NetworkError {
         /// Why.
         source: io::Error,
     },
-}
-
-/// The way out for a port that cannot be listened to.
-fn advice(error: &io::Error) -> &'static str {
-    match error.kind() {
-        io::ErrorKind::AddrInUse => {
-            ": another program has the port; choose another one, or 0 for any that is free"
-        }
-        io::ErrorKind::PermissionDenied => {
-            ": ports below 1024 are root's, unless the sysctl net.ipv4.ip_unprivileged_port_start says otherwise; \
-             choose a higher one"
-        }
-        io::ErrorKind::AddrNotAvailable => ": the host has no such address",
-        _ => "",
-    }
 }
 
 /// What moves the guest's frames.

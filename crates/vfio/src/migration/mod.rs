@@ -1,5 +1,7 @@
 //! Migration: a device's state, and the stream in which it travels (version 2 of VFIO's migration protocol).
 
+pub mod engine;
+
 use std::sync::Arc;
 
 use uapi::vfio::{

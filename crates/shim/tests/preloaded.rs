@@ -1,0 +1,279 @@
+//! The library before a program: each test runs itself once more, alone and with `LD_PRELOAD`, and there calls libc's functions.
+
+#![allow(unsafe_code, reason = "calls libc's functions as a C program does")]
+#![allow(clippy::undocumented_unsafe_blocks, reason = "the calls are what is tested; each is with pointers to locals")]
+
+use std::{
+    env,
+    ffi::{CStr, CString, c_int, c_void},
+    fs, io,
+    path::PathBuf,
+    process::Command,
+    ptr,
+};
+
+const INSIDE: &str = "RING3_SHIM_TEST";
+
+/// Runs `body` with the library loaded.
+fn preloaded(test: &str, body: fn()) {
+    if env::var_os(INSIDE).is_some() {
+        return body();
+    }
+    let output = Command::new(env::current_exe().unwrap())
+        .args(["--exact", test, "--nocapture", "--test-threads=1"])
+        .env("LD_PRELOAD", library())
+        .env("RING3_SHIM", "")
+        .env(INSIDE, "1")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{test}: {}\n{text}", output.status);
+    assert!(text.contains("1 passed"), "{test} did not run:\n{text}");
+}
+
+fn library() -> PathBuf {
+    let test = env::current_exe().unwrap();
+    let file = test.parent().unwrap().parent().unwrap().join("libring3_shim.so");
+    assert!(file.exists(), "{} has not been built", file.display());
+    file
+}
+
+fn errno() -> c_int {
+    io::Error::last_os_error().raw_os_error().unwrap()
+}
+
+fn open(path: &CStr, flags: c_int) -> c_int {
+    unsafe { libc::open(path.as_ptr(), flags) }
+}
+
+const IOMMU: &CStr = c"/dev/iommu";
+const IOAS_ALLOC: libc::c_ulong = 0x3b81;
+const IOAS_MAP: libc::c_ulong = 0x3b85;
+const DESTROY: libc::c_ulong = 0x3b80;
+
+/// Makes an I/O address space: its id, or the errno.
+fn ioas_alloc(fd: c_int) -> Result<u32, c_int> {
+    let mut alloc = [12_u32, 0, 0];
+    match unsafe { libc::ioctl(fd, IOAS_ALLOC, alloc.as_mut_ptr()) } {
+        0 => Ok(alloc[2]),
+        _ => Err(errno()),
+    }
+}
+
+fn destroy(fd: c_int, id: u32) -> Result<(), c_int> {
+    let argument = [8_u32, id];
+    match unsafe { libc::ioctl(fd, DESTROY, argument.as_ptr()) } {
+        0 => Ok(()),
+        _ => Err(errno()),
+    }
+}
+
+#[test]
+fn the_device_is_there_and_answers() {
+    preloaded("the_device_is_there_and_answers", || {
+        let fd = open(IOMMU, libc::O_RDWR);
+        assert!(fd >= 0, "{}", errno());
+        assert_eq!(unsafe { libc::access(IOMMU.as_ptr(), libc::R_OK) }, 0);
+        let id = ioas_alloc(fd).unwrap();
+        assert_eq!(destroy(fd, id), Ok(()));
+        assert_eq!(destroy(fd, id), Err(libc::ENOENT));
+        assert_eq!(unsafe { libc::ioctl(fd, 0x3bff, 0) }, -1);
+        assert_eq!(errno(), libc::ENOTTY);
+        assert_eq!(unsafe { libc::close(fd) }, 0);
+        assert_eq!(ioas_alloc(fd), Err(libc::EBADF));
+    });
+}
+
+#[test]
+fn its_metadata_is_a_devices() {
+    preloaded("its_metadata_is_a_devices", || {
+        let fd = open(IOMMU, libc::O_RDWR | libc::O_CLOEXEC);
+        let mut by_path = unsafe { core::mem::zeroed::<libc::stat>() };
+        let mut by_fd = by_path;
+        assert_eq!(unsafe { libc::stat(IOMMU.as_ptr(), &raw mut by_path) }, 0);
+        assert_eq!(unsafe { libc::fstat(fd, &raw mut by_fd) }, 0);
+        for stat in [by_path, by_fd] {
+            assert_eq!(stat.st_mode & libc::S_IFMT, libc::S_IFCHR);
+            assert_eq!(libc::major(stat.st_rdev), 10);
+        }
+        assert_eq!(unsafe { libc::fcntl(fd, libc::F_GETFD) }, libc::FD_CLOEXEC);
+        assert_eq!(open(IOMMU, libc::O_RDWR | libc::O_DIRECTORY), -1);
+        assert_eq!(errno(), libc::ENOTDIR);
+    });
+}
+
+#[test]
+fn bad_pointers_are_efault_and_errno_is_kept() {
+    preloaded("bad_pointers_are_efault_and_errno_is_kept", || {
+        let fd = open(IOMMU, libc::O_RDWR);
+        for bad in [0_usize, 8, 0x7fff_ffff_f000, usize::MAX - 4] {
+            assert_eq!(unsafe { libc::ioctl(fd, IOAS_ALLOC, bad) }, -1);
+            assert_eq!(errno(), libc::EFAULT, "{bad:#x}");
+        }
+        let page = unsafe {
+            libc::mmap(ptr::null_mut(), 4096, libc::PROT_READ, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0)
+        };
+        // Readable, but all zeros: a size of 0.
+        assert_eq!(unsafe { libc::ioctl(fd, IOAS_ALLOC, page) }, -1);
+        assert_eq!(errno(), libc::EINVAL);
+        assert_eq!(open(unsafe { CStr::from_ptr(c"".as_ptr()) }, 0), -1);
+        assert_eq!(errno(), libc::ENOENT);
+        assert_eq!(unsafe { libc::open(ptr::null(), 0) }, -1);
+        assert_eq!(errno(), libc::EFAULT);
+        unsafe { *libc::__errno_location() = 77 };
+        ioas_alloc(fd).unwrap();
+        assert_eq!(errno(), 77);
+    });
+}
+
+#[test]
+fn duplicates_share_what_they_have_open() {
+    preloaded("duplicates_share_what_they_have_open", || {
+        let first = open(IOMMU, libc::O_RDWR);
+        let id = ioas_alloc(first).unwrap();
+        let copies = unsafe {
+            [libc::dup(first), libc::fcntl(first, libc::F_DUPFD_CLOEXEC, 500), libc::dup2(first, 600)]
+        };
+        assert!(copies[1] >= 500 && copies[2] == 600, "{copies:?}");
+        unsafe { libc::close(first) };
+        let other = open(IOMMU, libc::O_RDWR);
+        assert_eq!(destroy(other, id), Err(libc::ENOENT));
+        assert_eq!(destroy(copies[0], id), Ok(()));
+        assert_eq!(destroy(copies[1], id), Err(libc::ENOENT));
+        // Something ordinary over it.
+        let null = open(c"/dev/null", libc::O_RDWR);
+        assert_eq!(unsafe { libc::dup2(null, copies[2]) }, copies[2]);
+        assert_eq!(ioas_alloc(copies[2]), Err(libc::ENOTTY));
+        // And it over something ordinary.
+        assert_eq!(unsafe { libc::dup2(other, null) }, null);
+        assert!(ioas_alloc(null).is_ok());
+        assert_eq!(unsafe { libc::close_range(3, u32::MAX, 0) }, 0);
+        assert_eq!(ioas_alloc(null), Err(libc::EBADF));
+        assert_eq!(ioas_alloc(copies[0]), Err(libc::EBADF));
+    });
+}
+
+#[test]
+fn a_child_uses_what_its_parent_opened() {
+    preloaded("a_child_uses_what_its_parent_opened", || {
+        let fd = open(IOMMU, libc::O_RDWR);
+        let id = ioas_alloc(fd).unwrap();
+        let made = in_child(|| {
+            assert_eq!(destroy(fd, id), Ok(()));
+            let of_child = ioas_alloc(fd).unwrap();
+            // A child of the child.
+            in_child(|| {
+                assert_eq!(destroy(fd, of_child), Ok(()));
+                0
+            });
+            assert_eq!(destroy(fd, of_child), Err(libc::ENOENT));
+            // One of its own is none of the parent's.
+            let own = open(IOMMU, libc::O_RDWR);
+            assert_eq!(ioas_alloc(own), Ok(1));
+            c_int::try_from(ioas_alloc(fd).unwrap()).unwrap()
+        });
+        assert_eq!(destroy(fd, id), Err(libc::ENOENT));
+        assert_eq!(destroy(fd, u32::try_from(made).unwrap()), Ok(()));
+        // A child that is killed in the middle leaves the parent in order.
+        in_child_that(|| unsafe { libc::kill(libc::getpid(), libc::SIGKILL) }, |status| {
+            assert!(libc::WIFSIGNALED(status));
+        });
+        assert!(ioas_alloc(fd).is_ok());
+    });
+}
+
+/// Runs `body` in a child and gives its exit status.
+fn in_child(body: impl FnOnce() -> c_int) -> c_int {
+    let mut result = -1;
+    in_child_that(body, |status| {
+        assert!(libc::WIFEXITED(status), "the child ended with {status:#x}");
+        result = libc::WEXITSTATUS(status);
+        assert_ne!(result, 255, "the child failed");
+    });
+    result
+}
+
+fn in_child_that(body: impl FnOnce() -> c_int, judge: impl FnOnce(c_int)) {
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(body));
+        unsafe { libc::_exit(result.unwrap_or(255)) };
+    }
+    let mut status = 0;
+    assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+    judge(status);
+}
+
+#[test]
+fn two_threads_race_for_one_descriptor() {
+    preloaded("two_threads_race_for_one_descriptor", || {
+        for _ in 0..200 {
+            let fd = open(IOMMU, libc::O_RDWR);
+            let ids: Vec<u32> = (0..8).map(|_| ioas_alloc(fd).unwrap()).collect();
+            let won: usize = std::thread::scope(|scope| {
+                let threads: Vec<_> = (0..2)
+                    .map(|_| scope.spawn(|| ids.iter().filter(|id| destroy(fd, **id).is_ok()).count()))
+                    .collect();
+                threads.into_iter().map(|thread| thread.join().unwrap()).sum()
+            });
+            assert_eq!(won, ids.len());
+            // One closes while the other calls: the call succeeds, or there is no such descriptor.
+            std::thread::scope(|scope| {
+                scope.spawn(|| unsafe { libc::close(fd) });
+                match ioas_alloc(fd) {
+                    Ok(_) | Err(libc::EBADF) => {}
+                    Err(other) => panic!("errno {other}"),
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn other_files_are_the_real_ones() {
+    preloaded("other_files_are_the_real_ones", || {
+        let directory = env::temp_dir().join(format!("ring3-shim-test-{}", std::process::id()));
+        fs::create_dir_all(&directory).unwrap();
+        let path = directory.join("file");
+        let name = CString::new(path.to_str().unwrap()).unwrap();
+        let fd = unsafe { libc::open(name.as_ptr(), libc::O_CREAT | libc::O_RDWR | libc::O_EXCL, 0o640) };
+        assert!(fd >= 0);
+        assert_eq!(unsafe { libc::write(fd, c"hello".as_ptr().cast(), 5) }, 5);
+        let mut buffer = [0_u8; 8];
+        assert_eq!(unsafe { libc::pread(fd, buffer.as_mut_ptr().cast(), 8, 1) }, 4);
+        assert_eq!(&buffer[..4], b"ello");
+        assert_eq!(unsafe { libc::lseek(fd, 0, libc::SEEK_CUR) }, 5);
+        let mut stat = unsafe { core::mem::zeroed::<libc::stat>() };
+        assert_eq!(unsafe { libc::fstat(fd, &raw mut stat) }, 0);
+        assert_eq!((stat.st_mode & 0o777, stat.st_size), (0o640, 5));
+        let at = unsafe { libc::mmap(ptr::null_mut(), 5, libc::PROT_READ, libc::MAP_PRIVATE, fd, 0) };
+        assert_eq!(unsafe { *at.cast::<[u8; 5]>() }, *b"hello");
+        assert_eq!(unsafe { libc::munmap(at, 5) }, 0);
+        fs::remove_dir_all(&directory).unwrap();
+    });
+}
+
+/// Maps `length` bytes at `at` for devices: the address for them, or the errno.
+fn ioas_map(fd: c_int, ioas: u32, at: *mut c_void, length: usize) -> Result<u64, c_int> {
+    let flags = 1_u64 << 1 | 1 << 2;
+    let mut map = [40 | flags << 32, u64::from(ioas), at as u64, length as u64, 0];
+    match unsafe { libc::ioctl(fd, IOAS_MAP, map.as_mut_ptr()) } {
+        0 => Ok(map[4]),
+        _ => Err(errno()),
+    }
+}
+
+#[test]
+fn memory_is_mapped_for_devices() {
+    preloaded("memory_is_mapped_for_devices", || {
+        let fd = open(IOMMU, libc::O_RDWR);
+        let ioas = ioas_alloc(fd).unwrap();
+        let private = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let at = unsafe {
+            libc::mmap(ptr::null_mut(), 1 << 16, libc::PROT_READ | libc::PROT_WRITE, private, -1, 0)
+        };
+        assert!(ioas_map(fd, ioas, at, 1 << 16).is_ok());
+        assert_eq!(ioas_map(fd, ioas, at, 0), Err(libc::EINVAL));
+        assert_eq!(ioas_map(fd, ioas, at, usize::MAX), Err(libc::EOVERFLOW));
+    });
+}
