@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use support::process::{as_other_user, finish};
 use support::selftests::{
-    Answers, Expectations, HugePages, Kernel, Outcome, Report, as_root, behind, kernel, lift_memory_limit, say, shim,
+    Answers, Expectations, HugePages, Kernel, Outcome, Report, as_root, behind, kernel, lift_memory_limit,
+    say, shim,
 };
 
 const PATIENCE: Duration = Duration::from_secs(240);
@@ -48,7 +49,10 @@ fn judge(kernel: &Kernel, program: &str, command: Command) {
         wrong.push(format!("{program} was ended by signal {signal}:\n{}", done.stderr));
     }
     if !kernel.as_expected && !wrong.is_empty() {
-        return support::skip(&format!("the expectations are for another kernel: not judged:\n{}", wrong.join("\n")));
+        return support::skip(&format!(
+            "the expectations are for another kernel: not judged:\n{}",
+            wrong.join("\n")
+        ));
     }
     assert_none_wrong(&wrong);
 }

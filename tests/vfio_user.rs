@@ -162,6 +162,28 @@ fn what_a_server_has_is_printed() {
 }
 
 #[test]
+fn the_test_device_is_served() {
+    let dir = temp_dir();
+    let socket = dir.path().join("socket");
+    let mut command = ring3();
+    command.args(["vfio", "serve", "test", "--once", "--socket"]).arg(&socket);
+    let server = Running::start_quiet(command);
+    server.wait_until(|| socket.exists());
+    let mut info = ring3();
+    info.args(["vfio", "info", "--socket"]).arg(&socket);
+    let said = finish(info, PATIENCE);
+    said.expect(0);
+    let said = said.text();
+    assert!(line(&said, "device").starts_with("PCI 1234:7e57"), "{said}");
+    assert!(
+        line(&said, "BAR2").contains("mappable") && line(&said, "BAR4").contains("mappable 0x"),
+        "{said}"
+    );
+    assert!(line(&said, "migration").contains("stop-copy"), "{said}");
+    server.finish(PATIENCE).expect(0);
+}
+
+#[test]
 fn a_server_for_one_client() {
     let dir = temp_dir();
     write(dir.path(), "disk", &[0; 1 << 20]);
