@@ -244,8 +244,10 @@ impl World {
             Some(at) if !free(at) => Err(Errno::EXIST),
             Some(at) => Ok(at),
             None => {
-                let step = 1_usize << pages.ilog2();
-                (0..SPACE).step_by(step).find(|at| free(*at)).ok_or(Errno::NOSPC)
+                // As long as it is, or as its memory lies.
+                let memory = self.buffer.page(areas[0].first).0 / PAGE;
+                let step = pages.next_power_of_two().min(1 << memory.trailing_zeros());
+                (0..SPACE).step_by(step as usize).find(|at| free(*at)).ok_or(Errno::NOSPC)
             }
         };
         let expected = expected.and_then(|at| self.fill(space, areas).map(|()| at));
