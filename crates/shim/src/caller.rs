@@ -11,6 +11,8 @@ use iommufd::{
 
 use rustix::thread::CapabilitySet;
 
+use vfio::doors::{self, DeviceFile, Opened};
+
 use crate::{calls, process::ShimProcess, table};
 
 /// The program in whose process we are.
@@ -73,5 +75,19 @@ impl Caller for ShimCaller {
 
     fn installed(&self, fd: i32) -> Result<Arc<dyn File>> {
         table::get_full(fd).and_then(|description| description.file.given()).ok_or(Errno::BADF)
+    }
+}
+
+impl doors::Caller for ShimCaller {
+    fn opened(&self, fd: i32) -> Result<Opened> {
+        match table::get(fd).as_deref().and_then(Option::as_ref) {
+            Some(description) => Ok(description.file.opened()),
+            // Something real, or nothing.
+            None => self.process.file(fd).map(|_| Opened::Other),
+        }
+    }
+
+    fn install_device(&self, device: Arc<DeviceFile>) -> Result<i32> {
+        calls::install_device(device)
     }
 }

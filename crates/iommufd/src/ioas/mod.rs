@@ -2,7 +2,7 @@
 //!
 //! # Theory of operation
 //!
-//! An [`Ioas`] holds *areas*, ranges of IOVA that show a part of a [`Pages`] each. Nothing is pinned for an area until
+//! An [`Ioas`] holds *areas*, ranges of IOVA that show a part of a [`Pages`](crate::pages::Pages) each. Nothing is pinned for an area until
 //! somebody needs its memory:
 //!
 //! - A *domain* ([`Ioas::attach_domain`]) gets all areas entered, and has all of their pages pinned.

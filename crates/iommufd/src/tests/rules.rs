@@ -475,7 +475,7 @@ fn copies_go_across_areas_at_any_byte() {
     bench.ioas.map(&bench.pages, 2048, 3000, Some(Iova(BASE + 2048)), RW).unwrap();
     bench.ioas.map(&bench.pages, 8000, 3000, Some(Iova(BASE + 5048)), RW).unwrap();
     let expected: Vec<u8> = (2048..5048).chain(8000..11000).map(pattern).collect();
-    let _pin = bench.pages.pin(8192, 1).unwrap();
+    bench.pages.pin(8192, 1).unwrap();
     for (start, length) in [(0, 6000), (2990, 20), (17, 1), (2999, 2), (5999, 1)] {
         let mut bytes = vec![0; length];
         bench.ioas.read(Iova(BASE + 2048 + start as u64), &mut bytes).unwrap();
