@@ -202,6 +202,12 @@ impl System {
         lock(&self.devices).by_number.get(&number).map(|slot| slot.group.number)
     }
 
+    /// Device `number`.
+    #[must_use]
+    pub fn device(&self, number: u32) -> Option<Arc<dyn Device>> {
+        lock(&self.devices).by_number.get(&number).map(|slot| Arc::clone(&slot.device))
+    }
+
     /// The device nodes: what is there follows from how this was built, and from the devices.
     ///
     /// | features | `/dev/iommu` | `/dev/vfio/vfio` | `/dev/vfio/N` | `/dev/vfio/devices/vfioN` |
