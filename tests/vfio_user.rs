@@ -9,7 +9,8 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use rustix::process::Signal;
-use support::process::{PATIENCE, Running, finish, ring3};
+use support::kernels::kernels;
+use support::process::{PATIENCE, Running, boot, finish, ring3, run};
 use support::qemu::{guests, next};
 use support::{Noise, temp_dir, write};
 
@@ -120,6 +121,46 @@ dd if=/dev/nvme0n1 of=/dev/nvme0n1 bs=1M skip=1 count=2 seek=20 conv=fsync 2>/de
     assert!(!dir.path().join("socket").exists(), "the socket is left behind");
     assert_eq!(end.stderr.matches("a client has come").count(), 2, "{}", end.stderr);
     assert!(end.stderr.contains("isolation: no_new_privs"), "{}", end.stderr);
+}
+
+#[test]
+fn a_guest_of_ring3_has_the_disk() {
+    let Some(kernels) = kernels() else { return };
+    let dir = temp_dir();
+    let before = noise(2, SIZE);
+    write(dir.path(), "disk", &before);
+    let server = serve(dir.path(), &["--once"]);
+    let device = format!("vfio-user={}", dir.path().join("socket").display());
+    // Reads in pieces larger than a message, and executes what it has read: the processor must see who writes.
+    let script = "set -e
+while [ ! -b /dev/nvme0n1 ]; do sleep 0.1; done
+echo SUM $(md5sum </dev/nvme0n1)
+dd if=/dev/nvme0n1 of=/dev/nvme0n1 bs=1M count=16 seek=16 conv=fsync 2>/dev/null
+echo BACK $(dd if=/dev/nvme0n1 iflag=direct bs=1M skip=16 2>/dev/null | md5sum)
+for n in 1 2 3; do
+    cp /bin/echo /bin/true /tmp
+    cat /tmp/echo /dev/zero | dd of=/dev/nvme0n1 bs=1M count=1 iflag=fullblock oflag=direct 2>/dev/null
+    dd if=/dev/nvme0n1 of=/tmp/again bs=1M count=1 iflag=direct 2>/dev/null
+    chmod +x /tmp/again
+    /tmp/again RAN $n
+done
+echo INTERRUPTS $(grep -c nvme0q /proc/interrupts)";
+    let options = ["--cpus", "2", "--device", &device];
+    let said = boot(run(kernels.newer(), &options, &["sh", "-c", script]));
+    said.expect(0);
+    let said = said.text();
+    let half = SIZE / 2;
+    assert!(line(&said, "SUM").starts_with(&md5sum(dir.path(), &before)), "{said}");
+    assert!(line(&said, "BACK").starts_with(&md5sum(dir.path(), &before[..half])), "{said}");
+    assert_eq!(said.matches("RAN ").count(), 3, "{said}");
+    assert_eq!(line(&said, "INTERRUPTS"), "3");
+    server.finish(PATIENCE).expect(0);
+    let mut after = vec![0; SIZE];
+    File::open(dir.path().join("disk")).unwrap().read_exact_at(&mut after, 0).unwrap();
+    assert!(after[half..] == before[..half], "the file has something else");
+
+    let device = format!("vfio-user={}", dir.path().join("nobody").display());
+    boot(run(kernels.newer(), &["--device", &device], &["true"])).expect_error("nobody");
 }
 
 #[test]
