@@ -126,7 +126,7 @@ pub fn shim(options: &[&str], program: &Path, arguments: &[&str]) -> Command {
 pub fn as_root(command: Command) -> Option<Command> {
     let own = rustix::process::geteuid().is_root()
         && rustix::thread::capabilities(None)
-            .is_ok_and(|ours| ours.effective.contains(rustix::thread::CapabilityFlags::SYS_RESOURCE));
+            .is_ok_and(|ours| ours.effective.contains(rustix::thread::CapabilitySet::SYS_RESOURCE));
     if own {
         return Some(command);
     }
