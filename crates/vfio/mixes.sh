@@ -19,11 +19,11 @@ build() { CARGO_TARGET_DIR=$target "${cargo[@]}" build --quiet -p vfio --no-defa
 legal() {
     local features=$1
     shift
-    build "$features" --example nodes || fail "$features does not build"
+    build "$features" --lib --example nodes || fail "$features does not build"
     local nodes symbols
     nodes=$("$target/debug/examples/nodes" 2>/dev/null | tr '\n' ' ')
     [ "$nodes" = "${*:+$* }" ] || fail "$features serves '$nodes' instead of '$*'"
-    symbols=$(nm -C "$target"/debug/libvfio.rlib 2>/dev/null)
+    symbols=$(nm -C "$target"/debug/libvfio.rlib 2>/dev/null) || fail "nm cannot read $target/debug/libvfio.rlib"
     for door in cdev:device-cdev group:group container:container; do
         case ",$features," in
         *,"${door#*:}",*) grep -q "vfio::doors::${door%:*}::" <<<"$symbols" || fail "$features has no code of ${door#*:}" ;;

@@ -164,7 +164,8 @@ pub(crate) fn tops() -> Vec<String> {
 /// What sysfs says of the devices.
 pub(crate) fn entries() -> Vec<(String, Entry)> {
     let Some(devices) = devices() else { return Vec::new() };
-    let mut entries = vec![("/dev/vfio/devices".to_owned(), Entry::Directory)];
+    let directories = ["/dev/vfio/devices", "/sys/bus/pci/drivers/vfio-pci"];
+    let mut entries: Vec<_> = directories.map(|path| (path.to_owned(), Entry::Directory)).into();
     let nodes = devices.system.nodes();
     let paths = nodes.iter().map(VfioNode::to_string).filter(|path| path.starts_with("/dev/vfio/"));
     entries.extend(paths.map(|path| (path, Entry::File(Vec::new()))));
@@ -186,7 +187,7 @@ pub(crate) fn entries() -> Vec<(String, Entry)> {
         let device = format!("../../../../bus/pci/devices/{address}");
         let links = [
             (format!("{directory}/iommu_group"), format!("../../../../kernel/iommu_groups/{group}")),
-            (format!("{directory}/driver"), "../../../../bus/pci/drivers/vfio-pci".to_owned()),
+            (format!("{directory}/driver"), "../../drivers/vfio-pci".to_owned()),
             (format!("/sys/kernel/iommu_groups/{group}/devices/{address}"), format!("../{device}")),
             (format!("/sys/class/vfio-dev/vfio{number}"), format!("{device}/vfio-dev/vfio{number}")),
         ];

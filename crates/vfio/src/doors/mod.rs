@@ -42,6 +42,8 @@ mod info;
 mod irqs;
 mod migration_file;
 mod node;
+#[cfg(feature = "mapped-registers")]
+pub mod registers;
 mod sriov;
 mod structure;
 mod system;

@@ -13,9 +13,9 @@ use proptest::prelude::*;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::{LONG, Served, serve};
+use super::{LONG, Served, plain, serve};
 use crate::device::Device;
-use crate::dma::{Dma, DmaFault};
+use crate::dma::DmaFault;
 use crate::user::Errno;
 use crate::user::client::{self, RemoteDevice};
 use crate::user::connection::Patience;
@@ -223,7 +223,7 @@ fn messages_that_cannot_be_ends_the_connection() {
     }
     let (served, mut raw) = Raw::plain();
     let null = File::open("/dev/null").unwrap();
-    raw.send(header(16, 0), &[], &vec![null.as_fd(); MAX_FDS + 1]);
+    raw.send(header(16, 0), &[], &[null.as_fd(); MAX_FDS + 1]);
     assert_eq!(served.thread.join().unwrap(), Broken::Protocol("too many descriptors"));
 }
 
@@ -393,8 +393,6 @@ fn servers_that_lie_or_hang() {
 #[test]
 fn a_connection_that_ended_fails_at_once() {
     let (served, device) = plain();
-    let (ours, theirs) = UnixStream::pair().unwrap();
-    drop((ours, theirs));
     served.model.dma();
     // The server is told to end by whoever holds a duplicate of its socket; here the device's end does it.
     drop(device);
