@@ -144,7 +144,7 @@ pub(super) struct Part {
     /// From which byte of the area's backing store on.
     pub(super) offset: u64,
     pub(super) length: u64,
-    /// It begins before the area's first byte and ends behind its last one, where the range that it was asked for goes on.
+    /// It ends where the area does, and the range that was asked for goes on in the next one.
     pub(super) to_end: bool,
 }
 

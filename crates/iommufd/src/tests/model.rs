@@ -75,7 +75,7 @@ struct Area {
     write: bool,
 }
 
-/// A pin: its parts with the areas (by space and start) that they are in.
+/// What was pinned.
 #[derive(Clone, Debug)]
 struct Pin {
     space: usize,
@@ -118,7 +118,6 @@ impl Space {
 #[derive(Default)]
 struct Access {
     pinned: Mutex<Vec<(Pin, Pinned)>>,
-    spaces: Mutex<Vec<Weak<Ioas>>>,
 }
 
 /// An access of one space.
@@ -171,7 +170,6 @@ impl World {
             let ops: Weak<AccessOf> = Arc::downgrade(ops);
             ioas.add_access(ops, PAGE).unwrap();
         }
-        access.spaces.lock().unwrap().extend(ioas.iter().map(Arc::downgrade));
         let tables = [(); 2].map(|()| [(); 2].map(|()| TestDomain::any()));
         Self {
             process,
