@@ -1,5 +1,7 @@
 //! Requests against guest memory, without a guest.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use cpu::GuestRam;
 use virtio::device::Reach;
 use virtio::iommu::FaultRecord;
@@ -159,24 +161,22 @@ fn unmapping_waits_for_who_is_reading() {
     let Setup { ram: _ram, mut iommu, memory, .. } = setup();
     iommu.attach(1, 8, false).unwrap();
     iommu.map(1, 0, PAGE - 1, PAGE, RW).unwrap();
-    let view = memory[0].memory();
-    let slice = view.get_slice(GuestAddress(0), 8).unwrap();
+    let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        let done = std::sync::atomic::AtomicBool::new(false);
-        let done = &done;
-        let unmapper = scope.spawn(move || {
+        let view = memory[0].memory();
+        let slice = view.get_slice(GuestAddress(0), 8).unwrap();
+        let unmapper = scope.spawn(|| {
             iommu.unmap(1, 0, PAGE - 1).unwrap();
-            done.store(true, std::sync::atomic::Ordering::SeqCst);
-            iommu
+            done.store(true, Ordering::SeqCst);
         });
         // It is unmapped for others before the wait ends.
         while read(&memory[0], 0).is_some() {
             std::thread::yield_now();
         }
-        assert!(!done.load(std::sync::atomic::Ordering::SeqCst));
+        assert!(!done.load(Ordering::SeqCst));
         slice.write_obj(5u64, 0).unwrap();
         drop(view);
-        drop(unmapper.join().unwrap());
+        unmapper.join().unwrap();
     });
 }
 
