@@ -78,7 +78,8 @@ fn disk_network_and_files_go_through_the_guests_iommu() {
 #[ignore = "what runs in the guest"]
 fn the_guests_side() {
     // The console, the file system, the disk, the entropy device and the network card, each in a group that translates.
-    let groups: Vec<_> = fs::read_dir("/sys/kernel/iommu_groups").unwrap().map(|e| e.unwrap().path()).collect();
+    let groups: Vec<_> =
+        fs::read_dir("/sys/kernel/iommu_groups").unwrap().map(|e| e.unwrap().path()).collect();
     assert!(groups.len() >= 5, "{groups:?}");
     for group in &groups {
         let kind = fs::read_to_string(group.join("type")).unwrap();

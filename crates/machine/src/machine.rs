@@ -461,7 +461,7 @@ impl Machine {
         let ended = ended?;
         stats.unclaimed_ports = bus.unclaimed_ports();
         stats.unclaimed_mmio = bus.unclaimed_mmio();
-        stats.iommu = self.iommu.as_ref().map(|it| lock(&it.iommu).stats());
+        stats.iommu = self.iommu.as_ref().map(|it| lock(&it.iommu).stats(&it.faults));
         Ok((ended, stats))
     }
 

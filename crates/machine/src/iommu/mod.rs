@@ -16,7 +16,7 @@ use iommufd::iova::{Iova, IovaRange, PAGE_SIZE};
 use iommufd::process::{Process, UserAddr};
 use iommufd::soft::{Port, SoftDevice};
 use iommufd::{BoundDevice, Context, Errno};
-use virtio::iommu::{MapFlags, Refusal, Reserved, Translator};
+use virtio::iommu::{Faults, MapFlags, Refusal, Reserved, Translator};
 
 use crate::dma::{self, Place};
 use crate::layout;
@@ -122,14 +122,11 @@ impl GuestIommu {
         Ok(port)
     }
 
-    /// What it counted until now.
-    pub fn stats(&self) -> IommuStats {
-        self.endpoints.values().fold(self.counted, |mut sum, endpoint| {
-            let counters = endpoint.port.counters();
-            sum.translations += counters.translations;
-            sum.faults += counters.faults;
-            sum
-        })
+    /// What it counted until now, with the faults that were reported to `faults`. (Translations that a device only tries,
+    /// to see what it may do, are not among these.)
+    pub fn stats(&self, faults: &Faults) -> IommuStats {
+        let translations = self.endpoints.values().map(|it| it.port.counters().translations).sum();
+        IommuStats { translations, faults: faults.count(), ..self.counted }
     }
 
     /// Attaches an endpoint to what it is to be attached to now.
