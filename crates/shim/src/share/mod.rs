@@ -13,6 +13,7 @@
 //! `posix_spawn` and `vfork` share the parent's memory until exec and need none of this.
 
 mod client;
+mod lend;
 mod server;
 mod signals;
 mod usage;

@@ -47,7 +47,7 @@ pub(super) fn connection() -> Result<(OwnedFd, OwnedFd)> {
 }
 
 /// The descriptor with a number that the program is not given by its own calls, if there is one.
-fn aside(descriptor: OwnedFd) -> OwnedFd {
+pub(super) fn aside(descriptor: OwnedFd) -> OwnedFd {
     const FROM: i32 = 900;
     rustix::io::fcntl_dupfd_cloexec(&descriptor, FROM).unwrap_or(descriptor)
 }
