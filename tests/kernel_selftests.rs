@@ -5,17 +5,20 @@
 
 mod support;
 
+use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
-use support::process::finish;
+use support::process::{as_other_user, finish};
 use support::selftests::{
-    Expectations, HugePages, Outcome, Report, compare_answers, kernel, lift_memory_limit, say, shim,
+    Answers, Expectations, HugePages, Kernel, Outcome, Report, as_root, behind, kernel, lift_memory_limit,
+    say, shim,
 };
 
 const PATIENCE: Duration = Duration::from_secs(240);
 
-/// The device for the programs that want one, and its address.
-const CARD: &str = "--device=igb";
+/// The device for the programs that want one, and its address. Their driver for it is the reason for its kind.
+const CARD: &str = "--device=ioat,addr=0000:00:05.0";
 const ADDRESS: &str = "0000:00:05.0";
 
 #[track_caller]
@@ -23,39 +26,75 @@ fn assert_none_wrong(wrong: &[String]) {
     assert!(wrong.is_empty(), "{} answers are wrong:\n{}", wrong.len(), wrong.join("\n"));
 }
 
-/// Runs a program of the selftests.
+/// Whether the shim serves the device; if not, says so.
+fn has_card() -> bool {
+    let card = format!("/sys/bus/pci/devices/{ADDRESS}/vendor");
+    let there = finish(shim(&[CARD], Path::new("/bin/cat"), &[&card]), PATIENCE).code == Some(0);
+    if !there {
+        support::skip("ring3 shim serves no such device");
+    }
+    there
+}
+
+/// Runs a program of the selftests as root, with as much locked memory as it likes where we may allow that.
 #[track_caller]
 fn selftest(program: &str, options: &[&str], arguments: &[&str]) {
     let Some(kernel) = kernel() else { return };
+    if options.contains(&CARD) && !has_card() {
+        return;
+    }
+    lift_memory_limit();
+    if let Some(command) = as_root(shim(options, &kernel.program(program), arguments)) {
+        judge(kernel, program, command);
+    }
+}
+
+/// Runs a command and compares what it reports with what is expected of the program of this name.
+#[track_caller]
+fn judge(kernel: &Kernel, program: &str, command: Command) {
     let huge_pages = HugePages::reserve();
     if !huge_pages.enough {
         support::skip(&format!("{program}: there are no huge pages: the cases that need them"));
     }
-    lift_memory_limit();
-    let done = finish(shim(options, &kernel.program(program), arguments), PATIENCE);
+    let done = finish(command, PATIENCE);
     let report = Report::parse(&done.text());
     let mut wrong = Expectations::read().compare(program, &report, huge_pages.enough);
     if let Some(signal) = done.signal {
         wrong.push(format!("{program} was ended by signal {signal}:\n{}", done.stderr));
     }
     if !kernel.as_expected && !wrong.is_empty() {
-        return support::skip(&format!("the expectations are for another kernel: not judged:\n{}", wrong.join("\n")));
+        return support::skip(&format!(
+            "the expectations are for another kernel: not judged:\n{}",
+            wrong.join("\n")
+        ));
     }
     assert_none_wrong(&wrong);
 }
 
+/// As an ordinary user has it: without privileges, and with Debian's limit of locked memory, 8 MiB.
+#[test]
+fn iommufd_as_a_user() {
+    let Some(kernel) = kernel() else { return };
+    let program = shim(&["--mock-iommu"], &kernel.program("iommufd"), &[]);
+    let mut command = behind("prlimit", &["--memlock=8388608:8388608"], &program);
+    command.current_dir("/").env("HOME", "/nonexistent");
+    as_other_user(&mut command);
+    judge(kernel, "iommufd@user", command);
+}
+
 /// Runs a probe and compares what it prints with what it printed on the real kernel.
 #[track_caller]
-fn probe(name: &str, options: &[&str], arguments: &[&str], answers: &str) {
+fn probe(name: &str, options: &[&str], arguments: &[&str], answers: &[&str]) {
     let Some(kernel) = kernel() else { return };
-    if !rustix::process::geteuid().is_root() {
-        return support::skip("the answers are those that root is given");
+    if options.contains(&CARD) && !has_card() {
+        return;
     }
     lift_memory_limit();
     let dir = tempfile::tempdir().unwrap();
     let program = kernel.probe(name, dir.path());
-    let done = finish(shim(options, &program, arguments), PATIENCE);
-    let mut wrong = compare_answers(answers, &done.text());
+    let Some(command) = as_root(shim(options, &program, arguments)) else { return };
+    let done = finish(command, PATIENCE);
+    let mut wrong = Answers::read(answers).compare(name, Answers::parse(&done.text()), answers.len() > 1);
     if done.code != Some(0) {
         wrong.push(format!(
             "the probe ended with status {:?}, signal {:?}:\n{}",
@@ -88,7 +127,7 @@ selftests! {
 }
 
 macro_rules! probes {
-    ($($name:ident: $probe:literal, $options:expr, $arguments:expr, $answers:literal;)*) => {
+    ($($name:ident: $probe:literal, $options:expr, $arguments:expr, $answers:expr;)*) => {
         $(
             #[test]
             fn $name() {
@@ -99,15 +138,15 @@ macro_rules! probes {
 }
 
 probes! {
-    answers_to_every_command: "commands", &["--mock-iommu"], &[], "commands";
-    answers_about_address_spaces: "ioas", &["--mock-iommu"], &[], "ioas";
-    answers_about_page_tables: "hwpt", &["--mock-iommu"], &[], "hwpt";
-    answers_about_virtual_iommus_and_queues: "objects", &["--mock-iommu"], &[], "objects";
-    answers_about_files_processes_and_limits: "process", &["--mock-iommu"], &[], "process";
-    answers_to_container_calls: "compat", &["--mock-iommu"], &[], "compat";
-    answers_about_pins: "access", &["--mock-iommu"], &[], "access";
-    answers_at_the_doors: "vfio_doors", &[CARD], &[ADDRESS], "vfio_doors.igb";
-    answers_of_a_device: "vfio_device", &[CARD], &[ADDRESS], "vfio_device.igb";
+    answers_to_every_command: "commands", &["--mock-iommu"], &[], &["commands"];
+    answers_about_address_spaces: "ioas", &["--mock-iommu"], &[], &["ioas"];
+    answers_about_page_tables: "hwpt", &["--mock-iommu"], &[], &["hwpt"];
+    answers_about_virtual_iommus_and_queues: "objects", &["--mock-iommu"], &[], &["objects"];
+    answers_about_files_processes_and_limits: "process", &["--mock-iommu"], &[], &["process"];
+    answers_to_container_calls: "compat", &["--mock-iommu"], &[], &["compat"];
+    answers_about_pins: "access", &["--mock-iommu"], &[], &["access"];
+    answers_at_the_doors: "vfio_doors", &[CARD], &[ADDRESS], &["vfio_doors.edu", "vfio_doors.igb"];
+    answers_of_a_device: "vfio_device", &[CARD], &[ADDRESS], &["vfio_device.edu", "vfio_device.igb"];
 }
 
 #[test]

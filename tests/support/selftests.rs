@@ -5,7 +5,7 @@
 //!   directory, filled when it is first needed);
 //! - `RING3_TEST_SHIM`: a `libring3_shim.so` to preload, instead of what `ring3 shim` carries.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::fmt::Write as _;
 use std::fs::File;
 use std::os::unix::fs::PermissionsExt as _;
@@ -102,7 +102,7 @@ impl Kernel {
     }
 }
 
-/// A command under the shim: as ourselves, because privileges are a part of what is asked.
+/// A program under the shim, as ourselves.
 pub fn shim(options: &[&str], program: &Path, arguments: &[&str]) -> Command {
     let mut command = match std::env::var_os("RING3_TEST_SHIM") {
         None => {
@@ -111,18 +111,40 @@ pub fn shim(options: &[&str], program: &Path, arguments: &[&str]) -> Command {
             command
         }
         Some(library) => {
-            let mut items = String::new();
-            for option in options {
-                let item = option.trim_start_matches("--");
-                let _ = writeln!(items, "{item}");
-            }
+            let items: Vec<_> = options.iter().map(|option| option.trim_start_matches("--")).collect();
             let mut command = with_arguments(program.to_str().unwrap(), &[]);
-            command.env("LD_PRELOAD", library).env("RING3_SHIM", items.trim());
+            command.env("LD_PRELOAD", library).env("RING3_SHIM", items.join("\n"));
             command
         }
     };
     command.args(arguments);
     command
+}
+
+/// A command with the privileges of root: of our own, or of a user namespace's; or none after having said aloud why. What
+/// programs may ask of the shim depends on privileges as it does with the kernel.
+pub fn as_root(command: Command) -> Option<Command> {
+    let own = rustix::process::geteuid().is_root()
+        && rustix::thread::capabilities(None)
+            .is_ok_and(|ours| ours.effective.contains(rustix::thread::CapabilityFlags::SYS_RESOURCE));
+    if own {
+        return Some(command);
+    }
+    const NAMESPACE: [&str; 3] = ["--user", "--map-root-user", "--"];
+    let probe = finish(with_arguments("unshare", &[&NAMESPACE[..], &["true"]].concat()), PATIENCE);
+    if probe.code != Some(0) {
+        super::skip(&format!("no root, and no user namespace: {}", probe.stderr.trim()));
+        return None;
+    }
+    Some(behind("unshare", &NAMESPACE, &command))
+}
+
+/// The command as the last arguments of another program.
+pub fn behind(program: &str, arguments: &[&str], command: &Command) -> Command {
+    let mut outer = with_arguments(program, arguments);
+    outer.arg(command.get_program()).args(command.get_args());
+    outer.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    outer
 }
 
 /// Huge pages for as long as this lives, for one test at a time.
@@ -318,49 +340,82 @@ fn differences(probe: &str) -> Vec<Difference> {
     all.filter(|difference| difference.probe == probe).collect()
 }
 
-/// A line of answers as question and answer.
-fn question(line: &str) -> (&str, &str) {
-    line.rsplit_once(": ").unwrap_or((line, ""))
+/// The real kernel's answers, in the order in which it was asked.
+///
+/// About devices, several cards were asked: what all of them answered alike is the kernel's own answer, and stays. What
+/// else they answered is a matter of the card.
+pub struct Answers(Vec<(String, String)>);
+
+impl Answers {
+    /// Reads `answers/NAME.txt` for each name.
+    pub fn read(names: &[&str]) -> Self {
+        let mut all = names.iter().map(|name| {
+            let text = std::fs::read_to_string(here().join("answers").join(format!("{name}.txt"))).unwrap();
+            Self::parse(&text).0
+        });
+        let mut common = all.next().unwrap();
+        for other in all {
+            let mut other = by_question(other);
+            common.retain(|(question, answer)| {
+                other.get_mut(question).and_then(VecDeque::pop_front).is_some_and(|theirs| theirs == *answer)
+            });
+        }
+        Answers(common)
+    }
+
+    /// What a probe printed.
+    pub fn parse(text: &str) -> Self {
+        let split = |line: &str| match line.rsplit_once(": ") {
+            Some((question, answer)) => (question.to_owned(), answer.to_owned()),
+            None => (line.to_owned(), String::new()),
+        };
+        Answers(text.lines().map(split).collect())
+    }
+
+    /// Compares another's answers with these. What is said is the counts; what is returned is what is wrong.
+    pub fn compare(self, probe: &str, others: Answers, card: bool) -> Vec<String> {
+        let differences = differences(probe);
+        let mut used = vec![false; differences.len()];
+        let mut wrong = Vec::new();
+        let (mut same, mut listed) = (0, 0);
+        let total = self.0.len();
+        let mut others = by_question(others.0);
+        for (question, expected) in self.0 {
+            let answer = others.get_mut(&question).and_then(VecDeque::pop_front);
+            let answer = answer.as_deref().unwrap_or("no answer");
+            let difference = differences.iter().position(|difference| {
+                matches(&difference.question, &question) && difference.answer == answer
+            });
+            if answer == expected {
+                same += 1;
+            } else if let Some(difference) = difference {
+                used[difference] = true;
+                listed += 1;
+            } else {
+                wrong.push(format!("{question}: {answer}, but the kernel says {expected}"));
+            }
+        }
+        // A card has questions of its own.
+        for (question, answers) in others.iter().filter(|(_, answers)| !card && !answers.is_empty()) {
+            wrong.push(format!("{question}: {answers:?}, which the kernel was not asked"));
+        }
+        for (difference, _) in differences.iter().zip(&used).filter(|(_, used)| !**used) {
+            let Difference { question, answer, .. } = difference;
+            wrong.push(format!("differences.txt lists {question}: {answer}, which is not a difference"));
+        }
+        let count = wrong.len();
+        say(&format!(
+            "probe {probe}: {total} answers: {same} as the kernel's, {listed} listed differences, {count} wrong"
+        ));
+        wrong
+    }
 }
 
-/// Compares a probe's answers with the real kernel's, in `answers/NAME.txt`. What is returned is what is wrong.
-pub fn compare_answers(name: &str, text: &str) -> Vec<String> {
-    let recorded = std::fs::read_to_string(here().join("answers").join(format!("{name}.txt"))).unwrap();
-    let differences = differences(name);
-    let mut used = vec![false; differences.len()];
-    let mut wrong = Vec::new();
-    let mut same = 0;
-    // Questions repeat within a section: the second one is compared with the second.
-    let mut answers: BTreeMap<&str, std::collections::VecDeque<&str>> = BTreeMap::new();
-    for line in text.lines() {
-        let (question, answer) = question(line);
-        answers.entry(question).or_default().push_back(answer);
+/// Questions repeat within a section: the second one is compared with the second.
+fn by_question(answers: Vec<(String, String)>) -> BTreeMap<String, VecDeque<String>> {
+    let mut by_question: BTreeMap<String, VecDeque<String>> = BTreeMap::new();
+    for (question, answer) in answers {
+        by_question.entry(question).or_default().push_back(answer);
     }
-    let mut total = 0;
-    for line in recorded.lines() {
-        total += 1;
-        let (question, expected) = question(line);
-        let answer =
-            answers.get_mut(question).and_then(std::collections::VecDeque::pop_front).unwrap_or("no answer");
-        let listed = differences.iter().position(|difference| matches(&difference.question, question));
-        match listed {
-            _ if answer == expected => same += 1,
-            Some(listed) if differences[listed].answer == answer => used[listed] = true,
-            _ => wrong.push(format!("{question}: {answer}, but the kernel says {expected}")),
-        }
-    }
-    for (question, answers) in answers.iter().filter(|(_, answers)| !answers.is_empty()) {
-        wrong.push(format!("{question}: {answers:?}, which the kernel was not asked"));
-    }
-    for (difference, _) in differences.iter().zip(&used).filter(|(_, used)| !**used) {
-        let Difference { question, answer, .. } = difference;
-        wrong.push(format!("differences.txt lists {question}: {answer}, which is not a difference"));
-    }
-    let listed = used.iter().filter(|used| **used).count();
-    say(&format!(
-        "probe {name}: {total} answers: {same} as the kernel's, {} by {listed} listed differences, {} wrong",
-        total - same - wrong.len().min(total - same),
-        wrong.len()
-    ));
-    wrong
+    by_question
 }

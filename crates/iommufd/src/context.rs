@@ -115,7 +115,7 @@ impl Context {
     }
 
     /// The nested HWPT `id`. ENOENT when there is none.
-    #[cfg_attr(not(feature = "mock"), allow(dead_code, reason = "for extensions"))]
+    #[cfg_attr(not(any(test, feature = "mock")), allow(dead_code, reason = "for extensions"))]
     pub(crate) fn nested_hwpt(&self, id: u32) -> Result<Short<NestedHwpt>> {
         self.table.get(id)
     }

@@ -33,12 +33,14 @@ mod ioctl;
 pub mod iova;
 mod mapping;
 pub mod memory;
-#[cfg(feature = "mock")]
+#[cfg(any(test, feature = "mock"))]
 pub mod mock;
 mod object;
 pub mod pages;
 pub mod process;
 pub mod soft;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 #[cfg(test)]
 mod tests;
 mod user_data;
@@ -57,3 +59,8 @@ pub use rustix::io::Errno;
 
 /// What everything here returns: the errno is the one that the kernel's interface documents.
 pub type Result<T> = core::result::Result<T, Errno>;
+
+/// The programs in the documentation compile.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/iommufd.md")]
+struct Documentation;

@@ -43,7 +43,7 @@ impl Regions {
 
     /// Adds a region: its offset. EINVAL when it is not made of whole pages.
     pub(crate) fn add(&self, region: Region) -> Result<u64> {
-        if region.length == 0 || (region.length | region.offset) % PAGE_SIZE != 0 {
+        if region.length == 0 || !(region.length | region.offset).is_multiple_of(PAGE_SIZE) {
             return Err(Errno::INVAL);
         }
         let mut regions = self.lock();
@@ -93,7 +93,7 @@ impl Context {
     /// - EPERM: it is to be executed.
     /// - ENXIO: no object has published exactly this range.
     pub fn mmap(&self, offset: u64, length: u64, prot: ProtFlags, flags: MapFlags) -> Result<Mapping> {
-        if length == 0 || offset % PAGE_SIZE != 0 || !flags.contains(MapFlags::SHARED) {
+        if length == 0 || !offset.is_multiple_of(PAGE_SIZE) || !flags.contains(MapFlags::SHARED) {
             return Err(Errno::INVAL);
         }
         if prot.contains(ProtFlags::EXEC) {

@@ -254,13 +254,15 @@ static void ask_viommu_map(void)
 		answer(mprotect(map, length, PROT_READ), "let it be read only");
 		answer(madvise(map, length, MADV_DONTFORK), "keep it from children");
 		answer(madvise(map, length, MADV_DONTNEED), "drop its pages");
-		answer(mremap(map, length, 2 * length, MREMAP_MAYMOVE) == MAP_FAILED ? -1 : 0, "grow it");
 		answer(destroy(b.fd, b.viommu), "destroy while it is mapped");
 		must(munmap(map, length));
 		answer(destroy(b.fd, b.viommu), "destroy after it is unmapped");
 	}
 	answer_mmap(mmap(NULL, length, rw, MAP_SHARED, b.fd, (off_t)offset), "after it is destroyed");
 	answer_mmap(mmap(NULL, length, rw, MAP_SHARED, other.fd, (off_t)other.data.out_mmap_offset), "of another context");
+	map = answer_mmap(mmap(NULL, length, rw, MAP_SHARED, other.fd, (off_t)other.data.out_mmap_offset), "of it again");
+	if (map != MAP_FAILED)
+		answer(mremap(map, length, 2 * length, MREMAP_MAYMOVE) == MAP_FAILED ? -1 : 0, "grow it");
 	close(b.fd);
 }
 

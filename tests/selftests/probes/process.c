@@ -3,7 +3,9 @@
  * need privileges; and what is counted against the limit of locked memory.
  */
 #include "world.h"
+#include <linux/capability.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/sysmacros.h>
 #include <sys/uio.h>
 
@@ -73,7 +75,6 @@ static void ask_file(void)
 	answer_fd(open("/dev/iommu/x", O_RDWR), "open something below it");
 	answer(stat("/dev/iommu", &st), "stat");
 	value(st.st_mode & S_IFMT, "stat: kind");
-	answer(mkdir("/dev/iommu", 0700), "mkdir in its place");
 }
 
 static void ask_descriptors(void)
@@ -148,11 +149,13 @@ static void ask_fork(void)
 	close(fd);
 }
 
-/* Gives up root. */
-static void be_nobody(void)
+/* Gives up all privileges, but not the user. */
+static void be_ordinary(void)
 {
-	must(setgid(65534));
-	must(setuid(65534));
+	struct __user_cap_header_struct header = { .version = _LINUX_CAPABILITY_VERSION_3 };
+	struct __user_cap_data_struct none[2] = {};
+
+	must(syscall(SYS_capset, &header, none));
 }
 
 static void ask_option(void)
@@ -201,14 +204,13 @@ static void ask_option(void)
 
 	fd = open_iommu();
 	IN_CHILD({
-		be_nobody();
+		be_ordinary();
 		number = 77;
-		answer(option(fd, IOMMU_OPTION_RLIMIT_MODE, IOMMU_OPTION_OP_GET, 0, &number), "nobody reads the limit's mode");
-		answer(set_option(fd, IOMMU_OPTION_RLIMIT_MODE, 0, 1), "nobody sets it");
-		answer(set_option(fd, IOMMU_OPTION_RLIMIT_MODE, 0, 0), "nobody sets it to what it is");
+		answer(option(fd, IOMMU_OPTION_RLIMIT_MODE, IOMMU_OPTION_OP_GET, 0, &number), "without privileges: read the limit's mode");
+		answer(set_option(fd, IOMMU_OPTION_RLIMIT_MODE, 0, 1), "without privileges: set it");
+		answer(set_option(fd, IOMMU_OPTION_RLIMIT_MODE, 0, 0), "without privileges: set it to what it is");
 		must(ioas_alloc(fd, &ioas));
-		answer(set_option(fd, IOMMU_OPTION_HUGE_PAGES, ioas, 0), "nobody sets huge pages");
-		answer_fd(open("/dev/iommu", O_RDWR), "nobody opens /dev/iommu");
+		answer(set_option(fd, IOMMU_OPTION_HUGE_PAGES, ioas, 0), "without privileges: set huge pages");
 	});
 	close(fd);
 }
@@ -238,77 +240,92 @@ static int access_make(int fd, uint32_t ioas, uint32_t flags, uint32_t *id)
 	return result;
 }
 
-static void ask_limit(void)
+/* Takes privileges and all but 16 pages of locked memory away from this section, whose accounting is in this mode. */
+static int limited(uint64_t mode)
 {
-	for (int mode = 0; mode < 2; mode++) {
-		int fd = open_iommu();
-		const char *who = mode ? "per process" : "per user";
-
-		must(set_option(fd, IOMMU_OPTION_RLIMIT_MODE, 0, (uint64_t)mode));
-		IN_CHILD({
-			struct rlimit limit = { 16 * PAGE, 16 * PAGE };
-			char *buffer = pages(64 * PAGE);
-			uint32_t ioas, second;
-
-			must(setrlimit(RLIMIT_MEMLOCK, &limit));
-			be_nobody();
-			must(ioas_alloc(fd, &ioas));
-			answer(map_at(fd, ioas, buffer, 64 * PAGE, BASE), "%s: map 64 pages where 16 are allowed", who);
-			show_counts(mode ? "with a map, per process" : "with a map, per user");
-			answer(mock_domain(fd, ioas, 0, NULL, NULL, NULL), "%s: attach a device", who);
-			must(ioas_unmap(fd, ioas, 0, -1ull, NULL));
-			answer(mock_domain(fd, ioas, 0, NULL, NULL, NULL), "%s: attach a device to nothing", who);
-			answer(map_at(fd, ioas, buffer, 16 * PAGE, BASE), "%s: map 16 pages", who);
-			show_counts(mode ? "with 16 pages, per process" : "with 16 pages, per user");
-			answer(map_at(fd, ioas, buffer + 16 * PAGE, PAGE, BASE + 16 * PAGE), "%s: map one more", who);
-			answer(map_at(fd, ioas, buffer, PAGE, BASE + 16 * PAGE), "%s: map one of them a second time", who);
-			must(ioas_alloc(fd, &second));
-			answer(ioas_copy(fd, FIXED, second, BASE, ioas, BASE, 16 * PAGE), "%s: copy them", who);
-			answer(mock_domain(fd, second, 0, NULL, NULL, NULL), "%s: attach a device to the copy", who);
-			answer(ioas_unmap(fd, ioas, BASE, 16 * PAGE, NULL), "%s: unmap", who);
-			show_counts(mode ? "after the original is unmapped, per process" : "after the original is unmapped, per user");
-			answer(map_at(fd, ioas, buffer + 16 * PAGE, PAGE, BASE), "%s: map another while the copy is there", who);
-			answer(ioas_unmap(fd, second, BASE, 16 * PAGE, NULL), "%s: unmap the copy", who);
-			answer(map_at(fd, ioas, buffer + 16 * PAGE, PAGE, BASE), "%s: map another after that", who);
-			show_counts(mode ? "at the end, per process" : "at the end, per user");
-		});
-		close(fd);
-	}
-	/* Files, and what an access pins. */
+	struct rlimit limit = { 16 * PAGE, 16 * PAGE };
 	int fd = open_iommu();
-	IN_CHILD({
-		struct rlimit limit = { 16 * PAGE, 16 * PAGE };
-		char *buffer = pages(64 * PAGE);
-		int file = (int)must(memfd_create("limit", 0));
-		uint32_t ioas, id;
-		struct iommu_ioas_map_file cmd = { .size = sizeof(cmd), .flags = FIXED, .fd = file, .length = 17 * PAGE,
-						   .iova = BASE };
 
-		must(ftruncate(file, 64 * PAGE));
-		must(setrlimit(RLIMIT_MEMLOCK, &limit));
-		be_nobody();
-		must(ioas_alloc(fd, &ioas));
-		must(mock_domain(fd, ioas, 0, NULL, NULL, NULL));
-		cmd.ioas_id = ioas;
-		answer(ioctl(fd, IOMMU_IOAS_MAP_FILE, &cmd), "17 pages of a file");
-		cmd.length = 16 * PAGE;
-		answer(ioctl(fd, IOMMU_IOAS_MAP_FILE, &cmd), "16 pages of a file");
-		show_counts("with a file");
-		must(ioas_unmap(fd, ioas, 0, -1ull, NULL));
-		must(ioas_alloc(fd, &ioas));
-		must(map_at(fd, ioas, buffer, 64 * PAGE, BASE));
-		must(access_make(fd, ioas, MOCK_FLAGS_ACCESS_CREATE_NEEDS_PIN_PAGES, &id));
-		for (uint64_t count = 16; count < 18; count++) {
-			struct iommu_test_cmd pin = { .op = IOMMU_TEST_OP_ACCESS_PAGES, .id = id,
-						      .access_pages = { .iova = BASE + (17 - count) * 32 * PAGE,
-									.length = count * PAGE,
-									.uptr = (uintptr_t)buffer + (17 - count) * 32 * PAGE } };
+	must(set_option(fd, IOMMU_OPTION_RLIMIT_MODE, 0, mode));
+	must(setrlimit(RLIMIT_MEMLOCK, &limit));
+	be_ordinary();
+	return fd;
+}
 
-			answer(test(fd, &pin), "%d pages pinned by an access", (int)count);
-			show_counts("with pins");
-		}
-	});
-	close(fd);
+static void ask_limit(uint64_t mode)
+{
+	int fd = limited(mode);
+	char *buffer = pages(64 * PAGE);
+	uint32_t ioas, second;
+
+	must(ioas_alloc(fd, &ioas));
+	answer(map_at(fd, ioas, buffer, 64 * PAGE, BASE), "map 64 pages where 16 are allowed");
+	show_counts("with a map");
+	answer(mock_domain(fd, ioas, 0, NULL, NULL, NULL), "attach a device");
+	must(ioas_unmap(fd, ioas, 0, -1ull, NULL));
+	answer(mock_domain(fd, ioas, 0, NULL, NULL, NULL), "attach a device to nothing");
+	answer(map_at(fd, ioas, buffer, 16 * PAGE, BASE), "map 16 pages");
+	show_counts("with 16 pages");
+	answer(map_at(fd, ioas, buffer + 16 * PAGE, PAGE, BASE + 16 * PAGE), "map one more");
+	answer(map_at(fd, ioas, buffer, PAGE, BASE + 16 * PAGE), "map one of them a second time");
+	must(ioas_alloc(fd, &second));
+	answer(ioas_copy(fd, FIXED, second, BASE, ioas, BASE, 16 * PAGE), "copy them");
+	answer(mock_domain(fd, second, 0, NULL, NULL, NULL), "attach a device to the copy");
+	answer(ioas_unmap(fd, ioas, BASE, 16 * PAGE, NULL), "unmap");
+	show_counts("after the original is unmapped");
+	answer(map_at(fd, ioas, buffer + 16 * PAGE, PAGE, BASE), "map another while the copy is there");
+	answer(ioas_unmap(fd, second, BASE, 16 * PAGE, NULL), "unmap the copy");
+	answer(map_at(fd, ioas, buffer + 16 * PAGE, PAGE, BASE), "map another after that");
+	show_counts("at the end");
+}
+
+static void ask_limit_of_user(void)
+{
+	ask_limit(0);
+}
+
+static void ask_limit_of_process(void)
+{
+	ask_limit(1);
+}
+
+static void ask_limit_of_file(void)
+{
+	int fd = limited(0), file = (int)must(memfd_create("limit", 0));
+	uint32_t ioas;
+	struct iommu_ioas_map_file cmd = { .size = sizeof(cmd), .flags = FIXED, .fd = file, .length = 17 * PAGE,
+					   .iova = BASE };
+
+	must(ftruncate(file, 64 * PAGE));
+	must(ioas_alloc(fd, &ioas));
+	must(mock_domain(fd, ioas, 0, NULL, NULL, NULL));
+	cmd.ioas_id = ioas;
+	answer(ioctl(fd, IOMMU_IOAS_MAP_FILE, &cmd), "17 pages");
+	cmd.length = 16 * PAGE;
+	answer(ioctl(fd, IOMMU_IOAS_MAP_FILE, &cmd), "16 pages");
+	show_counts("with a file");
+	must(ioas_unmap(fd, ioas, 0, -1ull, NULL));
+	show_counts("after that");
+}
+
+static void ask_limit_of_pins(void)
+{
+	int fd = limited(0);
+	char *buffer = pages(64 * PAGE);
+	uint32_t ioas, id;
+
+	must(ioas_alloc(fd, &ioas));
+	must(map_at(fd, ioas, buffer, 64 * PAGE, BASE));
+	must(access_make(fd, ioas, MOCK_FLAGS_ACCESS_CREATE_NEEDS_PIN_PAGES, &id));
+	for (uint64_t count = 16; count < 18; count++) {
+		uint64_t offset = (17 - count) * 32 * PAGE;
+		struct iommu_test_cmd pin = { .op = IOMMU_TEST_OP_ACCESS_PAGES, .id = id,
+					      .access_pages = { .iova = BASE + offset, .length = count * PAGE,
+								.uptr = (uintptr_t)buffer + offset } };
+
+		answer(test(fd, &pin), "%d pages pinned by an access", (int)count);
+		show_counts("with pins");
+	}
 }
 
 static int change_process(int fd)
@@ -354,7 +371,9 @@ int main(int argc, char **argv)
 {
 	static const struct section sections[] = {
 		{ "file", ask_file },	  { "descriptors", ask_descriptors }, { "fork", ask_fork }, { "option", ask_option },
-		{ "limit", ask_limit }, { "change process", ask_change_process }, { 0 },
+		{ "limit of a user", ask_limit_of_user },
+		{ "limit of a process", ask_limit_of_process }, { "limit of a file", ask_limit_of_file },
+		{ "limit of pins", ask_limit_of_pins }, { "change process", ask_change_process }, { 0 },
 	};
 
 	return run(sections, argc, argv);

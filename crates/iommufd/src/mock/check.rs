@@ -13,7 +13,7 @@ impl Operation<'_> {
     pub(super) fn check_map(&self) -> Result<()> {
         let CheckMap { iova, length, uptr } = self.member()?;
         let domain = self.context.hwpt(self.args.id)?.domain.clone();
-        if (iova | length | uptr) % PAGE != 0 {
+        if !(iova | length | uptr).is_multiple_of(PAGE) {
             return Err(Errno::INVAL);
         }
         let end = uptr.checked_add(length).ok_or(Errno::INVAL)?;
@@ -32,7 +32,7 @@ impl Operation<'_> {
     /// Whether each page that the process has at `uptr` is pinned `refs` times. EIO when one is not.
     pub(super) fn check_refs(&self) -> Result<()> {
         let CheckRefs { length, uptr, refs, .. } = self.member()?;
-        if (length | uptr) % PAGE_SIZE != 0 {
+        if !(length | uptr).is_multiple_of(PAGE_SIZE) {
             return Err(Errno::INVAL);
         }
         let end = uptr.checked_add(length).ok_or(Errno::INVAL)?;
@@ -48,7 +48,7 @@ impl Operation<'_> {
     pub(super) fn dirty(&mut self) -> Result<()> {
         let mut member: Dirty = self.member()?;
         let Dirty { iova, length, page_size, uptr, flags, .. } = member;
-        if flags != 0 || page_size == 0 || length == 0 || (iova | length) % page_size != 0 {
+        if flags != 0 || page_size == 0 || length == 0 || !(iova | length).is_multiple_of(page_size) {
             return Err(Errno::INVAL);
         }
         IovaRange::with_length(Iova(iova), length)?;

@@ -83,7 +83,7 @@ impl Domain for MockDomain {
 
     fn map(&self, iova: Iova, host: HostAddr, length: u64, _prot: Prot) -> Result<()> {
         inject::check()?;
-        if (iova.0 | host.0 | length) % PAGE != 0 {
+        if !(iova.0 | host.0 | length).is_multiple_of(PAGE) {
             return Err(Errno::INVAL);
         }
         let mut state = self.lock();

@@ -35,7 +35,7 @@ struct Faults {
 
 /// A device.
 pub(crate) struct Device {
-    pub(super) id: u32,
+    pub(crate) id: u32,
     pub(crate) hardware: Arc<dyn Hardware>,
     /// In whose name its reserved ranges are reserved.
     pub(super) owner: Owner,

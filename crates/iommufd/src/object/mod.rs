@@ -22,6 +22,8 @@ pub(crate) mod hwpt;
 pub(crate) mod ioas;
 pub(crate) mod readiness;
 pub(crate) mod table;
+#[cfg(test)]
+mod tests;
 pub(crate) mod vdevice;
 pub(crate) mod veventq;
 pub(crate) mod viommu;
@@ -90,8 +92,8 @@ kinds! {
 /// An object that an extension of the ioctls ([`crate::Extension`]) keeps in the table.
 #[derive(Debug)]
 pub(crate) struct Foreign(
-    #[cfg_attr(not(feature = "mock"), allow(dead_code, reason = "only extensions look into it"))]
-    pub(crate)  Arc<dyn AnyDebug>,
+    #[cfg_attr(not(any(test, feature = "mock")), allow(dead_code, reason = "only extensions look into it"))]
+    pub(crate) Arc<dyn AnyDebug>,
 );
 
 /// Anything that can be shown.

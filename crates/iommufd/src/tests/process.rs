@@ -50,7 +50,9 @@ impl TestProcess {
     pub(crate) fn miss(&self, start: UserAddr, pages: u64) {
         let mut missing = self.missing.lock().unwrap();
         missing.clear();
-        missing.push((start.0, start.0 + pages * PAGE));
+        if pages > 0 {
+            missing.push((start.0, start.0 + pages * PAGE));
+        }
     }
 
     pub(super) fn limit(&self, pages: u64) {

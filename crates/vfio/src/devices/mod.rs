@@ -2,3 +2,4 @@
 
 pub mod ioat;
 pub mod nvme;
+pub mod test;

@@ -62,6 +62,7 @@ pub struct DeviceFile {
     /// Set once: there is no way to unbind but closing.
     pub(super) opening: OnceLock<Opening>,
     /// Taken to set it.
+    #[cfg(feature = "device-cdev")]
     pub(super) binding: Mutex<()>,
 }
 

@@ -167,6 +167,7 @@ pub(super) fn device_fd(call: &Call<'_, GroupFile>) -> Result<i32> {
         slot: Arc::clone(&slot),
         way: Way::Group(Arc::clone(&call.file.0)),
         opening: Default::default(),
+        #[cfg(feature = "device-cdev")]
         binding: Mutex::default(),
     };
     file.open(token, true, || bind(&slot, &translates, call.caller))?;

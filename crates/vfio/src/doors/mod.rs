@@ -42,9 +42,14 @@ mod info;
 mod irqs;
 mod migration_file;
 mod node;
+#[cfg(feature = "mapped-registers")]
+pub mod registers;
+mod sriov;
 mod structure;
 mod system;
 pub mod table;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 mod token;
 
 use std::sync::Arc;
@@ -54,6 +59,7 @@ use iommufd::{Context, process::UserAddr};
 pub use device_file::{DeviceFile, Mapping, REGION_SHIFT};
 pub use migration_file::MigrationFile;
 pub use node::Node;
+pub use sriov::VirtualFunctions;
 pub use system::{Registration, System, SystemError};
 pub use token::Token;
 
@@ -97,3 +103,6 @@ pub trait Caller: iommufd::caller::Caller {
         false
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -222,7 +222,7 @@ pub(crate) fn pin(start: HostAddr, pages: u64, observer: Option<Weak<dyn PinObse
 }
 
 /// How often the page at `at` is pinned as memory of this address.
-pub(super) fn count(at: HostAddr) -> u64 {
+pub(crate) fn count(at: HostAddr) -> u64 {
     let page = at.0 / PAGE_SIZE;
     table().overlapping(Range { first: page, last: page }).count() as u64
 }

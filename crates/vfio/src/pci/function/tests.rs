@@ -18,11 +18,14 @@ use crate::{
 
 const CONFIG: u32 = VFIO_PCI_CONFIG_REGION_INDEX;
 
-/// Notes accesses. A read gives its own width and offset.
+/// One access: whether it writes, the BAR, the offset, and the bytes.
+type Access = (bool, u8, u64, Vec<u8>);
+
+/// Notes accesses. A read gives its own width.
 #[derive(Debug)]
 struct Recorder {
     link: Arc<Link>,
-    seen: Mutex<Vec<(bool, u8, u64, Vec<u8>)>>,
+    seen: Mutex<Vec<Access>>,
     resets: AtomicU32,
 }
 

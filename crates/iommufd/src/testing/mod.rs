@@ -1,0 +1,215 @@
+//! A program to test with: its memory is a file, and its descriptors are a list, so that no address and no number that it
+//! makes up means anything in this process. The bodies of the fuzz targets are here too.
+
+mod fuzz;
+
+use std::{
+    collections::BTreeMap,
+    os::fd::OwnedFd,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+};
+
+use rustix::fs::{MemfdFlags, fstat, ftruncate, memfd_create};
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+pub use fuzz::run_ioctls;
+
+use crate::{
+    Context, Errno, Result,
+    account::Usage,
+    caller::{Caller, Capability, File},
+    domain::HostAddr,
+    hostmem::PinnedPages,
+    iova::PAGE_SIZE,
+    memory::{FileMemory, Memory},
+    process::{PageId, PinObserver, Process, UserAddr, local::LocalProcess},
+};
+
+/// Where the program's memory begins.
+pub const MEMORY: u64 = 0x10_0000;
+/// How long it is.
+pub const LENGTH: u64 = 64 * PAGE_SIZE;
+/// The last page of it: where ioctls' structures are put.
+pub const ARGUMENTS: UserAddr = UserAddr(MEMORY + LENGTH - PAGE_SIZE);
+/// The descriptor by which it has its memory as a file.
+pub const MEMORY_FD: i32 = 3;
+
+/// The program's address space.
+#[derive(Debug)]
+pub struct Arena {
+    file: OwnedFd,
+    memory: FileMemory,
+    usage: Usage,
+}
+
+impl Arena {
+    fn new() -> Result<Self> {
+        let file = memfd_create("program", MemfdFlags::CLOEXEC)?;
+        ftruncate(&file, LENGTH)?;
+        let memory = FileMemory::new(&file, 0, LENGTH, true)?;
+        Ok(Self { file, memory, usage: Usage::default() })
+    }
+
+    /// Which byte of the file `length` bytes at `at` begin at. EFAULT outside.
+    fn offset(at: UserAddr, length: u64) -> Result<u64> {
+        let offset = at.0.checked_sub(MEMORY).ok_or(Errno::FAULT)?;
+        let end = offset.checked_add(length).ok_or(Errno::FAULT)?;
+        if end > LENGTH { Err(Errno::FAULT) } else { Ok(offset) }
+    }
+
+    /// Where a page is in this process.
+    fn host(&self, at: UserAddr) -> Result<HostAddr> {
+        let page = Self::offset(at, 1)? / PAGE_SIZE;
+        let pin = self.memory.pin(page, 1, true, Weak::<Nobody>::new())?;
+        Ok(pin.run(0).start)
+    }
+}
+
+struct Nobody;
+
+impl PinObserver for Nobody {
+    fn moving(&self, _from: UserAddr, _pages: u64) {}
+    fn moved(&self, _from: UserAddr, _pages: u64) {}
+}
+
+impl Process for Arena {
+    fn read(&self, from: UserAddr, to: &mut [u8]) -> Result<()> {
+        self.memory.read(Self::offset(from, to.len() as u64)?, to)
+    }
+
+    fn write(&self, to: UserAddr, from: &[u8]) -> Result<()> {
+        self.memory.write(Self::offset(to, from.len() as u64)?, from)
+    }
+
+    fn pin(
+        &self,
+        start: UserAddr,
+        pages: u64,
+        writable: bool,
+        observer: Weak<dyn PinObserver>,
+    ) -> Result<Box<dyn PinnedPages>> {
+        let length = pages.checked_mul(PAGE_SIZE).ok_or(Errno::FAULT)?;
+        self.memory.pin(Self::offset(start, length)? / PAGE_SIZE, pages, writable, observer)
+    }
+
+    fn page_id(&self, at: UserAddr) -> Result<PageId> {
+        let index = Self::offset(at, 1)? / PAGE_SIZE;
+        let stat = fstat(&self.file)?;
+        Ok(PageId::File { dev: stat.st_dev, ino: stat.st_ino, index })
+    }
+
+    fn host_page_id(&self, at: HostAddr) -> Result<PageId> {
+        let first = self.host(UserAddr(MEMORY))?;
+        let offset = at.0.checked_sub(first.0).ok_or(Errno::FAULT)?;
+        self.page_id(UserAddr(MEMORY.checked_add(offset).ok_or(Errno::FAULT)?))
+    }
+
+    fn pin_count(&self, at: UserAddr) -> Result<u64> {
+        let host = self.host(at)?;
+        LocalProcess::get().pin_count(UserAddr(host.0))
+    }
+
+    fn usage(&self) -> &Usage {
+        &self.usage
+    }
+
+    fn locked_limit(&self) -> Option<u64> {
+        None
+    }
+
+    fn user(&self) -> u32 {
+        0
+    }
+
+    fn is(&self, other: &Arc<dyn Process>) -> bool {
+        core::ptr::addr_eq(self, Arc::as_ptr(other))
+    }
+
+    fn file(&self, fd: i32) -> Result<OwnedFd> {
+        if fd == MEMORY_FD { self.file.try_clone().map_err(|_| Errno::MFILE) } else { Err(Errno::BADF) }
+    }
+}
+
+/// The program: what calls.
+#[derive(Debug)]
+pub struct Program {
+    process: Arc<dyn Process>,
+    /// Its descriptors from 10 on.
+    files: Mutex<BTreeMap<i32, Arc<dyn File>>>,
+    /// What it may do: CAP_IPC_LOCK and so on.
+    pub capable: bool,
+}
+
+impl core::fmt::Debug for dyn File {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.write_str("a file")
+    }
+}
+
+impl Program {
+    /// One with all capabilities.
+    pub fn new() -> Result<Self> {
+        Ok(Self { process: Arc::new(Arena::new()?), files: Mutex::default(), capable: true })
+    }
+
+    fn files(&self) -> MutexGuard<'_, BTreeMap<i32, Arc<dyn File>>> {
+        self.files.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Closes a descriptor. EBADF.
+    pub fn close(&self, fd: i32) -> Result<()> {
+        let file = self.files().remove(&fd);
+        file.map(drop).ok_or(Errno::BADF)
+    }
+
+    /// Puts bytes into its memory.
+    pub fn put(&self, at: UserAddr, bytes: &[u8]) -> Result<()> {
+        self.process.write(at, bytes)
+    }
+
+    /// Takes a value from its memory.
+    pub fn take<T: FromBytes + IntoBytes>(&self, at: UserAddr) -> Result<T> {
+        let mut value = T::new_zeroed();
+        self.process.read(at, value.as_mut_bytes())?;
+        Ok(value)
+    }
+
+    /// Makes ioctl `cmd`; the structure comes back as the ioctl leaves it.
+    pub fn ioctl<T: FromBytes + IntoBytes + Immutable>(
+        &self,
+        context: &Arc<Context>,
+        cmd: u32,
+        args: &mut T,
+    ) -> Result<i32> {
+        self.put(ARGUMENTS, args.as_bytes())?;
+        let result = context.ioctl(self, cmd, ARGUMENTS);
+        *args = self.take(ARGUMENTS)?;
+        result
+    }
+}
+
+impl Caller for Program {
+    fn process(&self) -> &Arc<dyn Process> {
+        &self.process
+    }
+
+    fn capable(&self, _capability: Capability) -> bool {
+        self.capable
+    }
+
+    fn install(&self, file: Arc<dyn File>) -> Result<i32> {
+        let mut files = self.files();
+        let fd = (10..200).find(|fd| !files.contains_key(fd)).ok_or(Errno::MFILE)?;
+        files.insert(fd, file);
+        Ok(fd)
+    }
+
+    fn uninstall(&self, fd: i32) {
+        let file = self.files().remove(&fd);
+        drop(file);
+    }
+
+    fn installed(&self, fd: i32) -> Result<Arc<dyn File>> {
+        self.files().get(&fd).cloned().ok_or(Errno::BADF)
+    }
+}
