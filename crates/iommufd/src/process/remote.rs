@@ -2,13 +2,14 @@
 //!
 //! Its bytes are read and written through the kernel (process_vm_readv(2), which asks for the right to trace it: a child's
 //! parent has it nearly everywhere). Its pages can only be pinned where this process can map them too: that is shared
-//! memory, either such as both have, or such as `/proc/PID/map_files` lets us open. Pages that are pinned are mapped here
+//! memory, either such as both have, or such as `/proc/PID/fd` or `/proc/PID/map_files` lets us open. Pages that are pinned are mapped here
 //! and outlive the other process; before that, they are gone with it.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io::{IoSlice, IoSliceMut},
-    os::fd::OwnedFd,
+    os::{fd::OwnedFd, unix::fs::MetadataExt},
+    path::PathBuf,
     sync::{
         Arc, Weak,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
@@ -93,6 +94,18 @@ impl RemoteProcess {
         maps::of(self.pid.as_raw_nonzero().get())
     }
 
+    /// The file of a mapping: by a descriptor that the other process has of it, or by its mapping, which takes a privilege.
+    fn open_behind(&self, mapping: &Mapping) -> Option<File> {
+        let pid = self.pid.as_raw_nonzero();
+        let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+        let same =
+            |path: &PathBuf| fs::metadata(path).is_ok_and(|about| mapping.is_of(about.dev(), about.ino()));
+        let by_descriptor = descriptors.map(|entry| entry.path()).filter(same);
+        let by_mapping = format!("/proc/{pid}/map_files/{:x}-{:x}", mapping.start, mapping.end).into();
+        let open = |path| File::options().read(true).write(mapping.writable()).open(path).ok();
+        by_descriptor.chain([by_mapping]).find_map(open)
+    }
+
     /// Maps a part of the other process's `mapping` here.
     fn map_here(&self, mapping: &Mapping, start: u64, length: u64) -> Result<Region> {
         let page = mapping.page(start);
@@ -106,11 +119,8 @@ impl RemoteProcess {
         let at = match twin {
             Some(at) => hostmem::duplicate(HostAddr(at), length)?,
             None => {
-                let pid = self.pid.as_raw_nonzero();
-                let name = format!("/proc/{pid}/map_files/{:x}-{:x}", mapping.start, mapping.end);
-                let file = File::options().read(true).write(mapping.writable()).open(name);
-                let offset = mapping.offset_of(start);
-                hostmem::map_shared(file.map_err(|_| Errno::FAULT)?, offset, length, mapping.writable())?
+                let file = self.open_behind(mapping).ok_or(Errno::FAULT)?;
+                hostmem::map_shared(file, mapping.offset_of(start), length, mapping.writable())?
             }
         };
         Ok(Region { start: at, length })

@@ -24,7 +24,10 @@ unsafe extern "C" fn close(fd: c_int) -> c_int {
     // SAFETY: the caller's argument, for the function that it meant to call.
     let result = unsafe { real::close()(fd) };
     if description.is_some() {
-        errno::preserved(|| drop(description));
+        errno::preserved(|| {
+            drop(description);
+            crate::share::settle();
+        });
     }
     result
 }

@@ -10,6 +10,7 @@ use rustix::process::Resource;
 use vfio::doors::Caller;
 
 use super::{
+    lend,
     server::bit,
     wire::{self, Kind, MOST, Message},
 };
@@ -114,6 +115,7 @@ impl ServedFile for RemoteFile {
         let all = [Capability::IpcLock, Capability::SysResource, Capability::SysRawio];
         let capabilities =
             all.into_iter().filter(|one| caller.capable(*one)).fold(0, |sum, one| sum | bit(one));
+        lend::before(request, argument);
         let user = u64::from(rustix::process::getuid().as_raw());
         let limit = rustix::process::getrlimit(Resource::Memlock).current.unwrap_or(u64::MAX);
         let words = [self.id, u64::from(request), argument.0, capabilities, user, limit];

@@ -13,6 +13,7 @@
 //! `posix_spawn` and `vfork` share the parent's memory until exec and need none of this.
 
 mod client;
+mod lend;
 mod server;
 mod signals;
 mod usage;
@@ -91,6 +92,7 @@ pub(crate) fn child() {
         inside::run(|| {
             process::forget();
             usage::forget();
+            server::forget();
             ShimCaller::renew();
             become_client(fork);
         });
@@ -161,6 +163,11 @@ fn enter(link: &Arc<Link>, files: &[(i32, u64)]) {
         };
         drop(table::insert(fd, description));
     }
+}
+
+/// Before a descriptor is closed: see [`server::settle`].
+pub(crate) fn settle() {
+    inside::run(server::settle);
 }
 
 /// How many pages are pinned, and locked, on behalf of process `pid`, as far as this process and those that serve it know.

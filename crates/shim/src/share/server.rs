@@ -4,7 +4,7 @@ use core::{any::Any, cell::RefCell};
 use std::{
     collections::HashMap,
     os::fd::{AsFd, OwnedFd},
-    sync::Arc,
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
 };
 
 use iommufd::{
@@ -12,6 +12,7 @@ use iommufd::{
     caller::{Caller, Capability, File},
     process::{Process, RemoteProcess, UserAddr},
 };
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair, sockopt};
 use vfio::doors::{self, DeviceFile, Opened};
 
@@ -47,7 +48,7 @@ pub(super) fn connection() -> Result<(OwnedFd, OwnedFd)> {
 }
 
 /// The descriptor with a number that the program is not given by its own calls, if there is one.
-fn aside(descriptor: OwnedFd) -> OwnedFd {
+pub(super) fn aside(descriptor: OwnedFd) -> OwnedFd {
     const FROM: i32 = 900;
     rustix::io::fcntl_dupfd_cloexec(&descriptor, FROM).unwrap_or(descriptor)
 }
@@ -55,15 +56,63 @@ fn aside(descriptor: OwnedFd) -> OwnedFd {
 /// Serves the process at the other end of `socket` until it ends, in a thread of its own. The program's signals are not for
 /// that thread.
 pub(super) fn start(socket: OwnedFd, shared: Shared) {
+    let connection = Arc::new(Connection::default());
+    match socket.try_clone() {
+        Ok(copy) => *lock(&connection.socket) = Some(aside(copy)),
+        Err(_) => return,
+    }
+    lock(&CONNECTIONS).push(Arc::clone(&connection));
     super::signals::blocked(|| {
         let serve = move || {
             let mut server = Server { socket, shared, process: None, kept: Vec::new() };
             server.run();
+            drop(server);
+            lock(&CONNECTIONS).retain(|other| !Arc::ptr_eq(other, &connection));
+            *lock(&connection.socket) = None;
+            connection.ended.notify_all();
         };
         if let Err(error) = std::thread::Builder::new().name("ring3-shim".to_owned()).spawn(serve) {
             tracing::warn!("a child's descriptors cannot be served: {error}");
         }
     });
+}
+
+/// A connection, as others see it: its socket, until it has ended.
+#[derive(Default)]
+struct Connection {
+    socket: Mutex<Option<OwnedFd>>,
+    ended: Condvar,
+}
+
+static CONNECTIONS: Mutex<Vec<Arc<Connection>>> = Mutex::new(Vec::new());
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Waits until what processes had open that have ended is closed, as it is in the kernel before anybody can know that they
+/// have ended.
+pub(super) fn settle() {
+    let connections = lock(&CONNECTIONS).clone();
+    for connection in connections {
+        let mut socket = lock(&connection.socket);
+        while let Some(open) = socket.as_ref() {
+            let mut fds = [PollFd::new(open, PollFlags::empty())];
+            let ended = poll(&mut fds, Some(&Timespec::default())) == Ok(1)
+                && fds.iter().any(|fd| fd.revents().contains(PollFlags::HUP));
+            if !ended {
+                break;
+            }
+            socket = connection.ended.wait(socket).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// In a child after a fork: its parent's connections are none of its own.
+pub(super) fn forget() {
+    if let Ok(mut connections) = CONNECTIONS.try_lock() {
+        core::mem::take(&mut *connections).into_iter().for_each(core::mem::forget);
+    }
 }
 
 struct Server {

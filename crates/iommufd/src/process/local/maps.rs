@@ -61,6 +61,12 @@ impl Mapping {
         PageId::File { dev: self.dev, ino: self.ino, index: (self.offset + (at - self.start)) / PAGE_SIZE }
     }
 
+    /// Whether it is of the file with this device, as stat(2) has it, and inode.
+    pub(crate) fn is_of(&self, device: u64, inode: u64) -> bool {
+        let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+        (self.dev, self.ino) == (u64::from(major) << 32 | u64::from(minor), inode)
+    }
+
     /// Which byte of the file is at `at`, which is in it.
     pub(crate) fn offset_of(&self, at: u64) -> u64 {
         self.offset + (at - self.start)
