@@ -5,18 +5,20 @@
 
 mod support;
 
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use support::process::{as_other_user, finish};
 use support::selftests::{
-    Answers, Expectations, HugePages, Kernel, Outcome, Report, as_root, behind, kernel, lift_memory_limit, say, shim,
+    Answers, Expectations, HugePages, Kernel, Outcome, Report, as_root, behind, kernel, lift_memory_limit,
+    say, shim,
 };
 
 const PATIENCE: Duration = Duration::from_secs(240);
 
-/// The device for the programs that want one, and its address.
-const CARD: &str = "--device=igb";
+/// The device for the programs that want one, and its address. Their driver for it is the reason for its kind.
+const CARD: &str = "--device=ioat,addr=0000:00:05.0";
 const ADDRESS: &str = "0000:00:05.0";
 
 #[track_caller]
@@ -24,10 +26,23 @@ fn assert_none_wrong(wrong: &[String]) {
     assert!(wrong.is_empty(), "{} answers are wrong:\n{}", wrong.len(), wrong.join("\n"));
 }
 
+/// Whether the shim serves the device; if not, says so.
+fn has_card() -> bool {
+    let card = format!("/sys/bus/pci/devices/{ADDRESS}/vendor");
+    let there = finish(shim(&[CARD], Path::new("/bin/cat"), &[&card]), PATIENCE).code == Some(0);
+    if !there {
+        support::skip("ring3 shim serves no such device");
+    }
+    there
+}
+
 /// Runs a program of the selftests as root, with as much locked memory as it likes where we may allow that.
 #[track_caller]
 fn selftest(program: &str, options: &[&str], arguments: &[&str]) {
     let Some(kernel) = kernel() else { return };
+    if options.contains(&CARD) && !has_card() {
+        return;
+    }
     lift_memory_limit();
     if let Some(command) = as_root(shim(options, &kernel.program(program), arguments)) {
         judge(kernel, program, command);
@@ -48,7 +63,10 @@ fn judge(kernel: &Kernel, program: &str, command: Command) {
         wrong.push(format!("{program} was ended by signal {signal}:\n{}", done.stderr));
     }
     if !kernel.as_expected && !wrong.is_empty() {
-        return support::skip(&format!("the expectations are for another kernel: not judged:\n{}", wrong.join("\n")));
+        return support::skip(&format!(
+            "the expectations are for another kernel: not judged:\n{}",
+            wrong.join("\n")
+        ));
     }
     assert_none_wrong(&wrong);
 }
@@ -68,6 +86,9 @@ fn iommufd_as_a_user() {
 #[track_caller]
 fn probe(name: &str, options: &[&str], arguments: &[&str], answers: &[&str]) {
     let Some(kernel) = kernel() else { return };
+    if options.contains(&CARD) && !has_card() {
+        return;
+    }
     lift_memory_limit();
     let dir = tempfile::tempdir().unwrap();
     let program = kernel.probe(name, dir.path());

@@ -3,12 +3,16 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use ring3::initramfs::cpio::Archive;
 use ring3::initramfs::modules::ModuleTree;
 
 use super::kernels::{Kernels, kernels};
 use super::process;
+
+/// Room for a slow mirror.
+const FETCH: Duration = Duration::from_secs(600);
 
 /// What the guests are made of.
 pub struct Guests {
@@ -61,6 +65,34 @@ fn stripped(dir: &Path, program: &Path) -> Vec<(String, PathBuf)> {
     libraries.chain([(name, file)]).collect()
 }
 
+/// A QEMU of Debian's next release, which is unpacked beside the tests; or none after having said aloud why.
+pub fn next() -> Option<Command> {
+    static ROOT: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+    let root = ROOT.get_or_init(|| {
+        let root = super::scratch().join("qemu-next");
+        let mut fetch = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../benches/peers/fetch.sh"));
+        fetch.arg(&root).args(["forky", "qemu-system-x86"]);
+        let done = process::finish(fetch, FETCH);
+        if done.code == Some(0) { Ok(root) } else { Err(format!("no newer QEMU: {}", done.stderr.trim())) }
+    });
+    match root {
+        Ok(root) => {
+            // Its libraries are newer than the system's: it runs by its own loader.
+            let mut qemu = Command::new(root.join("usr/lib64/ld-linux-x86-64.so.2"));
+            let libraries = root.join("usr/lib/x86_64-linux-gnu");
+            qemu.arg("--library-path").arg(&libraries).arg(root.join("usr/bin/qemu-system-x86_64"));
+            for data in ["qemu", "seabios"] {
+                qemu.arg("-L").arg(root.join("usr/share").join(data));
+            }
+            Some(qemu)
+        }
+        Err(why) => {
+            super::skip(why);
+            None
+        }
+    }
+}
+
 /// What every guest's script begins with.
 const BEGINNING: &str = "#!/bin/busybox sh
 busybox mkdir -p /proc /sys /dev /tmp /etc
@@ -109,8 +141,6 @@ impl Guests {
         }
         archive.file("/modules/order", 0o644, order.as_bytes());
         let initramfs = super::write(dir, "initramfs", &archive.finish());
-
-        let mut qemu = Command::new("qemu-system-x86_64");
         qemu.args(["-accel", "tcg", "-cpu", "max", "-m", "256M", "-nodefaults", "-no-user-config"])
             .args(["-display", "none", "-serial", "stdio", "-no-reboot", "-kernel"])
             .arg(&self.kernel)

@@ -404,7 +404,9 @@ impl Answers {
             wrong.push(format!("differences.txt lists {question}: {answer}, which is not a difference"));
         }
         let count = wrong.len();
-        say(&format!("probe {probe}: {total} answers: {same} as the kernel's, {listed} listed differences, {count} wrong"));
+        say(&format!(
+            "probe {probe}: {total} answers: {same} as the kernel's, {listed} listed differences, {count} wrong"
+        ));
         wrong
     }
 }

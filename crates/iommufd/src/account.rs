@@ -77,7 +77,9 @@ impl Account {
 
     /// Counts `pages` more. ENOMEM when they would go past the limit; nothing is counted then.
     pub(crate) fn charge(&mut self, pages: u64) -> Result<()> {
-        self.count(pages, self.process.locked_limit())
+        // Asking for the limit is a system call.
+        let limit = if self.accounting == Accounting::None { None } else { self.process.locked_limit() };
+        self.count(pages, limit)
     }
 
     fn count(&mut self, pages: u64, limit: Option<u64>) -> Result<()> {

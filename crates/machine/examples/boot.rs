@@ -16,7 +16,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let cpus = args.get(3).map_or(Ok(1), |n| n.parse())?;
     let guest_abi = if kernel.is_pvm_guest() { GuestAbi::Pvm } else { GuestAbi::X86 };
     let serial = Box::new(std::io::stdout());
-    let mut machine = Machine::new(MachineConfig { memory: 512 << 20, cpus, serial, guest_abi })?;
+    let mut machine =
+        Machine::new(MachineConfig { memory: 512 << 20, cpus, serial, guest_abi, iommu: false })?;
     machine.load(&kernel, BootProtocol::Linux64, initramfs.as_deref(), cmdline)?;
     let handle = machine.handle();
     std::thread::spawn(move || {

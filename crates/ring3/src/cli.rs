@@ -294,6 +294,12 @@ pub struct RunArgs {
     /// chooses pvm.
     #[arg(long, value_name = "ABI", value_enum, default_value_t = GuestAbi::Auto)]
     pub guest_abi: GuestAbi,
+    /// Which IOMMU the guest's devices are behind
+    ///
+    /// With `virtio` the guest decides what of its memory each device may reach, and --stats shows what that took. The kernel
+    /// needs the driver virtio_iommu: Debian's have it from 6.12 on.
+    #[arg(long, value_name = "KIND", value_enum, default_value_t = Iommu::None)]
+    pub iommu: Iommu,
     /// How the guest's processor is run
     #[arg(long, value_enum, default_value_t = Engine::Interpret)]
     pub engine: Engine,
@@ -329,6 +335,15 @@ pub enum GuestAbi {
     Pvm,
     /// Plain x86: PVM is never offered
     Off,
+}
+
+/// Which IOMMU the guest's devices are behind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Iommu {
+    /// None: they reach all of the guest's memory
+    None,
+    /// The virtio IOMMU, and all virtio devices are behind it
+    Virtio,
 }
 
 /// How the guest's processor is run.

@@ -9,6 +9,10 @@ use iommufd::{
     process::Process,
 };
 
+use rustix::thread::CapabilitySet;
+
+use vfio::doors::{self, DeviceFile, Opened};
+
 use crate::{calls, process::ShimProcess, table};
 
 /// The program in whose process we are.
@@ -45,13 +49,19 @@ impl Caller for ShimCaller {
     }
 
     fn capable(&self, capability: Capability) -> bool {
-        use rustix::thread::CapabilitySet;
-        let wanted = match capability {
-            Capability::IpcLock => CapabilitySet::IPC_LOCK,
-            Capability::SysResource => CapabilitySet::SYS_RESOURCE,
-            Capability::SysRawio => CapabilitySet::SYS_RAWIO,
+        // A container's root may lack these altogether. On a machine of its own it would have them, and nothing of this
+        // machine's is at stake: the limits and devices that they are for are served here.
+        let (wanted, of_root) = match capability {
+            Capability::IpcLock => (CapabilitySet::IPC_LOCK, false),
+            Capability::SysResource => (CapabilitySet::SYS_RESOURCE, true),
+            Capability::SysRawio => (CapabilitySet::SYS_RAWIO, true),
         };
-        rustix::thread::capabilities(None).is_ok_and(|sets| sets.effective.contains(wanted))
+        let withheld = || {
+            rustix::process::geteuid().is_root()
+                && rustix::thread::capability_is_in_bounding_set(wanted).is_ok_and(|is_in| !is_in)
+        };
+        let has = rustix::thread::capabilities(None).is_ok_and(|sets| sets.effective.contains(wanted));
+        has || (of_root && withheld())
     }
 
     fn install(&self, file: Arc<dyn File>) -> Result<i32> {
@@ -65,5 +75,19 @@ impl Caller for ShimCaller {
 
     fn installed(&self, fd: i32) -> Result<Arc<dyn File>> {
         table::get_full(fd).and_then(|description| description.file.given()).ok_or(Errno::BADF)
+    }
+}
+
+impl doors::Caller for ShimCaller {
+    fn opened(&self, fd: i32) -> Result<Opened> {
+        match table::get(fd).as_deref().and_then(Option::as_ref) {
+            Some(description) => Ok(description.file.opened()),
+            // Something real, or nothing.
+            None => self.process.file(fd).map(|_| Opened::Other),
+        }
+    }
+
+    fn install_device(&self, device: Arc<DeviceFile>) -> Result<i32> {
+        calls::install_device(device)
     }
 }

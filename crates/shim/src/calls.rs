@@ -6,20 +6,17 @@ use std::{
     sync::Arc,
 };
 
-use iommufd::{
-    Errno, Result,
-    caller::{Caller, File},
-    process::UserAddr,
-};
+use iommufd::{Errno, Result, caller::File, process::UserAddr};
 use rustix::{
     fs::{MemfdFlags, OFlags},
     io::FdFlags,
 };
+use vfio::doors::{Caller, DeviceFile, MigrationFile};
 
 use crate::{
     caller::ShimCaller,
     node::{Mapping, Node, Opened, ServedFile},
-    process,
+    nodes, process,
     table::{self, Description},
     user,
 };
@@ -75,22 +72,35 @@ pub(crate) fn uninstall(number: c_int) {
     }
 }
 
+/// Gives the program a device that it got by an ioctl: the new descriptor.
+pub(crate) fn install_device(device: Arc<DeviceFile>) -> Result<c_int> {
+    install(stand_in()?, nodes::vfio::device(device), true)
+}
+
 /// What serves a file that an ioctl gives out.
 pub(crate) fn given(file: Arc<dyn File>) -> Arc<dyn ServedFile> {
     Arc::new(Given(file))
 }
 
 /// A descriptor that polls as a device without a poll operation does: always ready, and none of `epoll`'s.
-fn stand_in() -> Result<OwnedFd> {
+pub(crate) fn stand_in() -> Result<OwnedFd> {
     rustix::fs::memfd_create(c"ring3", MemfdFlags::CLOEXEC)
 }
 
 /// `ioctl`.
-pub(crate) fn ioctl(description: &Description, request: u64, argument: *mut c_void) -> Result<c_int> {
+///
+/// None for what the kernel does for every file, before it asks the driver.
+pub(crate) fn ioctl(description: &Description, request: u64, argument: *mut c_void) -> Result<Option<c_int>> {
+    /// FIOCLEX, FIONCLEX, FIONBIO, FIOASYNC.
+    const GENERIC: [u32; 4] = [0x5451, 0x5450, 0x5421, 0x5452];
+
     // The kernel's type is an unsigned int; libc's is wider.
     #[expect(clippy::cast_possible_truncation, reason = "as the system call does")]
     let request = request as u32;
-    description.file.ioctl(&*ShimCaller::get(), request, UserAddr(argument as u64))
+    if GENERIC.contains(&request) {
+        return Ok(None);
+    }
+    description.file.ioctl(&*ShimCaller::get(), request, UserAddr(argument as u64)).map(Some)
 }
 
 /// Where a `read` or `write` takes place.
@@ -208,8 +218,11 @@ fn with_buffer<T>(count: usize, work: impl FnOnce(&mut [u8]) -> Result<T>) -> Re
 struct Given(Arc<dyn File>);
 
 impl ServedFile for Given {
-    fn ioctl(&self, _caller: &dyn Caller, _request: u32, _argument: UserAddr) -> Result<i32> {
-        Err(Errno::NOTTY)
+    fn ioctl(&self, caller: &dyn Caller, request: u32, argument: UserAddr) -> Result<i32> {
+        match Arc::clone(&self.0).as_any().downcast::<MigrationFile>() {
+            Ok(migration) => migration.ioctl(caller, request, argument),
+            Err(_) => Err(Errno::NOTTY),
+        }
     }
 
     fn read(&self, to: &mut [u8]) -> Result<usize> {

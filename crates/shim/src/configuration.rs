@@ -8,7 +8,7 @@ use std::sync::Arc;
 use iommufd::Context;
 
 use crate::{
-    nodes::{faults, iommu::IommuNode},
+    nodes::{faults, iommu::IommuNode, vfio},
     served::{self, Served},
     tree::{self, Plan},
 };
@@ -46,21 +46,20 @@ pub(crate) fn apply() {
     for line in unknown {
         crate::complain(&format!("{VARIABLE} has a line that means nothing: {line:?}"));
     }
-    let context: fn() -> Arc<Context> = if configuration.mock_iommu { mock } else { Context::new };
+    let context: fn() -> Arc<Context> =
+        if configuration.mock_iommu { iommufd::mock::open } else { Context::new };
     let mut plan = Plan::default();
     if configuration.mock_iommu {
         faults::plan(&mut plan);
     }
+    vfio::set(configuration.devices);
+    plan.tops.extend(vfio::tops());
+    plan.entries.push(vfio::entries);
     tree::set(plan);
     served::set(Served {
         nodes: vec![("/dev/iommu".to_owned(), Arc::new(IommuNode { context }))],
         fail_nth: configuration.mock_iommu,
     });
-}
-
-/// A context with the kernel's test driver.
-fn mock() -> Arc<Context> {
-    Context::new()
 }
 
 #[cfg(test)]

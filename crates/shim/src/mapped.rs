@@ -31,6 +31,15 @@ pub(crate) fn insert(at: usize, length: usize, held: Held) {
     });
 }
 
+/// Whether any of `length` bytes at `at` are such a mapping.
+pub(crate) fn any(at: usize, length: usize) -> bool {
+    if COUNT.load(Ordering::Acquire) == 0 || inside::is() {
+        return false;
+    }
+    let past = end(at, length);
+    inside::run(|| lock().range(..past).next_back().is_some_and(|(_, (end, _))| *end > at))
+}
+
 /// `length` bytes at `at` were unmapped, or something else was mapped over them.
 pub(crate) fn replaced(at: usize, length: usize) {
     if COUNT.load(Ordering::Acquire) != 0 && !inside::is() {

@@ -3,7 +3,8 @@
 use std::{any::Any, os::fd::OwnedFd, sync::Arc};
 
 use crate::share::Link;
-use iommufd::{Errno, Result, caller::Caller, process::UserAddr};
+use iommufd::{Errno, Result, process::UserAddr};
+use vfio::doors::{Caller, Opened as VfioOpened};
 
 /// A path that can be opened.
 pub(crate) trait Node: Send + Sync {
@@ -83,6 +84,16 @@ pub(crate) trait ServedFile: Send + Sync {
 
     /// What `iommufd` or `vfio` gave for this descriptor, when they take it back from the program.
     fn given(&self) -> Option<Arc<dyn iommufd::caller::File>> {
+        None
+    }
+
+    /// What VFIO takes it for.
+    fn opened(&self) -> VfioOpened {
+        VfioOpened::Other
+    }
+
+    /// A new file of the node that it was opened by; none for what has no node.
+    fn reopen(&self) -> Option<Result<Opened>> {
         None
     }
 

@@ -81,6 +81,13 @@ functions! {
     fcntl: fn(c_int, c_int; ..) -> c_int;
     fcntl64: fn(c_int, c_int; ..) -> c_int;
 
+    ftruncate: fn(c_int, off_t) -> c_int;
+    ftruncate64: fn(c_int, off_t) -> c_int;
+    fsync: fn(c_int) -> c_int;
+    fdatasync: fn(c_int) -> c_int;
+    fallocate: fn(c_int, c_int, off_t, off_t) -> c_int;
+    fallocate64: fn(c_int, c_int, off_t, off_t) -> c_int;
+
     ioctl: fn(c_int, c_ulong; ..) -> c_int;
     read: fn(c_int, *mut c_void, size_t) -> ssize_t;
     __read_chk: fn(c_int, *mut c_void, size_t, size_t) -> ssize_t;

@@ -2,9 +2,11 @@
 
 use std::sync::{Arc, OnceLock};
 
+use iommufd::{Errno, Result};
+
 use crate::{
-    node::Node,
-    nodes::{faults::FailNthNode, status::StatusNode},
+    node::{Metadata, Node, Opened, ServedFile},
+    nodes::{faults::FailNthNode, status::StatusNode, vfio},
     table,
 };
 
@@ -33,6 +35,9 @@ pub(crate) fn node(path: &str) -> Option<Arc<dyn Node>> {
     {
         return Some(Arc::new(node));
     }
+    if let Some(node) = vfio::find(path).or_else(|| reopened(path)) {
+        return Some(node);
+    }
     // Nothing can be pinned by a process that has nothing open.
     if table::serves_any()
         && let Some(node) = StatusNode::find(path)
@@ -40,4 +45,24 @@ pub(crate) fn node(path: &str) -> Option<Arc<dyn Node>> {
         return Some(Arc::new(node));
     }
     None
+}
+
+/// A served descriptor by its name in `/proc/self/fd`, when that can be opened again.
+fn reopened(path: &str) -> Option<Arc<dyn Node>> {
+    let number = path.strip_prefix("/proc/self/fd/").or_else(|| path.strip_prefix("/dev/fd/"))?;
+    let description = table::get_full(number.parse().ok()?)?;
+    description.file.metadata()?;
+    Some(Arc::new(Reopened(Arc::clone(&description.file))))
+}
+
+struct Reopened(Arc<dyn ServedFile>);
+
+impl Node for Reopened {
+    fn open(&self, _flags: i32) -> Result<Opened> {
+        self.0.reopen().unwrap_or(Err(Errno::NXIO))
+    }
+
+    fn metadata(&self) -> Metadata {
+        self.0.metadata().unwrap_or(Metadata { mode: libc::S_IFCHR | 0o600, rdev: (0, 0) })
+    }
 }

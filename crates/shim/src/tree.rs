@@ -23,12 +23,13 @@ pub(crate) enum Entry {
     Link(String),
 }
 
-/// Directories that are looked for in the tree, and what is in it, by absolute path.
+/// Directories that are looked for in the tree, and what is in it.
 #[derive(Default, Debug)]
 pub(crate) struct Plan {
     /// Paths at or below these are redirected.
     pub tops: Vec<String>,
-    pub entries: Vec<(String, Entry)>,
+    /// What is in it, asked when the program first looks.
+    pub entries: Vec<fn() -> Vec<(String, Entry)>>,
 }
 
 static PLAN: OnceLock<Plan> = OnceLock::new();
@@ -58,7 +59,8 @@ pub(crate) fn find(path: &str) -> Option<CString> {
     let tree = TREE.get_or_init(|| make(plan)).as_ref()?;
     let there = tree.root.join(path.trim_start_matches('/'));
     let there = CString::new(there.into_os_string().into_encoded_bytes()).ok()?;
-    rustix::fs::access(&there, rustix::fs::Access::EXISTS).ok()?;
+    // The link itself: what it leads to may be elsewhere.
+    rustix::fs::lstat(&there).ok()?;
     Some(there)
 }
 
@@ -72,7 +74,8 @@ fn make(plan: &Plan) -> Option<Tree> {
     let owner = rustix::process::getpid();
     let made = directory(owner.as_raw_nonzero().get()).and_then(|root| {
         let tree = Tree { root, owner };
-        plan.entries.iter().try_for_each(|(path, entry)| tree.add(path, entry))?;
+        let mut entries = plan.entries.iter().flat_map(|entries| entries());
+        entries.try_for_each(|(path, entry)| tree.add(&path, &entry))?;
         Ok(tree)
     });
     match made {

@@ -1,7 +1,10 @@
 //! The library before a program: each test runs itself once more, alone and with `LD_PRELOAD`, and there calls libc's functions.
 
 #![allow(unsafe_code, reason = "calls libc's functions as a C program does")]
-#![allow(clippy::undocumented_unsafe_blocks, reason = "the calls are what is tested; each is with pointers to locals")]
+#![allow(
+    clippy::undocumented_unsafe_blocks,
+    reason = "the calls are what is tested; each is with pointers to locals"
+)]
 
 use std::{
     env,
@@ -26,7 +29,8 @@ fn preloaded(test: &str, body: fn()) {
         .env(INSIDE, "1")
         .output()
         .unwrap();
-    let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    let text =
+        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{test}: {}\n{text}", output.status);
     assert!(text.contains("1 passed"), "{test} did not run:\n{text}");
 }
@@ -175,9 +179,12 @@ fn a_child_uses_what_its_parent_opened() {
         assert_eq!(destroy(fd, id), Err(libc::ENOENT));
         assert_eq!(destroy(fd, u32::try_from(made).unwrap()), Ok(()));
         // A child that is killed in the middle leaves the parent in order.
-        in_child_that(|| unsafe { libc::kill(libc::getpid(), libc::SIGKILL) }, |status| {
-            assert!(libc::WIFSIGNALED(status));
-        });
+        in_child_that(
+            || unsafe { libc::kill(libc::getpid(), libc::SIGKILL) },
+            |status| {
+                assert!(libc::WIFSIGNALED(status));
+            },
+        );
         assert!(ioas_alloc(fd).is_ok());
     });
 }

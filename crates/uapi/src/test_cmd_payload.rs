@@ -23,3 +23,6 @@ impl iommu_test_cmd__bindgen_ty_1 {
         member.write_to_prefix(self.words.as_mut_bytes()).is_ok()
     }
 }
+
+/// As `sizeof` says in C.
+const _: () = assert!(size_of::<crate::iommufd_test::iommu_test_cmd>() == 72);

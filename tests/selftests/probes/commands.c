@@ -469,7 +469,7 @@ static void ask_id(const struct field *field)
 
 static void ask_file(const struct field *field)
 {
-	static const char *const names[] = { "closed", "the context itself", "/dev/null", "read-only file", "pipe" };
+	static const char *const names[] = { "closed", "the context itself", "/dev/null", "a file of /proc", "pipe" };
 
 	for (int i = 0; i < 5; i++) {
 		struct attempt a;
@@ -483,7 +483,7 @@ static void ask_file(const struct field *field)
 		else if (i == 2)
 			file[0] = (int)must(open("/dev/null", O_RDWR));
 		else if (i == 3)
-			file[0] = (int)must(open("/proc/self/exe", O_RDONLY));
+			file[0] = (int)must(open("/proc/version", O_RDONLY));
 		else if (i == 0)
 			must(close(file[0]));
 		memcpy(a.cmd + field->offset, file, 4);

@@ -374,10 +374,10 @@ static void ask_file(void)
 {
 	uint32_t ioas, flags[] = { RW, IOMMU_IOAS_MAP_READABLE };
 	int file = (int)must(memfd_create("file", 0)), sealed = (int)must(memfd_create("sealed", MFD_ALLOW_SEALING));
-	int program = (int)must(open("/proc/self/exe", O_RDONLY)), zero = (int)must(open("/dev/zero", O_RDWR));
+	int proc = (int)must(open("/proc/version", O_RDONLY)), zero = (int)must(open("/dev/zero", O_RDWR));
 	char path[32];
 	int read_only, fds[6];
-	static const char *const names[] = { "memfd", "sealed memfd", "memfd opened for reading", "program", "/dev/zero",
+	static const char *const names[] = { "memfd", "sealed memfd", "memfd opened for reading", "a file of /proc", "/dev/zero",
 					     "write-only memfd" };
 
 	must(ftruncate(file, 4 * PAGE));
@@ -385,7 +385,7 @@ static void ask_file(void)
 	must(fcntl(sealed, F_ADD_SEALS, F_SEAL_WRITE | F_SEAL_SHRINK | F_SEAL_GROW));
 	snprintf(path, sizeof(path), "/proc/self/fd/%d", file);
 	read_only = (int)must(open(path, O_RDONLY));
-	fds[0] = file, fds[1] = sealed, fds[2] = read_only, fds[3] = program, fds[4] = zero;
+	fds[0] = file, fds[1] = sealed, fds[2] = read_only, fds[3] = proc, fds[4] = zero;
 	fds[5] = (int)must(open(path, O_WRONLY));
 
 	for (int attach = 0; attach < 2; attach++)

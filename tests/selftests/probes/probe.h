@@ -3,7 +3,7 @@
  * line for each answer, `SECTION: QUESTION: ANSWER`. The same program is run on the real kernel, whose answers are
  * kept in ../answers, and under `ring3 shim`, whose answers have to be the same.
  *
- * A section is a process of its own with a minute of time, so that one that dies takes no other answer with it.
+ * A section is a process of its own with ten minutes of time, so that one that dies takes no other answer with it.
  * An answer is the name of an errno, or `OK`, or `= N` for a call that returned something else than 0. Numbers that an
  * implementation may choose freely (descriptors, addresses) are not printed.
  */
@@ -135,7 +135,7 @@ static inline int run(const struct section *sections, int argc, char **argv)
 		fflush(stdout);
 		child = fork();
 		if (child == 0) {
-			alarm(60);
+			alarm(600);
 			sections->ask();
 			fflush(stdout);
 			_exit(0);

@@ -2,7 +2,7 @@
 //!
 //! # Theory of operation
 //!
-//! An [`Ioas`] holds *areas*, ranges of IOVA that show a part of a [`Pages`] each. Nothing is pinned for an area until
+//! An [`Ioas`] holds *areas*, ranges of IOVA that show a part of a [`Pages`](crate::pages::Pages) each. Nothing is pinned for an area until
 //! somebody needs its memory:
 //!
 //! - A *domain* ([`Ioas::attach_domain`]) gets all areas entered, and has all of their pages pinned.
@@ -101,7 +101,8 @@ impl Ioas {
     }
 
     /// Confines automatic allocation to `ranges`, and keeps everybody from reserving anything there; when there is none,
-    /// all is allowed again. EINVAL when they overlap each other, EADDRINUSE when a part of one is reserved.
+    /// all is allowed again. EINVAL when they overlap each other or one is a single byte, EADDRINUSE when a part of
+    /// one is reserved.
     pub fn set_allowed(&self, ranges: &[IovaRange]) -> Result<()> {
         inject::check()?;
         self.write_areas().ranges.set_allowed(ranges)

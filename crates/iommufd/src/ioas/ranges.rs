@@ -18,8 +18,8 @@ pub(super) struct Ranges {
     reserved: Vec<(IovaRange, Owner)>,
     /// In order; empty when nothing confines automatic allocation.
     allowed: Vec<IovaRange>,
-    /// For each power of two: below this address no range of that length, or a longer one, is free and aligned. So a space
-    /// that fills from below is not searched from below each time.
+    /// For each power of two: below this address no range is free that has at least this length and alignment. So a space that
+    /// fills from below is not searched from below each time.
     floors: [u64; 64],
 }
 
@@ -33,16 +33,20 @@ pub(super) struct Alignment {
 impl Alignment {
     /// For `length` bytes of memory at `address`, with every address a multiple of `least`.
     ///
-    /// What is as long as a large page lies as its memory does, so that large pages can map it. What is shorter is aligned to its
-    /// own length, rounded down. And bytes keep their place in the page.
+    /// What is as long as a large page lies as its memory does, so that large pages can map it. What is shorter is aligned to
+    /// its length, rounded up to a power of two, or as its memory is if that is less. And bytes keep their place in the
+    /// page.
     pub(super) fn of(length: u64, address: u64, least: u64) -> Self {
         if let Some(&large) = LARGE_PAGES.iter().find(|&&large| length >= large) {
             return Self { modulus: large, remainder: address % large };
         }
-        let natural = 1_u64 << length.max(1).ilog2();
         match address % PAGE_SIZE {
-            0 => Self { modulus: natural.max(least), remainder: 0 },
-            in_page => Self { modulus: natural.max(PAGE_SIZE), remainder: in_page },
+            0 => {
+                let of_memory = 1_u64 << address.trailing_zeros().min(63);
+                let modulus = length.next_power_of_two().min(of_memory).max(least);
+                Self { modulus, remainder: 0 }
+            }
+            in_page => Self { modulus: PAGE_SIZE, remainder: in_page },
         }
     }
 
@@ -77,8 +81,11 @@ impl Ranges {
         self.floors = [0; 64];
     }
 
-    /// EINVAL when two of them overlap, EADDRINUSE when a part of one is reserved.
+    /// EINVAL when two of them overlap or one is a single byte, EADDRINUSE when a part of one is reserved.
     pub(super) fn set_allowed(&mut self, ranges: &[IovaRange]) -> Result<()> {
+        if ranges.iter().any(|range| range.start() == range.last()) {
+            return Err(Errno::INVAL);
+        }
         let mut ranges = ranges.to_vec();
         ranges.sort_by_key(|range| range.start());
         if ranges.windows(2).any(|pair| matches!(pair, [a, b] if a.intersection(*b).is_some())) {
@@ -125,8 +132,8 @@ impl Ranges {
         length: u64,
         alignment: Alignment,
     ) -> Result<IovaRange> {
-        let class = length.ilog2() as usize;
-        let floor = if alignment.remainder == 0 { self.floors.get(class).copied().unwrap_or(0) } else { 0 };
+        let smaller = length.min(alignment.modulus).ilog2() as usize;
+        let floor = self.floors.get(smaller).filter(|_| alignment.remainder == 0).copied().unwrap_or(0);
         let everything = [IovaRange::ALL];
         let windows = if self.allowed.is_empty() { &everything[..] } else { &self.allowed };
         let found = windows
@@ -134,9 +141,10 @@ impl Ranges {
             .find_map(|window| self.find(areas, length, alignment, *window, floor))
             .ok_or(Errno::NOSPC)?;
         if alignment.remainder == 0 {
-            // There was no room below for this length, hence for no longer one either.
-            let from = if length.is_power_of_two() { class } else { class + 1 };
-            for floor in self.floors.iter_mut().skip(from) {
+            // Nor was there room below for what is longer and aligned more.
+            let larger = length.max(alignment.modulus);
+            let class = larger.checked_next_power_of_two().map_or(64, u64::ilog2) as usize;
+            for floor in self.floors.iter_mut().skip(class) {
                 *floor = found.start().0.max(*floor);
             }
         }
@@ -211,8 +219,10 @@ mod tests {
     #[test]
     fn large_memory_lies_as_in_the_process() {
         let of = |length, address| Alignment::of(length, address, 1).next(0x1).unwrap();
-        assert_eq!(of(0x3000, 0x7000), 0x2000, "its own length, rounded down");
-        assert_eq!(of(0x5000, 0x7800), 0x800, "a byte keeps its place in the page");
+        assert_eq!(of(0x3000, 0x8000), 0x4000, "its own length, rounded up");
+        assert_eq!(of(0x3000, 0x7000), 0x1000, "or as its memory is");
+        assert_eq!(of(0x3000, 0), 0x4000);
+        assert_eq!(of(0x5000, 0x8800), 0x800, "a byte keeps its place in the page");
         assert_eq!(of(2 << 20, 0x12_3000), 0x12_3000);
         assert_eq!(of((1 << 30) + 4096, 0x1_0000_0000), 1 << 30);
         assert_eq!(Alignment::of(0x1000, 0, 1).next(u64::MAX), None);
@@ -228,6 +238,7 @@ mod tests {
         assert_eq!(at(0x800), Ok(Iova(0)));
         assert_eq!(at(0x1000), Ok(Iova(0x2000)));
         assert_eq!(at(0x1800), Ok(Iova(0x2000)));
+        assert_eq!(at(0x3000), Ok(Iova(0x4000)));
         assert_eq!(at(1), Ok(Iova(0)));
         assert_eq!(at(u64::MAX), Err(Errno::NOSPC));
     }

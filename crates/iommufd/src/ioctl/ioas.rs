@@ -67,6 +67,10 @@ pub(super) fn allow_iovas(call: &Call<'_>, args: &mut iommu_ioas_allow_iovas) ->
             return Err(Errno::NOMEM);
         }
         for range in piece.iter() {
+            // The kernel takes no range of a single byte here.
+            if range.start >= range.last {
+                return Err(Errno::INVAL);
+            }
             ranges.push(IovaRange::new(Iova(range.start), Iova(range.last))?);
         }
         left -= piece.len();

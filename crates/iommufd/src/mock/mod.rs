@@ -1,7 +1,7 @@
 //! The driver that the kernel's own tests of iommufd talk to (`drivers/iommu/iommufd/iommufd_test.h`): one more ioctl,
 //! `IOMMU_TEST_CMD`, whose operations make mock devices, look into page tables, and do what devices would do.
 //!
-//! A mock device is an object of the context ([`MockDevice`]): who destroys it unbinds the device. Page tables have pages
+//! A mock device is an object of the context (`MockDevice`): who destroys it unbinds the device. Page tables have pages
 //! of 2 KiB between 16 MiB and 2 GiB.
 
 mod access;

@@ -7,7 +7,7 @@
 //! has, `Held` has the pins. A page that gets its first user is pinned and accounted for, one that loses its last
 //! unpinned.
 //!
-//! The domains' entries are known here too ([`entries`]), because pinned memory may move: the program unmaps the addresses
+//! The domains' entries are known here too (`entries`), because pinned memory may move: the program unmaps the addresses
 //! that it gave, and who provides its memory has to put the pages elsewhere. Then every entry is suspended, and
 //! mapped again when the pages have arrived.
 //!

@@ -168,8 +168,7 @@ impl Port {
     /// A new reader. Each thread that does DMA has one of its own.
     #[must_use]
     pub fn reader(self: &Arc<Self>) -> PortReader {
-        let mut reader =
-            PortReader {
+        let mut reader = PortReader {
             member: self.epoch.join(),
             tally: self.counters.join(),
             port: Arc::clone(self),

@@ -457,9 +457,10 @@ impl Table {
             match node.get(at) {
                 Entry::Leaf(leaf) if leaf.has(flag::DIRTY) => visit(node.entry(at), from, to - from + 1),
                 Entry::Nothing | Entry::Leaf(_) => {}
-                // SAFETY: the mutex is held.
                 Entry::Node(below) => {
-                    self.visit_dirty(unsafe { self.node(below) }, level - 1, from, to, visit);
+                    // SAFETY: the mutex is held.
+                    let below = unsafe { self.node(below) };
+                    self.visit_dirty(below, level - 1, from, to, visit);
                 }
             }
         }

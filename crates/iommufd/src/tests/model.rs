@@ -46,12 +46,12 @@ fn op() -> impl Strategy<Value = Op> {
     let (space, table, at, pages) = (0..2_usize, 0..2_usize, 0..SPACE, 1..6_u64);
     let write = prop::bool::weighted(0.7);
     prop_oneof![
-        6 => (space.clone(), 0..2_usize, 0..MEMORY, pages.clone(), prop::option::of(at.clone()), write.clone())
+        6 => (space.clone(), 0..2_usize, 0..MEMORY, pages.clone(), prop::option::of(at.clone()), write)
             .prop_map(|(space, store, page, pages, at, write)| Op::Map {
                 space, store, page, pages: pages.min(MEMORY - page), at, write
             }),
         3 => (space.clone(), at.clone(), 1..SPACE).prop_map(|(space, at, pages)| Op::Unmap { space, at, pages }),
-        3 => (space.clone(), space.clone(), at.clone(), pages.clone(), prop::option::of(at.clone()), write.clone())
+        3 => (space.clone(), space.clone(), at.clone(), pages.clone(), prop::option::of(at.clone()), write)
             .prop_map(|(from, to, at, pages, target, write)| Op::Copy { from, to, at, pages, target, write }),
         2 => (space.clone(), table.clone()).prop_map(|(space, table)| Op::Attach { space, table }),
         1 => (space.clone(), table.clone()).prop_map(|(space, table)| Op::Detach { space, table }),
@@ -244,8 +244,10 @@ impl World {
             Some(at) if !free(at) => Err(Errno::EXIST),
             Some(at) => Ok(at),
             None => {
-                let step = 1_usize << pages.ilog2();
-                (0..SPACE).step_by(step).find(|at| free(*at)).ok_or(Errno::NOSPC)
+                // As long as it is, or as its memory lies.
+                let memory = self.buffer.page(areas[0].first).0 / PAGE;
+                let step = pages.next_power_of_two().min(1 << memory.trailing_zeros());
+                (0..SPACE).step_by(step as usize).find(|at| free(*at)).ok_or(Errno::NOSPC)
             }
         };
         let expected = expected.and_then(|at| self.fill(space, areas).map(|()| at));

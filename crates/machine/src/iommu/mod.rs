@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use cpu::GuestRam;
+use iommufd::account::Accounting;
 use iommufd::domain::Prot;
 use iommufd::iova::{Iova, IovaRange, PAGE_SIZE};
 use iommufd::process::{Process, UserAddr};
@@ -86,6 +87,7 @@ impl GuestIommu {
     /// ENOMEM.
     pub fn new(ram: &Arc<GuestRam>) -> Result<Self, Errno> {
         let context = Context::new();
+        context.set_accounting(Accounting::None)?;
         let process: Arc<dyn Process> = Arc::new(GuestProcess::new(Arc::clone(ram)));
         let places = dma::places(ram);
         let whole = context.ioas_alloc()?;

@@ -26,12 +26,15 @@ pub(super) struct GuestProcess {
     ram: Arc<GuestRam>,
     places: Vec<Place>,
     usage: Usage,
+    user: u32,
 }
 
 impl GuestProcess {
     pub(super) fn new(ram: Arc<GuestRam>) -> Self {
         let places = places(&ram);
-        Self { ram, places, usage: Usage::default() }
+        // Asked now: later a filter may be in the way.
+        let user = rustix::process::getuid().as_raw();
+        Self { ram, places, usage: Usage::default(), user }
     }
 
     /// Where `length` bytes at `at` are in the guest. EFAULT when they are not RAM.
@@ -121,7 +124,7 @@ impl Process for GuestProcess {
     }
 
     fn user(&self) -> u32 {
-        rustix::process::getuid().as_raw()
+        self.user
     }
 
     fn is(&self, other: &Arc<dyn Process>) -> bool {

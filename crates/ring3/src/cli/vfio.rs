@@ -46,6 +46,10 @@ pub enum VfioTask {
 pub enum ServedDevice {
     /// An NVMe controller with a file or block device as its one namespace
     Nvme(NvmeArgs),
+    /// A PCI device to test clients with: every kind of BAR and interrupt, DMA, migration
+    ///
+    /// Its registers are described in crate `vfio`, `devices::test`.
+    Test(ServeArgs),
 }
 
 /// The options of `ring3 vfio serve nvme`.

@@ -232,6 +232,7 @@ where
         ports,
         boot: args.boot,
         guest_abi: args.guest_abi,
+        iommu: args.iommu,
         engine: args.engine,
         isolation: confined,
         verbose: args.verbose,

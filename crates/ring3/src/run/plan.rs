@@ -12,7 +12,7 @@ use guest_init::spec::{Root, Spec, Stream};
 use super::devices::Connected;
 use super::spec::OpenDisk;
 use super::{RunError, terminal};
-use crate::cli::{Disk, EnvVar, Link, RunArgs};
+use crate::cli::{Disk, EnvVar, Iommu, Link, RunArgs};
 use crate::initramfs::{Module, ModuleTree};
 use crate::kernel::{Kernel, image};
 
@@ -213,6 +213,8 @@ pub fn open_disks(disks: &[Disk]) -> Result<Vec<OpenDisk>, RunError> {
 /// kernel has them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Drivers<'a> {
+    /// Needed before the others: what they are behind.
+    pub first: Vec<&'a str>,
     /// Needed.
     pub required: Vec<&'a str>,
     /// Welcome.
@@ -234,9 +236,13 @@ pub fn drivers<'a>(args: &'a RunArgs, devices: &[Connected]) -> Drivers<'a> {
         _ if has_disks => (&[BLOCK, NET], &[]),
         _ => (&[NET], &[BLOCK]),
     };
+    let first = match args.iommu {
+        Iommu::None => vec![],
+        Iommu::Virtio => vec!["virtio_iommu"],
+    };
     let named = args.modules.iter().map(String::as_str);
     let needed = devices.iter().filter_map(|device| device.driver()).chain(named);
-    Drivers { required: required.iter().copied().chain(needed).collect(), optional: optional.to_vec() }
+    Drivers { first, required: required.iter().copied().chain(needed).collect(), optional: optional.to_vec() }
 }
 
 /// The modules that the guest's first process is to load.
@@ -250,7 +256,7 @@ pub fn modules(
     drivers: &Drivers<'_>,
     command_line: &str,
 ) -> Result<Vec<Module>, RunError> {
-    let required = [&REQUIRED[..], &drivers.required].concat();
+    let required = [&drivers.first[..], &REQUIRED[..], &drivers.required].concat();
     let optional = [&["virtio_rng", "pvpanic_mmio"][..], &drivers.optional].concat();
     if let Some(dir) = &kernel.modules {
         let mut modules = ModuleTree::open(dir)?.load(&required, &optional)?;
@@ -351,7 +357,7 @@ mod tests {
             modules: None,
             source: crate::kernel::Source::File,
         };
-        let plain = Drivers { required: vec![], optional: vec![] };
+        let plain = Drivers { first: vec![], required: vec![], optional: vec![] };
         let error = modules(&kernel, b"\x7fELF virtio-pci virtio_console", &plain, "").unwrap_err();
         assert!(matches!(error, RunError::NoModules { driver, .. } if driver == "virtiofs"));
         assert!(
@@ -359,7 +365,7 @@ mod tests {
                 .unwrap()
                 .is_empty()
         );
-        let network = Drivers { required: vec!["virtio_net"], optional: vec![] };
+        let network = Drivers { first: vec![], required: vec!["virtio_net"], optional: vec![] };
         let error = modules(&kernel, b"\x7fELF virtio-pci virtio_console virtiofs overlay", &network, "")
             .unwrap_err();
         assert!(matches!(error, RunError::NoModules { driver, .. } if driver == "virtio_net"));

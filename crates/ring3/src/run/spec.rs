@@ -12,7 +12,7 @@ use super::devices::Connected;
 use super::isolation::Confined;
 use super::network::Network;
 use super::spinner::Notes;
-use crate::cli::{Boot, Engine, GuestAbi};
+use crate::cli::{Boot, Engine, GuestAbi, Iommu};
 
 /// Everything that the machine needs. All descriptors are blocking and close-on-exec; dropping the spec's
 /// descriptors is how the machine says that it is done with them.
@@ -46,6 +46,8 @@ pub struct VmSpec {
     pub boot: Boot,
     /// What the user wants the kernel to be offered.
     pub guest_abi: GuestAbi,
+    /// Which IOMMU the devices are behind.
+    pub iommu: Iommu,
     /// How the processor is run.
     pub engine: Engine,
     /// The process's first step of confinement, for the machine to take the second before the guest runs; `None`

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use cpu::state::reg;
 use cpu::{Exits, GuestRam, VcpuStats};
+use machine::iommu::IommuStats;
 use machine::{GuestAbi, MachineStats};
 use pvm::abi::hypercall;
 use vm_memory::{GuestMemory, GuestMemoryRegion};
@@ -88,6 +89,16 @@ pub(super) fn report(run: &Run<'_>) -> String {
         ("exits: hypercall", hypercall),
     ] {
         line(name, count.to_string());
+    }
+    if let Some(IommuStats { translations, faults, maps, unmaps }) = run.counted.iommu {
+        for (name, count) in [
+            ("IOMMU: translations", translations),
+            ("IOMMU: faults", faults),
+            ("IOMMU: mappings made", maps),
+            ("IOMMU: mappings removed", unmaps),
+        ] {
+            line(name, count.to_string());
+        }
     }
     if let Some(network) = &run.network {
         for (name, count) in [

@@ -92,6 +92,7 @@ pub fn launch(spec: VmSpec) -> Result<Outcome, VmError> {
         cpus: spec.cpus,
         serial: Box::new(File::from(spec.serial.output)),
         guest_abi,
+        iommu: spec.iommu == cli::Iommu::Virtio,
     })?;
     let mut console = None;
     if let Some(ports) = spec.ports {

@@ -7,6 +7,7 @@ use std::io;
 use std::path::PathBuf;
 
 use ::vfio::devices::nvme::NvmeError;
+use ::vfio::pci::function::FunctionError;
 use disk::DiskError;
 
 use crate::cli::VfioTask;
@@ -23,6 +24,9 @@ pub enum VfioError {
     /// The device cannot be made.
     #[error("cannot make the NVMe controller")]
     Nvme(#[from] NvmeError),
+    /// The device cannot be made.
+    #[error("cannot make the test device")]
+    Test(#[source] FunctionError),
     /// Nobody can be listened to.
     #[error("cannot listen on {0}")]
     Listen(PathBuf, #[source] io::Error),

@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use ::vfio::device::Device;
-use ::vfio::devices::nvme;
+use ::vfio::devices::{nvme, test};
 use ::vfio::user::server::{Options, Server};
 use ::vfio::user::transport::Broken;
 use disk::Disk;
@@ -36,6 +36,9 @@ pub(super) fn serve(device: &ServedDevice) -> Result<(), VfioError> {
         ServedDevice::Nvme(args) => {
             let disk = open(args)?;
             serve_device(inherited, &args.serve, || nvme_controller(args, disk))
+        }
+        ServedDevice::Test(args) => {
+            serve_device(inherited, args, || Ok(Arc::new(test::function().map_err(VfioError::Test)?)))
         }
     }
 }

@@ -2,6 +2,8 @@
 
 use core::ffi::{c_int, c_uint, c_void};
 
+use libc::off_t;
+
 use crate::{errno, real, table};
 
 /// `copy` is a new descriptor for what `fd` is; it may have been something served before.
@@ -107,3 +109,27 @@ macro_rules! fcntl {
 }
 
 fcntl!(fcntl fcntl64);
+
+/// Defines calls that a device has no operation for: `errno` when the descriptor is served, else the real function.
+macro_rules! refused {
+    ($($name:ident($($argument:ident: $type:ty),*): $errno:ident;)*) => {$(
+        #[unsafe(no_mangle)]
+        unsafe extern "C" fn $name(fd: c_int $(, $argument: $type)*) -> c_int {
+            if table::get(fd).is_some() {
+                errno::set(libc::$errno);
+                return -1;
+            }
+            // SAFETY: the caller's arguments, for the function that it meant to call.
+            unsafe { real::$name()(fd $(, $argument)*) }
+        }
+    )*};
+}
+
+refused! {
+    ftruncate(length: off_t): EINVAL;
+    ftruncate64(length: off_t): EINVAL;
+    fsync(): EINVAL;
+    fdatasync(): EINVAL;
+    fallocate(mode: c_int, offset: off_t, length: off_t): ENODEV;
+    fallocate64(mode: c_int, offset: off_t, length: off_t): ENODEV;
+}

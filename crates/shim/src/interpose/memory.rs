@@ -85,6 +85,11 @@ unsafe extern "C" fn mremap(
     flags: c_int,
     to: *mut c_void,
 ) -> *mut c_void {
+    // As memory of a device.
+    if new_length > old_length && mapped::any(at as usize, old_length) {
+        crate::errno::set(libc::EFAULT);
+        return libc::MAP_FAILED;
+    }
     let fixed = flags & libc::MREMAP_FIXED != 0;
     let to = if fixed { to } else { ptr::null_mut() };
     let kept = old_length.min(new_length);
@@ -108,6 +113,12 @@ unsafe extern "C" fn mremap(
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn madvise(at: *mut c_void, length: size_t, advice: c_int) -> c_int {
+    if matches!(advice, libc::MADV_DONTNEED | libc::MADV_FREE | libc::MADV_REMOVE)
+        && mapped::any(at as usize, length)
+    {
+        crate::errno::set(libc::EINVAL);
+        return -1;
+    }
     // Advice that throws private pages away; an empty mapping stays where they were.
     if matches!(advice, libc::MADV_DONTNEED | libc::MADV_FREE) {
         // If they cannot be moved they stay, which the advice allows.

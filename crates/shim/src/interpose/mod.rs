@@ -38,6 +38,17 @@ fn answer<T, R: From<i8> + TryFrom<T>>(work: impl FnOnce() -> Result<T>) -> R {
     value
 }
 
+/// As [`answer`], for what may turn out not to be ours.
+fn answer_if(work: impl FnOnce() -> Result<Option<core::ffi::c_int>>) -> Option<core::ffi::c_int> {
+    let before = crate::errno::get();
+    let (value, errno) = match crate::inside::run(work) {
+        Ok(value) => (value, before),
+        Err(error) => (Some(-1), error.raw_os_error()),
+    };
+    crate::errno::set(errno);
+    value
+}
+
 /// As [`answer`], for functions that give a pointer: MAP_FAILED and errno.
 fn answer_pointer(work: impl FnOnce() -> Result<*mut c_void>) -> *mut c_void {
     let before = crate::errno::get();

@@ -5,7 +5,7 @@ use core::ffi::{c_int, c_ulong, c_void};
 use iommufd::process::UserAddr;
 use libc::{iovec, off_t, size_t, ssize_t};
 
-use super::answer;
+use super::{answer, answer_if};
 use crate::{
     calls::{self, Position},
     errno, real, table,
@@ -14,11 +14,14 @@ use crate::{
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, argument: *mut c_void) -> c_int {
-    match table::get_full(fd) {
-        Some(description) => answer(|| calls::ioctl(&description, request, argument)),
-        // SAFETY: the caller's arguments, for the function that it meant to call.
-        None => unsafe { real::ioctl()(fd, request, argument) },
+    if let Some(description) = table::get_full(fd) {
+        let result = answer_if(|| calls::ioctl(&description, request, argument));
+        if let Some(result) = result {
+            return result;
+        }
     }
+    // SAFETY: the caller's arguments, for the function that it meant to call.
+    unsafe { real::ioctl()(fd, request, argument) }
 }
 
 /// Defines functions that take a descriptor first: `served` when it is served, else the real function of the name.

@@ -3,7 +3,8 @@
 
 use std::sync::Arc;
 
-use iommufd::{Errno, Result, caller::Caller, inject, process::UserAddr};
+use iommufd::{Errno, Result, inject, process::UserAddr};
+use vfio::doors::Caller;
 
 use crate::{
     node::{Metadata, Node, Opened, ServedFile},
@@ -22,11 +23,15 @@ const KINDS: [(&str, &[&str]); 2] = [
 /// Adds the directories.
 pub(crate) fn plan(plan: &mut Plan) {
     plan.tops.push(DEBUGFS.to_owned());
-    for (kind, settings) in KINDS {
-        for setting in settings {
-            plan.entries.push((format!("{DEBUGFS}/{kind}/{setting}"), Entry::File(b"N\n".to_vec())));
-        }
-    }
+    plan.entries.push(entries);
+}
+
+fn entries() -> Vec<(String, Entry)> {
+    let file = |kind, setting| (format!("{DEBUGFS}/{kind}/{setting}"), Entry::File(b"N\n".to_vec()));
+    KINDS
+        .iter()
+        .flat_map(|(kind, settings)| settings.iter().map(move |setting| file(kind, setting)))
+        .collect()
 }
 
 /// `fail-nth` of the thread that opens it.

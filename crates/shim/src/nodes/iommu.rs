@@ -2,12 +2,10 @@
 
 use std::{any::Any, os::fd::BorrowedFd, sync::Arc};
 
-use iommufd::{
-    Context, Errno, Result,
-    caller::{Caller, File},
-    process::UserAddr,
-};
+use iommufd::{Context, Errno, Result, caller::File, process::UserAddr};
 use rustix::mm::{MapFlags, ProtFlags};
+
+use vfio::doors::{Caller, Opened as VfioOpened};
 
 use crate::node::{Mapping, Metadata, Node, Opened, ServedFile};
 
@@ -23,7 +21,7 @@ pub(crate) struct IommuNode {
 impl Node for IommuNode {
     fn open(&self, _flags: i32) -> Result<Opened> {
         iommufd::inject::check()?;
-        Ok(Opened::Served(Arc::new(IommuFile((self.context)()))))
+        Ok(open(self.context))
     }
 
     fn metadata(&self) -> Metadata {
@@ -31,11 +29,19 @@ impl Node for IommuNode {
     }
 }
 
-struct IommuFile(Arc<Context>);
+fn open(make: fn() -> Arc<Context>) -> Opened {
+    Opened::Served(Arc::new(IommuFile { context: make(), make }))
+}
+
+struct IommuFile {
+    context: Arc<Context>,
+    /// For who opens it again by its descriptor.
+    make: fn() -> Arc<Context>,
+}
 
 impl ServedFile for IommuFile {
     fn ioctl(&self, caller: &dyn Caller, request: u32, argument: UserAddr) -> Result<i32> {
-        self.0.ioctl(caller, request, argument)
+        self.context.ioctl(caller, request, argument)
     }
 
     fn read_at(&self, _offset: u64, _to: &mut [u8]) -> Result<usize> {
@@ -49,7 +55,7 @@ impl ServedFile for IommuFile {
     fn mmap(&self, offset: u64, length: u64, prot: i32, shared: bool) -> Result<Mapping> {
         let prot = ProtFlags::from_bits_truncate(prot.cast_unsigned());
         let flags = if shared { MapFlags::SHARED } else { MapFlags::PRIVATE };
-        let mapping = self.0.mmap(offset, length, prot, flags)?;
+        let mapping = self.context.mmap(offset, length, prot, flags)?;
         let fd = mapping.file().try_clone_to_owned().map_err(|_| Errno::NFILE)?;
         Ok(Mapping { fd, offset: mapping.offset(), guard: Arc::new(mapping) })
     }
@@ -59,7 +65,15 @@ impl ServedFile for IommuFile {
     }
 
     fn given(&self) -> Option<Arc<dyn File>> {
-        Some(Arc::new(Given(Arc::clone(&self.0))))
+        Some(Arc::new(Given(Arc::clone(&self.context))))
+    }
+
+    fn opened(&self) -> VfioOpened {
+        VfioOpened::Iommufd(Arc::clone(&self.context))
+    }
+
+    fn reopen(&self) -> Option<Result<Opened>> {
+        Some(Ok(open(self.make)))
     }
 }
 

@@ -3,3 +3,4 @@
 pub(crate) mod faults;
 pub(crate) mod iommu;
 pub(crate) mod status;
+pub(crate) mod vfio;

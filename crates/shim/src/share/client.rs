@@ -5,12 +5,9 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use iommufd::{
-    Errno, Result,
-    caller::{Caller, Capability},
-    process::UserAddr,
-};
+use iommufd::{Errno, Result, caller::Capability, process::UserAddr};
 use rustix::process::Resource;
+use vfio::doors::Caller;
 
 use super::{
     server::bit,

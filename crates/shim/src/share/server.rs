@@ -13,6 +13,7 @@ use iommufd::{
     process::{Process, RemoteProcess, UserAddr},
 };
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair, sockopt};
+use vfio::doors::{self, DeviceFile, Opened};
 
 use super::wire::{self, Kind, MOST, Message};
 use crate::{calls, node::ServedFile, table::Description};
@@ -42,7 +43,13 @@ impl Shared {
 pub(super) fn connection() -> Result<(OwnedFd, OwnedFd)> {
     let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
     sockopt::set_socket_passcred(&ours, true)?;
-    Ok((ours, theirs))
+    Ok((aside(ours), aside(theirs)))
+}
+
+/// The descriptor with a number that the program is not given by its own calls, if there is one.
+fn aside(descriptor: OwnedFd) -> OwnedFd {
+    const FROM: i32 = 900;
+    rustix::io::fcntl_dupfd_cloexec(&descriptor, FROM).unwrap_or(descriptor)
 }
 
 /// Serves the process at the other end of `socket` until it ends, in a thread of its own. The program's signals are not for
@@ -187,6 +194,28 @@ pub(super) fn bit(capability: Capability) -> u64 {
     }
 }
 
+impl RemoteCaller<'_> {
+    /// Gives the program `descriptor`, which stands for `file`: its number there.
+    fn give(&self, descriptor: OwnedFd, file: Arc<dyn ServedFile>) -> Result<i32> {
+        let mut server = self.server.borrow_mut();
+        let id = server.shared.add(file);
+        let question = Message { descriptor: Some(descriptor), ..Message::new(Kind::Install, [id]) };
+        let fd = server.ask(&question).and_then(|answer| answer.result());
+        if fd.is_err() {
+            server.shared.files.remove(&id);
+        }
+        i32::try_from(fd?).map_err(|_| Errno::MFILE)
+    }
+
+    /// What serves descriptor `fd` of the program. EBADF when it is not served, or by another process.
+    fn served(&self, fd: i32) -> Result<Arc<dyn ServedFile>> {
+        let server = self.server.borrow();
+        let answer = server.ask(&Message::new(Kind::Installed, [i64::from(fd).cast_unsigned()]))?;
+        let id = answer.result()?.cast_unsigned();
+        server.shared.files.get(&id).map(Arc::clone).ok_or(Errno::BADF)
+    }
+}
+
 impl Caller for RemoteCaller<'_> {
     fn process(&self) -> &Arc<dyn Process> {
         &self.process
@@ -198,14 +227,7 @@ impl Caller for RemoteCaller<'_> {
 
     fn install(&self, file: Arc<dyn File>) -> Result<i32> {
         let descriptor = file.readiness().try_clone_to_owned().map_err(|_| Errno::MFILE)?;
-        let mut server = self.server.borrow_mut();
-        let id = server.shared.add(calls::given(file));
-        let question = Message { descriptor: Some(descriptor), ..Message::new(Kind::Install, [id]) };
-        let fd = server.ask(&question).and_then(|answer| answer.result());
-        if fd.is_err() {
-            server.shared.files.remove(&id);
-        }
-        i32::try_from(fd?).map_err(|_| Errno::MFILE)
+        self.give(descriptor, calls::given(file))
     }
 
     fn uninstall(&self, fd: i32) {
@@ -213,10 +235,20 @@ impl Caller for RemoteCaller<'_> {
     }
 
     fn installed(&self, fd: i32) -> Result<Arc<dyn File>> {
-        let server = self.server.borrow();
-        let answer = server.ask(&Message::new(Kind::Installed, [i64::from(fd).cast_unsigned()]))?;
-        let id = answer.result()?.cast_unsigned();
-        server.shared.files.get(&id).and_then(|file| file.given()).ok_or(Errno::BADF)
+        self.served(fd)?.given().ok_or(Errno::BADF)
+    }
+}
+
+impl doors::Caller for RemoteCaller<'_> {
+    fn opened(&self, fd: i32) -> Result<Opened> {
+        match self.served(fd) {
+            Ok(file) => Ok(file.opened()),
+            Err(_) => self.process.file(fd).map(|_| Opened::Other),
+        }
+    }
+
+    fn install_device(&self, device: Arc<DeviceFile>) -> Result<i32> {
+        self.give(calls::stand_in()?, crate::nodes::vfio::device(device))
     }
 }
 

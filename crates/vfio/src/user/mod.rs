@@ -29,6 +29,8 @@ pub mod transport;
 pub mod version;
 pub mod wire;
 
+#[cfg(test)]
+mod table;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 #[cfg(test)]

@@ -172,13 +172,13 @@ macro_rules! commands {
 commands! {
     /// The first message of a client: versions and capabilities.
     Version = 1, "VERSION", Client, size_of::<Version>(), size_of::<Version>(),
-        "full: every capability of the specification";
+        "full: every capability of the specification, version 0.1";
     /// Memory that the device may access from now on.
     DmaMap = 2, "DMA_MAP", Client, size_of::<DmaMap>(), 0,
         "full: with a descriptor (mapped), or without (DMA_READ, DMA_WRITE)";
     /// Memory that the device may not access any more.
     DmaUnmap = 3, "DMA_UNMAP", Client, size_of::<DmaUnmap>(), size_of::<DmaUnmap>(),
-        "full: answered when no access of the device is under way; ALL of older clients; GET_DIRTY is refused with ENOTSUP";
+        "full: answered when no access of the device is under way; the older ALL; the older GET_DIRTY is refused: ENOTSUP";
     /// How many regions and interrupts there are.
     DeviceGetInfo = 4, "DEVICE_GET_INFO", Client, size_of::<DeviceInfo>(), size_of::<DeviceInfo>(), "full";
     /// Size, access and capabilities of a region.
@@ -186,7 +186,7 @@ commands! {
         size_of::<uapi::vfio::vfio_region_info>(), "full: with the descriptor of what can be mapped";
     /// Descriptors that stand for writes to parts of a region.
     DeviceGetRegionIoFds = 6, "DEVICE_GET_REGION_IO_FDS", Client, size_of::<RegionIoFds>(), size_of::<RegionIoFds>(),
-        "ioeventfds; ioregionfds are in no kernel, and are not offered";
+        "partial: ioeventfds, where the device offers some; ioregionfds are in no kernel, and are not offered";
     /// How many interrupts of a kind there are, and what can be done with them.
     DeviceGetIrqInfo = 7, "DEVICE_GET_IRQ_INFO", Client, size_of::<uapi::vfio::vfio_irq_info>(),
         size_of::<uapi::vfio::vfio_irq_info>(), "full";
@@ -207,7 +207,7 @@ commands! {
     RegionWriteMulti = 15, "REGION_WRITE_MULTI", Client, size_of::<WriteMulti>(), size_of::<WriteMulti>(), "full";
     /// Asks for, reads or sets a feature.
     DeviceFeature = 16, "DEVICE_FEATURE", Client, size_of::<Feature>(), size_of::<Feature>(),
-        "migration and DMA logging, for devices that have them";
+        "full: migration (and MIG_DATA_SIZE) for devices that have it; DMA logging for all; others are refused with ENOTTY";
     /// Reads the state of a device that is saved.
     MigDataRead = 17, "MIG_DATA_READ", Client, size_of::<MigData>(), size_of::<MigData>(), "full";
     /// Writes the state of a device that is restored.

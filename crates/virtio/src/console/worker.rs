@@ -239,6 +239,8 @@ impl<M: GuestMem> Service<M> {
                 more |= port.deliver_input(&mem, &mut self.outbox);
                 more |= port.take_output(&mem, &mut self.outbox);
             }
+            // Nobody waits while holding memory.
+            drop(mem);
             self.send();
             self.watch()?;
             self.wait(&mut events, more)?;
@@ -272,6 +274,7 @@ impl<M: GuestMem> Service<M> {
             for port in &mut self.ports {
                 more |= port.take_output(&mem, &mut self.outbox);
             }
+            drop(mem);
             if !more && self.ports.iter().all(|port| port.tx_chain.is_none()) {
                 break;
             }

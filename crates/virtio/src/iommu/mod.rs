@@ -146,6 +146,12 @@ impl Faults {
         lock(&self.waiting).1
     }
 
+    /// The one that has waited for the longest.
+    #[must_use]
+    pub fn oldest(&self) -> Option<FaultRecord> {
+        lock(&self.waiting).0.front().copied()
+    }
+
     fn take(&self) -> Option<FaultRecord> {
         lock(&self.waiting).0.pop_front()
     }

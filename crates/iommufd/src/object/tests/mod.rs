@@ -1,6 +1,7 @@
 //! Tests of objects and ioctls by a program, on the mock.
 
 mod compat;
+mod failures;
 mod faults;
 mod objects;
 mod queues;

@@ -39,7 +39,6 @@ fn who_attaches_to_what_is_destroyed_has_it_or_has_not() {
         });
         match (attached, destroyed) {
             (Ok(_), Err(Errno::BUSY)) | (Err(Errno::NOENT), Ok(())) => {}
-            // The attempt to attach failed for the destroyer, or the other way round: both saw the other half-way.
             other => panic!("{other:?}"),
         }
         device.replace(None, home).unwrap();

@@ -137,7 +137,7 @@ mod tests {
         assert_eq!(mapping.find(page), Some(0x7f00_0000_2000));
         assert_eq!(mapping.find(PageId::File { dev: 1, ino: 1234, index: 4 }), None);
         assert_eq!(mapping.find(PageId::File { dev: 1, ino: 1234, index: 1 }), None);
-        assert_eq!(mapping.find(PageId::Private(0x7f00_0000_2)), None);
+        assert_eq!(mapping.find(PageId::Private(0x7_f000_0002)), None);
     }
 
     #[test]

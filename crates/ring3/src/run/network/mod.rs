@@ -17,11 +17,10 @@ mod bridge;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use cpu::GuestRam;
 use guest_init::spec;
+use machine::dma::DeviceMemory;
 use rustix::net::{AddressFamily, SocketType};
 use taps::tun::{self, Tun};
 use usernet::config::{Forward, Transport};
@@ -84,7 +83,7 @@ enum Service {
         /// Whether to say where the guest's ports are.
         announce: bool,
     },
-    Bridge(Bridge<QueueTap<Arc<GuestRam>>, Tun>),
+    Bridge(Bridge<QueueTap<DeviceMemory>, Tun>),
 }
 
 /// The host's network, for when it is not what it was any more.
@@ -124,7 +123,7 @@ struct Control {
 
 /// A guest's network, ready to be served.
 pub struct Network {
-    device: Net<Arc<GuestRam>>,
+    device: Net<DeviceMemory>,
     service: Service,
     guest: spec::Network,
 }
@@ -281,7 +280,7 @@ impl Network {
     }
 
     /// The guest's device, and the rest, which is to be served while the device is used.
-    pub(super) fn into_parts(self) -> (Net<Arc<GuestRam>>, Serve) {
+    pub(super) fn into_parts(self) -> (Net<DeviceMemory>, Serve) {
         (self.device, Serve(self.service, self.guest))
     }
 }

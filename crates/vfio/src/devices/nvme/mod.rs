@@ -5,7 +5,7 @@
 //! The driver puts commands into submission queues in its memory and writes a queue's tail to its doorbell; the
 //! controller carries them out, puts completions into completion queues and signals an interrupt.
 //!
-//! - [`controller`](self) has the registers: who writes the doorbells wakes a worker, and enabling and disabling make and
+//! - `controller` has the registers: who writes the doorbells wakes a worker, and enabling and disabling make and
 //!   drop everything else.
 //! - A few worker threads share the submission queues; each queue belongs to one of them, so that its commands are carried
 //!   out in order. A worker fetches commands in batches, moves data through a buffer of its own (one read or write of the

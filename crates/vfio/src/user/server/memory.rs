@@ -23,6 +23,10 @@ use crate::user::connection::Connection;
 use crate::user::wire::{self, Command, DmaAccess, DmaFlags, DmaMap};
 use crate::user::{Errno, Result};
 
+/// Bytes that the client is asked for at a time, if it takes as many. A reply that a socket's buffer has no room for makes
+/// QEMU 11.1 send a part of it and nothing more.
+const MOST_ASKED: usize = 64 << 10;
+
 /// Where the bytes of a window are.
 #[derive(Debug)]
 enum Backing {
@@ -73,6 +77,7 @@ fn write<T>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
 impl ClientMemory {
     pub(super) fn new(connection: Arc<Connection>, max_windows: usize, max_transfer: usize) -> Self {
         let dirty = DirtyLog::default();
+        let max_transfer = max_transfer.min(MOST_ASKED);
         Self { windows: RwLock::default(), connection, max_windows, max_transfer, dirty }
     }
 
