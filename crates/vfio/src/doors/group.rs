@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use iommufd::{BoundDevice, Context, process::UserAddr};
+use iommufd::{Context, process::UserAddr};
 use uapi::vfio::{VFIO_GROUP_FLAGS_CONTAINER_SET, VFIO_GROUP_FLAGS_VIABLE, vfio_group_status};
 use zerocopy::IntoBytes;
 
@@ -194,7 +194,7 @@ fn bind(slot: &Slot, translates: &Translates, caller: &dyn Caller) -> Result<Bou
             if slot.hardware.is_none() {
                 return no_iommu(caller);
             }
-            let bound: Arc<BoundDevice> = membership.device(slot.number)?;
+            let bound = membership.device(slot.number)?;
             let dma = Arc::new(IommuDma(bound.dma()));
             Ok((Some(bound), dma))
         }
