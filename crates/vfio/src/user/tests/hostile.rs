@@ -13,9 +13,9 @@ use proptest::prelude::*;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::{LONG, Served, serve};
+use super::{LONG, Served, plain, serve};
 use crate::device::Device;
-use crate::dma::{Dma, DmaFault};
+use crate::dma::DmaFault;
 use crate::user::Errno;
 use crate::user::client::{self, RemoteDevice};
 use crate::user::connection::Patience;
