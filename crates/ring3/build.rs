@@ -60,7 +60,7 @@ const PROGRAMS: [Program; 3] = [
         target: &["--lib"],
         file: "libring3_shim.so",
         optimize: "3",
-        inputs: &["shim", "vfio", "iommufd", "uapi"],
+        inputs: &["shim", "vfio", "disk", "iommufd", "pci", "uapi"],
         features: "",
         rustflags: "-Cstrip=symbols",
         variable: "RING3_SHIM_LIBRARY",

@@ -124,6 +124,15 @@ impl Guests {
 
     /// The same, with programs of the host's and the libraries that they need, where these are on the host.
     pub fn command_with(&self, dir: &Path, script: &str, programs: &[&Path]) -> Command {
+        self.booted_by(Command::new("qemu-system-x86_64"), dir, script, programs)
+    }
+
+    /// The same under another QEMU.
+    pub fn command_of(&self, qemu: Command, dir: &Path, script: &str) -> Command {
+        self.booted_by(qemu, dir, script, &[])
+    }
+
+    fn booted_by(&self, mut qemu: Command, dir: &Path, script: &str, programs: &[&Path]) -> Command {
         let mut archive = Archive::new();
         for file in programs.iter().flat_map(|program| stripped(dir, program)) {
             let (name, path) = file;

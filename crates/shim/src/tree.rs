@@ -23,13 +23,16 @@ pub(crate) enum Entry {
     Link(String),
 }
 
+/// What somebody adds to the tree.
+pub(crate) type Entries = fn() -> Vec<(String, Entry)>;
+
 /// Directories that are looked for in the tree, and what is in it.
 #[derive(Default, Debug)]
 pub(crate) struct Plan {
     /// Paths at or below these are redirected.
     pub tops: Vec<String>,
     /// What is in it, asked when the program first looks.
-    pub entries: Vec<fn() -> Vec<(String, Entry)>>,
+    pub entries: Vec<Entries>,
 }
 
 static PLAN: OnceLock<Plan> = OnceLock::new();

@@ -116,11 +116,11 @@ fn readable(at: usize) -> bool {
 
 /// The C string at `path`, up to `to.len()` bytes of it and without its end. None when it is longer or cannot be read, or when
 /// `interesting` says no to what it begins with, which is asked once.
-pub(crate) fn c_string<'a>(
+pub(crate) fn c_string(
     path: *const core::ffi::c_char,
-    to: &'a mut [u8],
+    to: &mut [u8],
     interesting: impl Fn(&[u8]) -> bool,
-) -> Option<&'a [u8]> {
+) -> Option<&[u8]> {
     let start = path as usize;
     let mut checked = None;
     for index in 0..to.len() {

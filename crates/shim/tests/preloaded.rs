@@ -1,5 +1,6 @@
 //! The library before a program: each test runs itself once more, alone and with `LD_PRELOAD`, and there calls libc's functions.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on is to fail")]
 #![allow(unsafe_code, reason = "calls libc's functions as a C program does")]
 #![allow(
     clippy::undocumented_unsafe_blocks,
@@ -37,7 +38,8 @@ fn preloaded(test: &str, body: fn()) {
 
 fn library() -> PathBuf {
     let test = env::current_exe().unwrap();
-    let file = test.parent().unwrap().parent().unwrap().join("libring3_shim.so");
+    // Where Cargo puts what tests depend on.
+    let file = test.parent().unwrap().join("libring3_shim.so");
     assert!(file.exists(), "{} has not been built", file.display());
     file
 }

@@ -112,8 +112,7 @@ impl GuestIommu {
     /// # Errors
     /// ENOMEM.
     pub fn add_endpoint(&mut self, endpoint: u32) -> Result<Arc<Port>, Errno> {
-        let msi = IovaRange::with_length(Iova(layout::LOCAL_APIC.0), layout::LOCAL_APIC_SIZE)?;
-        let device = SoftDevice::new(endpoint.into(), vec![msi]);
+        let device = SoftDevice::new(endpoint.into(), vec![interrupts()?]);
         let port = device.port(None);
         let device = self.context.bind(device)?;
         let made = Endpoint { device, port: Arc::clone(&port), domain: None, attached: None };
@@ -230,6 +229,10 @@ impl Translator for GuestIommu {
         let context = Arc::clone(&self.context);
         let (ioas, mappings) = self.translating(domain)?;
         let from = from.ok_or(Refusal::Range)?;
+        let range = IovaRange::new(Iova(start), Iova(last)).map_err(refusal)?;
+        if interrupts().map_err(refusal)?.intersection(range).is_some() {
+            return Err(Refusal::Invalid);
+        }
         let mut prot = Prot::empty();
         prot.set(Prot::READ, flags.read);
         prot.set(Prot::WRITE, flags.write);
@@ -285,6 +288,11 @@ impl Translator for GuestIommu {
             let _ = self.detach(domain, endpoint);
         }
     }
+}
+
+/// Where message-signalled interrupts are written to: nothing is mapped there.
+fn interrupts() -> Result<IovaRange, Errno> {
+    IovaRange::with_length(Iova(layout::LOCAL_APIC.0), layout::LOCAL_APIC_SIZE)
 }
 
 #[cfg(test)]

@@ -111,7 +111,7 @@ fn commands_that_are_wrong_are_refused_and_do_no_harm() {
         ),
         ("writes many that are not there", Command::RegionWriteMulti, &u64::MAX.to_ne_bytes()),
         ("writes nine bytes", Command::RegionWriteMulti, &nine),
-        ("a feature with unknown flags", Command::DeviceFeature, &[64u32, 1 << 20].as_bytes().to_vec()),
+        ("a feature with unknown flags", Command::DeviceFeature, [64u32, 1 << 20].as_bytes()),
         ("greets twice", Command::Version, &[0, 0, 1, 0]),
     ] {
         assert_eq!(raw.ask(command, payload), Err(Errno::INVAL), "{what}");
