@@ -120,8 +120,14 @@ impl Areas {
             return Err(Errno::INVAL);
         }
         let Some(at) = at else {
-            let alignment = Alignment::of(length, first.pages.address(first.offset), self.alignment);
-            return self.ranges.allocate(&self.map, length, alignment);
+            let address = first.pages.address(first.offset);
+            let best = Alignment::of(length, address, self.alignment);
+            let weakest = Alignment::weakest(address, self.alignment);
+            return self.ranges.allocate(&self.map, length, best).or_else(|_| {
+                // The floors are those of the best alignment.
+                self.ranges.freed(0);
+                self.ranges.allocate(&self.map, length, weakest)
+            });
         };
         let range = IovaRange::with_length(at, length)?;
         if self.ranges.is_reserved(range) {

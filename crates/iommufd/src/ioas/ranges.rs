@@ -50,6 +50,14 @@ impl Alignment {
         }
     }
 
+    /// The weakest alignment for memory at `address`, where there is no room with the one that is best for it.
+    pub(super) fn weakest(address: u64, least: u64) -> Self {
+        match address % PAGE_SIZE {
+            0 => Self { modulus: least.max(PAGE_SIZE), remainder: 0 },
+            in_page => Self { modulus: PAGE_SIZE, remainder: in_page },
+        }
+    }
+
     /// The first such address from `from` on.
     fn next(self, from: u64) -> Option<u64> {
         let candidate = (from - from % self.modulus).checked_add(self.remainder)?;
