@@ -123,7 +123,11 @@ impl Areas {
             let address = first.pages.address(first.offset);
             let best = Alignment::of(length, address, self.alignment);
             let weakest = Alignment::weakest(address, self.alignment);
-            return self.ranges.allocate(&self.map, length, best).or_else(|_| {
+            return self.ranges.allocate(&self.map, length, best).or_else(|errno| {
+                // Only what is allowed is filled to the last page, as the kernel does.
+                if !self.ranges.is_confined() {
+                    return Err(errno);
+                }
                 // The floors are those of the best alignment.
                 self.ranges.freed(0);
                 self.ranges.allocate(&self.map, length, weakest)

@@ -126,6 +126,11 @@ impl Ranges {
         usable
     }
 
+    /// Whether automatic allocation stays in allowed ranges.
+    pub(super) fn is_confined(&self) -> bool {
+        !self.allowed.is_empty()
+    }
+
     /// Something was unmapped, or might have been: from `from` on more may be free.
     pub(super) fn freed(&mut self, from: u64) {
         for floor in &mut self.floors {
