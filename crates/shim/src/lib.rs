@@ -3,22 +3,22 @@
 //! # Theory of operation
 //!
 //! The library exports the functions by which a program opens, uses and closes files (`interpose`). Each asks whether the path
-//! ([`paths`]) or the descriptor ([`table`]) is one that is served here, and if not calls the function of the same name in
-//! the next library ([`real`]), with the same arguments. Most calls of most programs end there, so asking is cheap, takes no
+//! (`paths`) or the descriptor (`table`) is one that is served here, and if not calls the function of the same name in
+//! the next library (`real`), with the same arguments. Most calls of most programs end there, so asking is cheap, takes no
 //! lock, and is safe in signal handlers.
 //!
-//! What is served are nodes ([`node::Node`], made by [`configuration`] from the environment), which opening makes files of
-//! ([`node::ServedFile`]). A real descriptor of the machine's kernel stands for each. [`calls`] turns a C function's
-//! arguments into a call of such a file, [`caller`] is who calls, and [`process`] and [`user`] are its memory.
+//! What is served are nodes (`node::Node`, made by `configuration` from the environment), which opening makes files of
+//! (`node::ServedFile`). A real descriptor of the machine's kernel stands for each. `calls` turns a C function's
+//! arguments into a call of such a file, `caller` is who calls, and `process` and `user` are its memory.
 //!
 //! Three things need more than that:
 //!
-//! - Memory that the program gives up while devices use it is moved away first ([`moving`]), and mappings of served files hold
-//!   what they are of until they are unmapped ([`mapped`]).
-//! - A child after a fork uses its parent's files by a socket ([`share`]).
-//! - Files in sysfs and debugfs are real files elsewhere ([`tree`]).
+//! - Memory that the program gives up while devices use it is moved away first (`moving`), and mappings of served files hold
+//!   what they are of until they are unmapped (`mapped`).
+//! - A child after a fork uses its parent's files by a socket (`share`).
+//! - Files in sysfs and debugfs are real files elsewhere (`tree`).
 //!
-//! `unsafe` is in what touches C: `interpose`, [`real`], [`errno`], [`user`], [`start`], and the signal mask in [`share`].
+//! `unsafe` is in what touches C: `interpose`, `real`, `errno`, `user`, `start`, and the signal mask in `share`.
 
 #![deny(unsafe_code)]
 #![cfg_attr(

@@ -8,7 +8,7 @@
 //!
 //! A section is what a transaction on a bus is to hardware. What [`Section::translate`] returned stays good until the section
 //! ends, also when the address is unmapped meanwhile; [`Domain::sync`](crate::domain::Domain::sync) waits for the
-//! sections that may have seen the old entry ([`epoch`]). So memory may be given away after unmap and sync, and so may the
+//! sections that may have seen the old entry (`epoch`). So memory may be given away after unmap and sync, and so may the
 //! table's own nodes, which the table collects until then. A section should be short: what it holds up are the calls that unmap,
 //! never another device, and never a call that maps.
 //!
@@ -17,8 +17,8 @@
 //! While writes are tracked, a translation for writing sets the leaf's dirty bit by compare-exchange, unless it is set.
 //! Clearing it is followed by a sync: a section that found the bit set has ended then, and the next one sets it anew.
 //!
-//! Contents: [`epoch`], who waits for whom; [`table`], the radix table and the only `unsafe` code;
-//! [`domain`], the [`Domain`](crate::domain::Domain) made of it; [`hardware`], the IOMMU that `iommufd` binds
+//! Contents: `epoch`, who waits for whom; `table`, the radix table and the only `unsafe` code;
+//! `domain`, the [`Domain`](crate::domain::Domain) made of it; `hardware`, the IOMMU that `iommufd` binds
 //! devices to.
 
 mod counters;

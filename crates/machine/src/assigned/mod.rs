@@ -5,14 +5,14 @@
 //! The device, which may be software here, the other end of a vfio-user socket or a real one, has regions and interrupts
 //! with the numbers of a PCI function. The guest must not see all of it as it is:
 //!
-//! - **Configuration space** ([`space`]) is the device's, except for what decides where it answers and how it
+//! - **Configuration space** (`space`) is the device's, except for what decides where it answers and how it
 //!   interrupts: BARs and the command register are the guest's here, and capabilities that need something of the
 //!   machine that is not there are left out.
 //! - **BARs** are the device's regions, except for MSI-X's table and pending bits, which are kept here.
-//! - **Interrupts** ([`interrupts`]): all vectors of MSI-X are set up with the device once, before the guest runs. A
+//! - **Interrupts** (`interrupts`): all vectors of MSI-X are set up with the device once, before the guest runs. A
 //!   thread waits for their eventfds and sends the guest's messages. There is no INTx, and no MSI: drivers of devices that
 //!   have MSI-X use that.
-//! - **Memory** ([`memory`]): the guest's RAM, its physical addresses as I/O virtual ones. A device that accesses it by
+//! - **Memory** (`memory`): the guest's RAM, its physical addresses as I/O virtual ones. A device that accesses it by
 //!   itself, in another process or in hardware, writes unseen by the vCPUs, which keep decoded code: so whatever tells the
 //!   guest that data has come (an interrupt, or a register that it reads) first makes them look at their code again.
 //!   Data that the guest finds by polling memory alone may be code that a vCPU has in an older version: say so

@@ -1,7 +1,7 @@
 //! The guest's own IOMMU: what a virtio IOMMU's requests mean, in terms of crate `iommufd`.
 //!
 //! Each PCI function behind it is a device that is bound to one context. Each domain of the guest's is an IOAS
-//! over guest RAM ([`ram`]), which the device is attached to: the HWPT is made, and goes, with that. A domain that does
+//! over guest RAM (`ram`), which the device is attached to: the HWPT is made, and goes, with that. A domain that does
 //! not translate, and "no domain" while the guest allows it, is one IOAS in which RAM lies at its physical addresses.
 
 mod ram;

@@ -4,7 +4,7 @@
 //!
 //! A container is given groups, then a type, and translates for all their devices from then on. Beneath, it is an iommufd
 //! of its own with one address space, to which it attaches every device of its groups. What is mapped where and in which
-//! pieces is kept here once more ([`mappings`]), because the rules of type 1 are about the pieces: version 2 never cuts
+//! pieces is kept here once more (`mappings`), because the rules of type 1 are about the pieces: version 2 never cuts
 //! one, version 1 unmaps the whole piece that begins where it is asked to.
 
 mod dirty;
