@@ -86,7 +86,7 @@ const SHIM_EXAMPLES: &str = "\
 Examples:
   ring3 shim -- ./uses-iommufd            with a /dev/iommu
   ring3 shim --mock-iommu -- ./iommufd    the kernel's own tests of iommufd
-  ring3 shim --device SPEC -- ./uses-vfio with a device in /dev/vfio as well
+  ring3 shim --device nvme,file=disk.img,addr=0000:00:05.0 -- ./uses-vfio 0000:00:05.0
 
 The program and its children are loaded with a library that answers what they ask
 of these devices in the process itself. It stands in front of libc's functions, so
@@ -195,8 +195,11 @@ pub struct ShimArgs {
     /// Let /dev/iommu have the IOMMU of the kernel's selftests, with their ioctls and failure injection
     #[arg(long)]
     pub mock_iommu: bool,
-    /// Device to serve in /dev/vfio; can be repeated
-    #[arg(long = "device", value_name = "SPEC")]
+    /// Device to serve in /dev/vfio: nvme,file=PATH[,ro][,addr=BDF] or ioat[,addr=BDF]
+    ///
+    /// `nvme` is an NVMe controller with a file as its disk, `ioat` a DMA engine; BDF is the PCI address that the program
+    /// finds it at, like 0000:00:05.0. Can be repeated.
+    #[arg(long = "device", value_name = "SPEC", value_parser = parse_shim_device)]
     pub devices: Vec<String>,
     /// The program and its arguments
     #[arg(last = true, required = true, value_name = "PROGRAM")]
@@ -577,6 +580,23 @@ fn parse_prefix(text: &str) -> Result<String, String> {
     }
 }
 
+/// Looks at what can be known without the library: it makes the device when the program looks for it first.
+fn parse_shim_device(text: &str) -> Result<String, String> {
+    const KINDS: &str = "write nvme,file=PATH[,ro][,addr=BDF] or ioat[,addr=BDF]";
+    let mut parts = text.split(',');
+    let kind = parts.next().unwrap_or_default();
+    let file = parts.find_map(|part| part.strip_prefix("file="));
+    match (kind, file) {
+        ("ioat", None) => {}
+        ("nvme", Some(path)) => {
+            std::fs::metadata(path).map_err(|error| format!("{path}: {error}"))?;
+        }
+        ("nvme", None) => return Err(format!("an NVMe controller needs a file: {KINDS}")),
+        _ => return Err(format!("there is no device `{kind}` like that: {KINDS}")),
+    }
+    Ok(text.to_owned())
+}
+
 fn parse_module(text: &str) -> Result<String, String> {
     let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
     if text.is_empty() || !text.chars().all(is_name) {
@@ -598,6 +618,20 @@ fn parse_env(text: OsString) -> Result<EnvVar, String> {
 mod tests {
     use super::*;
     use clap::CommandFactory;
+
+    #[test]
+    fn devices_that_the_library_cannot_make_are_refused() {
+        for good in ["ioat", "ioat,addr=0000:00:05.0", "nvme,file=/dev/null,ro"] {
+            assert_eq!(parse_shim_device(good).as_deref(), Ok(good));
+        }
+        for (wrong, words) in [
+            ("card", "`card`"),
+            ("nvme", "needs a file"),
+            ("nvme,file=/nonexistent/disk", "/nonexistent/disk"),
+        ] {
+            assert!(parse_shim_device(wrong).unwrap_err().contains(words), "{wrong}");
+        }
+    }
 
     fn run(args: &[&str]) -> Result<RunArgs, clap::Error> {
         match Cli::try_parse_from(["ring3", "run"].iter().chain(args))?.command {

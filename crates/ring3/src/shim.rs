@@ -31,7 +31,7 @@ const VARIABLE: &str = "RING3_SHIM";
 #[derive(Debug, thiserror::Error)]
 pub enum ShimError {
     /// There is no such program.
-    #[error("cannot find {} in PATH", .0.display())]
+    #[error("cannot find {}{}", .0.display(), if .0.as_bytes().contains(&b'/') { "" } else { " in PATH" })]
     NotFound(OsString),
     /// It is a program that the loader does not load.
     #[error("{} is {what}: no library can be loaded before it. Run it without ring3 shim", program.display())]
@@ -122,7 +122,7 @@ fn configuration(args: &ShimArgs) -> Result<String, ShimError> {
 /// The program's file: as a shell finds it.
 fn find(name: &OsStr) -> Option<PathBuf> {
     if name.as_bytes().contains(&b'/') {
-        return Some(PathBuf::from(name));
+        return Some(PathBuf::from(name)).filter(|file| file.exists());
     }
     let path = env::var_os("PATH").unwrap_or_else(|| "/usr/local/bin:/usr/bin:/bin".into());
     env::split_paths(&path).map(|directory| directory.join(name)).find(|file| is_executable(file))
