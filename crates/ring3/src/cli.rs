@@ -195,7 +195,7 @@ pub struct ShimArgs {
     /// Let /dev/iommu have the IOMMU of the kernel's selftests, with their ioctls and failure injection
     #[arg(long)]
     pub mock_iommu: bool,
-    /// Device to serve in /dev/vfio: nvme,file=PATH[,ro][,addr=BDF] or ioat[,addr=BDF]
+    /// Device to serve in /dev/vfio: `nvme,file=PATH[,ro][,addr=BDF]` or `ioat[,addr=BDF]`
     ///
     /// `nvme` is an NVMe controller with a file as its disk, `ioat` a DMA engine; BDF is the PCI address that the program
     /// finds it at, like 0000:00:05.0. Can be repeated.
