@@ -248,7 +248,9 @@ mod tests {
 
     #[test]
     fn programs_that_no_library_can_be_loaded_before() {
-        assert_eq!(elf_obstacle(crate::initramfs::GUEST_INIT), Some("statically linked"));
+        // As it is when it was read: headers are found where they are aligned.
+        let guest_init = crate::initramfs::GUEST_INIT.to_vec();
+        assert_eq!(elf_obstacle(&guest_init), Some("statically linked"));
         assert_eq!(elf_obstacle(&fs::read(env::current_exe().unwrap()).unwrap()), None);
         assert_eq!(elf_obstacle(b"\x7fELF\x01\x01\x01"), Some("a program for another processor"));
         assert_eq!(elf_obstacle(b"echo hello"), None);

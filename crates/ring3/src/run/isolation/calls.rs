@@ -381,6 +381,7 @@ mod tests {
         let count = |numbers: Vec<c_long>| numbers.into_iter().collect::<BTreeSet<_>>().len();
         for (uses, network) in USES.into_iter().zip([
             "without a network",
+            "serving a device",
             "with a network",
             "with --net-control",
             "with --device alone",
