@@ -4,6 +4,7 @@ use std::{os::fd::OwnedFd, sync::Arc};
 
 use crate::{
     Context, Result,
+    account::Accounting,
     caller::{Caller, File},
     domain::Prot,
     hardware::UserData,
@@ -37,9 +38,36 @@ impl Context {
         at: Option<Iova>,
         prot: Prot,
     ) -> Result<Iova> {
+        self.map_user(ioas, process, self.accounting(), from, length, at, prot)
+    }
+
+    /// [`Self::ioas_map`] for a call of `caller`, whose privileges decide how the memory is counted.
+    pub fn ioas_map_by(
+        &self,
+        ioas: u32,
+        caller: &dyn Caller,
+        from: UserAddr,
+        length: u64,
+        at: Option<Iova>,
+        prot: Prot,
+    ) -> Result<Iova> {
+        self.map_user(ioas, caller.process(), self.accounting_of(caller), from, length, at, prot)
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "they are the kernel's")]
+    fn map_user(
+        &self,
+        ioas: u32,
+        process: &Arc<dyn Process>,
+        accounting: Accounting,
+        from: UserAddr,
+        length: u64,
+        at: Option<Iova>,
+        prot: Prot,
+    ) -> Result<Iova> {
         let ioas = self.ioas(ioas)?;
         let writable = prot.contains(Prot::WRITE);
-        let pages = Pages::user(process.clone(), from, length, writable, self.accounting())?;
+        let pages = Pages::user(process.clone(), from, length, writable, accounting)?;
         ioas.space.map(&pages, 0, length, at, prot)
     }
 

@@ -6,7 +6,7 @@ use arc_swap::ArcSwapOption;
 use iommufd::{
     Errno, Result,
     caller::{Caller, Capability, File},
-    process::Process,
+    process::{Process, UserAddr},
 };
 
 use rustix::thread::CapabilitySet;
@@ -89,5 +89,9 @@ impl doors::Caller for ShimCaller {
 
     fn install_device(&self, device: Arc<DeviceFile>) -> Result<i32> {
         calls::install_device(device)
+    }
+
+    fn has_registers(&self, at: UserAddr, length: u64) -> bool {
+        crate::registers::are(at, length)
     }
 }

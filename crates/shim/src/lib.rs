@@ -40,6 +40,7 @@ mod nodes;
 mod paths;
 mod process;
 mod real;
+mod registers;
 mod served;
 mod share;
 mod start;

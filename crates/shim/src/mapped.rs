@@ -40,6 +40,18 @@ pub(crate) fn any(at: usize, length: usize) -> bool {
     inside::run(|| lock().range(..past).next_back().is_some_and(|(_, (end, _))| *end > at))
 }
 
+/// What holds the mapping that `at` is in, and its end; none when it is in none.
+pub(crate) fn at(at: usize) -> Option<(usize, Held)> {
+    if COUNT.load(Ordering::Acquire) == 0 {
+        return None;
+    }
+    inside::run(|| {
+        let mappings = lock();
+        let (_, (end, held)) = mappings.range(..=at).next_back()?;
+        (*end > at).then(|| (*end, Arc::clone(held)))
+    })
+}
+
 /// `length` bytes at `at` were unmapped, or something else was mapped over them.
 pub(crate) fn replaced(at: usize, length: usize) {
     if COUNT.load(Ordering::Acquire) != 0 && !inside::is() {

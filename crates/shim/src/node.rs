@@ -4,7 +4,7 @@ use std::{any::Any, os::fd::OwnedFd, sync::Arc};
 
 use crate::share::Link;
 use iommufd::{Errno, Result, process::UserAddr};
-use vfio::doors::{Caller, Opened as VfioOpened};
+use vfio::doors::{Caller, DeviceFile, Opened as VfioOpened};
 
 /// A path that can be opened.
 pub(crate) trait Node: Send + Sync {
@@ -30,6 +30,14 @@ pub(crate) struct Metadata {
     pub mode: u32,
     /// `st_rdev`: major and minor number.
     pub rdev: (u32, u32),
+}
+
+/// What of a served file can be mapped.
+pub(crate) enum Mappable {
+    /// Memory.
+    Pages(Mapping),
+    /// Registers of this device, whose file has them at the offset that was asked for: each access is to be caught.
+    Registers(Arc<DeviceFile>),
 }
 
 /// Pages of a served file, ready for the real mmap. The guard lives as long as any part stays mapped.
@@ -75,6 +83,11 @@ pub(crate) trait ServedFile: Send + Sync {
     fn mmap(&self, offset: u64, length: u64, prot: i32, shared: bool) -> Result<Mapping> {
         let _ = (offset, length, prot, shared);
         Err(Errno::NODEV)
+    }
+
+    /// The same, for who can catch accesses.
+    fn map(&self, offset: u64, length: u64, prot: i32, shared: bool) -> Result<Mappable> {
+        self.mmap(offset, length, prot, shared).map(Mappable::Pages)
     }
 
     /// What `fstat` tells of it; none for what `fstat` tells of its stand-in.

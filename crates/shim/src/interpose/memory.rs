@@ -10,7 +10,7 @@ use iommufd::Errno;
 use libc::{off_t, size_t};
 
 use super::answer_pointer;
-use crate::{mapped, moving, real, table};
+use crate::{mapped, moving, node::Mappable, real, table};
 
 /// Defines `mmap` under the names that it has.
 macro_rules! mmap {
@@ -41,7 +41,24 @@ macro_rules! mmap {
             answer_pointer(|| {
                 let offset = u64::try_from(offset).map_err(|_| Errno::INVAL)?;
                 let shared = flags & libc::MAP_TYPE != libc::MAP_PRIVATE;
-                let mapping = description.file.mmap(offset, length as u64, prot, shared)?;
+                let mapping = match description.file.map(offset, length as u64, prot, shared)? {
+                    Mappable::Pages(mapping) => mapping,
+                    Mappable::Registers(device) => {
+                        // Nothing is there, so that every access is caught.
+                        let fixed = flags & (libc::MAP_FIXED | libc::MAP_FIXED_NOREPLACE);
+                        let flags = fixed | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+                        // SAFETY: the caller's place and length, for a mapping of nothing.
+                        let result = unsafe { real::$name()(at, length, libc::PROT_NONE, flags, -1, 0) };
+                        if result == libc::MAP_FAILED {
+                            return Err(Errno::from_raw_os_error(crate::errno::get()));
+                        }
+                        crate::registers::catch();
+                        mapped::replaced(result as usize, length);
+                        let held = crate::registers::Mapped { device, offset, base: result as usize };
+                        mapped::insert(result as usize, length, std::sync::Arc::new(held));
+                        return Ok(result);
+                    }
+                };
                 let offset = off_t::try_from(mapping.offset).map_err(|_| Errno::OVERFLOW)?;
                 let result = map(mapping.fd.as_raw_fd(), offset);
                 if result == libc::MAP_FAILED {

@@ -27,7 +27,7 @@ use vfio::{
 
 use crate::{
     caller::ShimCaller,
-    node::{Mapping, Metadata, Node, Opened, ServedFile},
+    node::{Mappable, Mapping, Metadata, Node, Opened, ServedFile},
     tree::Entry,
 };
 
@@ -71,7 +71,7 @@ fn devices() -> Option<&'static Devices> {
 }
 
 fn make(specifications: &[String]) -> Devices {
-    let system = System::new(false);
+    let system = System::new(true);
     let mut numbers = BTreeMap::new();
     for (index, specification) in specifications.iter().enumerate() {
         match add(&system, specification, u8::try_from(index).unwrap_or(u8::MAX)) {
@@ -289,16 +289,23 @@ impl ServedFile for Door {
         }
     }
 
-    fn mmap(&self, offset: u64, length: u64, _prot: i32, shared: bool) -> Result<Mapping> {
+    fn mmap(&self, offset: u64, length: u64, prot: i32, shared: bool) -> Result<Mapping> {
+        match self.map(offset, length, prot, shared)? {
+            Mappable::Pages(mapping) => Ok(mapping),
+            // Of a program that another process serves: nothing catches its accesses.
+            Mappable::Registers(_) => Err(Errno::INVAL),
+        }
+    }
+
+    fn map(&self, offset: u64, length: u64, _prot: i32, shared: bool) -> Result<Mappable> {
         let Self::Device(device, _) = self else { return Err(Errno::NODEV) };
-        match device.mmap(offset, length, shared)? {
+        Ok(match device.mmap(offset, length, shared)? {
             DeviceMapping::Memory { file, offset } => {
                 let fd: OwnedFd = file;
-                Ok(Mapping { fd, offset, guard: Arc::clone(device) as _ })
+                Mappable::Pages(Mapping { fd, offset, guard: Arc::clone(device) as _ })
             }
-            // Registers of a device in software answer to reads and writes of the descriptor.
-            DeviceMapping::Registers => Err(Errno::INVAL),
-        }
+            DeviceMapping::Registers => Mappable::Registers(Arc::clone(device)),
+        })
     }
 
     fn metadata(&self) -> Option<Metadata> {

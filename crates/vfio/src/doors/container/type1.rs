@@ -96,9 +96,8 @@ pub(in crate::doors) fn map_dma(call: &Call<'_, Container>) -> Result<i32> {
         prot.set(Prot::WRITE, access & VFIO_DMA_MAP_FLAG_WRITE != 0);
         let registers = call.caller.has_registers(UserAddr(args.vaddr), args.size);
         if !registers {
-            let process = call.caller.process();
             let at = Some(Iova(args.iova));
-            type1.context.ioas_map(type1.ioas, process, UserAddr(args.vaddr), args.size, at, prot)?;
+            type1.context.ioas_map_by(type1.ioas, call.caller, UserAddr(args.vaddr), args.size, at, prot)?;
         }
         type1.mappings.insert(Mapping { range, registers, withdrawn: false })?;
         Ok(0)
