@@ -247,8 +247,7 @@ fn root_becomes_whom_it_is_told_to_be() {
     };
     for (who, uid, gid) in [("1234:5678", "1234", "5678"), ("nobody", "65534", "65534")] {
         let passt = Running::start_quiet(passt_as(who));
-        passt.wait_until(|| socket.exists());
-        let guest = UnixStream::connect(&socket).unwrap();
+        let guest = connected(&passt, &socket);
         asks(&guest);
         assert_eq!((status(&passt, "Uid"), status(&passt, "Gid")), (uid.to_owned(), gid.to_owned()));
         drop(guest);
@@ -259,6 +258,16 @@ fn root_becomes_whom_it_is_told_to_be() {
     refused.expect(1);
     assert!(refused.stderr.contains("root's rights"), "{}", refused.stderr);
     assert!(!socket.exists(), "the socket is left behind");
+}
+
+/// A connection as soon as there can be one: the socket has its name a little before anybody listens.
+fn connected(passt: &Running, socket: &Path) -> UnixStream {
+    let stream = std::cell::RefCell::new(None);
+    passt.wait_until(|| {
+        *stream.borrow_mut() = UnixStream::connect(socket).ok();
+        stream.borrow().is_some()
+    });
+    stream.into_inner().expect("it ended early")
 }
 
 /// Who is root in a user namespace alone has nobody's rights outside, and may stay that.
@@ -278,8 +287,7 @@ fn root_of_a_user_namespace_may_stay_that() {
         return skip("users may not make user namespaces here");
     }
     let passt = Running::start_quiet(command);
-    passt.wait_until(|| socket.exists());
-    asks(&UnixStream::connect(&socket).unwrap());
+    asks(&connected(&passt, &socket));
     passt.finish(PATIENCE).expect(0);
     assert!(!socket.exists(), "the socket is left behind");
 }

@@ -512,6 +512,7 @@ fn expect_together(socket: &UdpSocket, bytes: &[u8]) {
 
 /// The kernel cuts them apart on either side, and completes their checksums.
 #[test]
+#[ignore = "nothing sends a datagram again that a busy machine loses: to be run by hand"]
 fn datagrams_that_are_sent_together_all_arrive() {
     inside("datagrams_that_are_sent_together_all_arrive", |world| {
         let guest = world.guest(&format!("-t none -u {IN}"));
