@@ -122,6 +122,7 @@ fn add(system: &Arc<System>, specification: &str, index: u8) -> core::result::Re
         hardware: Some(SoftDevice::new(u64::from(group), vec![msi])),
         reset_set: Some(u32::from(bus)),
         token: Token::none(),
+        number: None,
     };
     let number = system.add(registration).map_err(|error| error.to_string())?;
     Ok((name, number))
