@@ -80,14 +80,9 @@ pub(crate) trait ServedFile: Send + Sync {
     }
 
     /// `mmap` of `length` bytes at `offset` with `PROT_*`, shared or private.
-    fn mmap(&self, offset: u64, length: u64, prot: i32, shared: bool) -> Result<Mapping> {
+    fn mmap(&self, offset: u64, length: u64, prot: i32, shared: bool) -> Result<Mappable> {
         let _ = (offset, length, prot, shared);
         Err(Errno::NODEV)
-    }
-
-    /// The same, for who can catch accesses.
-    fn map(&self, offset: u64, length: u64, prot: i32, shared: bool) -> Result<Mappable> {
-        self.mmap(offset, length, prot, shared).map(Mappable::Pages)
     }
 
     /// What `fstat` tells of it; none for what `fstat` tells of its stand-in.

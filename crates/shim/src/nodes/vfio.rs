@@ -290,15 +290,7 @@ impl ServedFile for Door {
         }
     }
 
-    fn mmap(&self, offset: u64, length: u64, prot: i32, shared: bool) -> Result<Mapping> {
-        match self.map(offset, length, prot, shared)? {
-            Mappable::Pages(mapping) => Ok(mapping),
-            // Of a program that another process serves: nothing catches its accesses.
-            Mappable::Registers(_) => Err(Errno::INVAL),
-        }
-    }
-
-    fn map(&self, offset: u64, length: u64, _prot: i32, shared: bool) -> Result<Mappable> {
+    fn mmap(&self, offset: u64, length: u64, _prot: i32, shared: bool) -> Result<Mappable> {
         let Self::Device(device, _) = self else { return Err(Errno::NODEV) };
         Ok(match device.mmap(offset, length, shared)? {
             DeviceMapping::Memory { file, offset } => {
