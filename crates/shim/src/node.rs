@@ -85,6 +85,17 @@ pub(crate) trait ServedFile: Send + Sync {
         Err(Errno::NODEV)
     }
 
+    /// `lseek`.
+    fn seek(&self, offset: i64, whence: i32) -> Result<u64> {
+        let _ = (offset, whence);
+        Err(Errno::SPIPE)
+    }
+
+    /// Whether it is a file, not a device: truncating and syncing it do nothing.
+    fn is_regular(&self) -> bool {
+        false
+    }
+
     /// What `fstat` tells of it; none for what `fstat` tells of its stand-in.
     fn metadata(&self) -> Option<Metadata> {
         None
