@@ -538,7 +538,6 @@ fn writes_through_a_guests_table_are_noted_in_the_parent() {
     guest.map(0, FREE, R | W);
     guest.map(PAGE_SIZE, FREE + PAGE_SIZE, R | W);
     let dirty = || {
-        let mut words = vec![0u64; 1];
         let bitmap_at = UserAddr(MEMORY + GUEST);
         guest.program.put(bitmap_at, &[0; 8]).unwrap();
         let bitmap = crate::ioas::DirtyBitmap {
@@ -548,8 +547,7 @@ fn writes_through_a_guests_table_are_noted_in_the_parent() {
             at: bitmap_at,
         };
         guest.context.read_dirty(guest.parent, &bitmap, false).unwrap();
-        words[0] = guest.program.take(bitmap_at).unwrap();
-        words[0]
+        guest.program.take::<u64>(bitmap_at).unwrap()
     };
     assert_eq!(guest.store(0, 1), Ok(()));
     guest.context.set_dirty_tracking(guest.parent, true).unwrap();
@@ -613,7 +611,7 @@ fn translations_are_those_of_the_table_or_not_yet_invalidated() {
             for step in steps {
                 match step {
                     Step::Map { page, to, rights } => {
-                        let entry = FREE + to * PAGE_SIZE | rights;
+                        let entry = (FREE + to * PAGE_SIZE) | rights;
                         guest.map(page * PAGE_SIZE, FREE + to * PAGE_SIZE, rights);
                         known.get_mut(&page).unwrap().push(entry);
                     }
