@@ -195,10 +195,10 @@ pub struct ShimArgs {
     /// Let /dev/iommu have the IOMMU of the kernel's selftests, with their ioctls and failure injection
     #[arg(long)]
     pub mock_iommu: bool,
-    /// Device to serve in /dev/vfio: `nvme,file=PATH[,ro][,addr=BDF]` or `ioat[,addr=BDF]`
+    /// Device to serve in /dev/vfio: `nvme,file=PATH[,ro][,addr=BDF]`, `ioat[,addr=BDF]` or `test[,addr=BDF]`
     ///
-    /// `nvme` is an NVMe controller with a file as its disk, `ioat` a DMA engine; BDF is the PCI address that the program
-    /// finds it at, like 0000:00:05.0. Can be repeated.
+    /// `nvme` is an NVMe controller with a file as its disk, `ioat` a DMA engine, `test` a device with every kind of BAR
+    /// and interrupt; BDF is the PCI address that the program finds it at, like 0000:00:05.0. Can be repeated.
     #[arg(long = "device", value_name = "SPEC", value_parser = parse_shim_device)]
     pub devices: Vec<String>,
     /// The program and its arguments
@@ -582,12 +582,12 @@ fn parse_prefix(text: &str) -> Result<String, String> {
 
 /// Looks at what can be known without the library: it makes the device when the program looks for it first.
 fn parse_shim_device(text: &str) -> Result<String, String> {
-    const KINDS: &str = "write nvme,file=PATH[,ro][,addr=BDF] or ioat[,addr=BDF]";
+    const KINDS: &str = "write nvme,file=PATH[,ro][,addr=BDF], ioat[,addr=BDF] or test[,addr=BDF]";
     let mut parts = text.split(',');
     let kind = parts.next().unwrap_or_default();
     let file = parts.find_map(|part| part.strip_prefix("file="));
     match (kind, file) {
-        ("ioat", None) => {}
+        ("ioat" | "test", None) => {}
         ("nvme", Some(path)) => {
             std::fs::metadata(path).map_err(|error| format!("{path}: {error}"))?;
         }
@@ -621,7 +621,7 @@ mod tests {
 
     #[test]
     fn devices_that_the_library_cannot_make_are_refused() {
-        for good in ["ioat", "ioat,addr=0000:00:05.0", "nvme,file=/dev/null,ro"] {
+        for good in ["ioat", "test", "ioat,addr=0000:00:05.0", "nvme,file=/dev/null,ro"] {
             assert_eq!(parse_shim_device(good).as_deref(), Ok(good));
         }
         for (wrong, words) in [

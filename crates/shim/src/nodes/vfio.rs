@@ -18,7 +18,7 @@ use iommufd::{
 };
 use vfio::{
     device::Device,
-    devices::{ioat, nvme},
+    devices::{ioat, nvme, test},
     doors::{
         Caller, DeviceFile, Mapping as DeviceMapping, Node as VfioNode, Opened as VfioOpened, Registration,
         System, Token, container::Container, group::GroupFile,
@@ -48,7 +48,7 @@ const CONFIGURATION: u32 = 7;
 const MSI_WINDOW: (u64, u64) = (0xfee0_0000, 0xfeef_ffff);
 
 /// What `--device` may be.
-const SPECIFICATIONS: &str = "nvme,file=PATH[,ro][,addr=BDF] or ioat[,addr=BDF]";
+const SPECIFICATIONS: &str = "nvme,file=PATH[,ro][,addr=BDF], ioat[,addr=BDF] or test[,addr=BDF]";
 
 static SPECIFIED: OnceLock<Vec<String>> = OnceLock::new();
 static DEVICES: OnceLock<Devices> = OnceLock::new();
@@ -109,6 +109,7 @@ fn add(system: &Arc<System>, specification: &str, index: u8) -> core::result::Re
         }
         ("nvme", None) => return Err(format!("an NVMe controller needs a file; it is {SPECIFICATIONS}")),
         ("ioat", _) => Arc::new(ioat::physical().map_err(|error| error.to_string())?),
+        ("test", _) => Arc::new(test::function().map_err(|error| error.to_string())?),
         _ => return Err(format!("there is no device {kind:?}; it is {SPECIFICATIONS}")),
     };
     let msi = IovaRange::new(Iova(MSI_WINDOW.0), Iova(MSI_WINDOW.1)).map_err(|error| error.to_string())?;
@@ -352,5 +353,6 @@ mod tests {
             assert!(problem.contains(words), "{bad}: {problem}");
         }
         assert_eq!(add(&system, "ioat,addr=00:05.0", 0), Ok(("0000:00:05.0".to_owned(), 0)));
+        assert_eq!(add(&system, "test", 1), Ok(("0000:00:11.0".to_owned(), 1)));
     }
 }
