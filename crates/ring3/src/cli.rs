@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use vfio::devices::specification::{Kind, Specification, SpecificationError};
 
 use crate::net::options::ports::PortSpec;
 use crate::net::options::{PasstArgs, PastaArgs};
@@ -582,17 +583,9 @@ fn parse_prefix(text: &str) -> Result<String, String> {
 
 /// Looks at what can be known without the library: it makes the device when the program looks for it first.
 fn parse_shim_device(text: &str) -> Result<String, String> {
-    const KINDS: &str = "write nvme,file=PATH[,ro][,addr=BDF], ioat[,addr=BDF] or test[,addr=BDF]";
-    let mut parts = text.split(',');
-    let kind = parts.next().unwrap_or_default();
-    let file = parts.find_map(|part| part.strip_prefix("file="));
-    match (kind, file) {
-        ("ioat" | "test", None) => {}
-        ("nvme", Some(path)) => {
-            std::fs::metadata(path).map_err(|error| format!("{path}: {error}"))?;
-        }
-        ("nvme", None) => return Err(format!("an NVMe controller needs a file: {KINDS}")),
-        _ => return Err(format!("there is no device `{kind}` like that: {KINDS}")),
+    let specification: Specification = text.parse().map_err(|error: SpecificationError| error.to_string())?;
+    if let Kind::Nvme { file, .. } = specification.kind {
+        std::fs::metadata(&file).map_err(|error| format!("{}: {error}", file.display()))?;
     }
     Ok(text.to_owned())
 }
