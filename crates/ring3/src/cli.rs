@@ -347,6 +347,8 @@ pub enum Iommu {
     None,
     /// The virtio IOMMU, and all virtio devices are behind it
     Virtio,
+    /// Intel VT-d, and all virtio devices are behind it
+    Intel,
 }
 
 /// How the guest's processor is run.

@@ -171,7 +171,7 @@ where
     let is_terminal = [io::stdin().is_terminal(), io::stdout().is_terminal(), io::stderr().is_terminal()];
     let streams = plan::streams(is_terminal)?;
     let own_initramfs = args.initramfs.is_none();
-    let command_line = plan::command_line(args.verbose || !own_initramfs, args.append.as_deref());
+    let command_line = plan::command_line(args.verbose || !own_initramfs, args.iommu, args.append.as_deref());
     let initramfs = match &args.initramfs {
         Some(cli::Initramfs::None) => None,
         Some(cli::Initramfs::File(path)) => {

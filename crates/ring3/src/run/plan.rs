@@ -43,8 +43,12 @@ const KERNEL_LINE: &str = "console=ttyS0 panic=-1 tsc=reliable no_timer_check ra
 
 /// The kernel's command line.
 #[must_use]
-pub fn command_line(verbose: bool, append: Option<&str>) -> String {
+pub fn command_line(verbose: bool, iommu: Iommu, append: Option<&str>) -> String {
     let mut line = KERNEL_LINE.to_owned();
+    if iommu == Iommu::Intel {
+        // Debian's kernels have the driver, but use it only when they are told to.
+        line.push_str(" intel_iommu=on iommu.passthrough=0");
+    }
     if !verbose {
         line.push_str(" quiet");
     }
@@ -237,7 +241,7 @@ pub fn drivers<'a>(args: &'a RunArgs, devices: &[Connected]) -> Drivers<'a> {
         _ => (&[NET], &[BLOCK]),
     };
     let first = match args.iommu {
-        Iommu::None => vec![],
+        Iommu::None | Iommu::Intel => vec![],
         Iommu::Virtio => vec!["virtio_iommu"],
     };
     let named = args.modules.iter().map(String::as_str);
@@ -373,7 +377,7 @@ mod tests {
 
     #[test]
     fn the_users_text_ends_the_kernel_line() {
-        assert!(command_line(false, Some("a=b")).ends_with(" quiet a=b"));
-        assert!(!command_line(true, None).contains("quiet"));
+        assert!(command_line(false, Iommu::None, Some("a=b")).ends_with(" quiet a=b"));
+        assert!(!command_line(true, Iommu::None, None).contains("quiet"));
     }
 }
