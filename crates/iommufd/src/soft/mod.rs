@@ -21,15 +21,22 @@
 //! `domain`, the [`Domain`](crate::domain::Domain) made of it; `hardware`, the IOMMU that `iommufd` binds
 //! devices to.
 
+mod access;
 mod counters;
 mod domain;
 mod epoch;
 mod hardware;
+mod port;
+mod section;
 mod table;
 #[cfg(test)]
 mod tests;
+pub mod vtd;
 
+pub use access::{Access, Fault, FaultReason, Translation};
 pub use counters::Counters;
 pub use domain::SoftDomain;
-pub use hardware::{Port, PortReader, PortSection, SoftDevice};
-pub use table::{Access, Fault, FaultReason, Reader, Section, Translation};
+pub(crate) use domain::map_memory;
+pub use hardware::SoftDevice;
+pub use port::{Port, PortReader, PortSection};
+pub use section::{Reader, Section};
