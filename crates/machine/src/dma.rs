@@ -10,8 +10,8 @@
 //! windows that it has found stay good until it is dropped, so slices of them can be handed to system calls. The
 //! guest's UNMAP waits for it.
 //!
-//! What watches over the port of a device is its [`Remapper`]: it may enter what is missing in the table before the access is a
-//! fault, and hears of faults. The virtio IOMMU's tables lack nothing; those of [VT-d](crate::iommu::vtd) are filled this way.
+//! What looks after the port of a device is its [`Remapper`]: it attaches the port, where the guest need not say when that is to be
+//! done, and hears of faults.
 //!
 //! What a window is used for is not known here. A piece of memory that may only be read is a window, too: who takes buffers
 //! from a guest asks [`Reach`] what the device may do with them. `virtio::queue` does, in one place.
@@ -38,20 +38,11 @@ const BLOCKS: usize = 64;
 /// How many windows a view looks at before it makes another: an access is often near the last one.
 const RECENT: usize = 4;
 
-/// How often an access asks again for what was entered for it, and is gone.
-const ATTEMPTS: usize = 64;
-
-/// What looks after the translations of one device. It is called by the device's threads, inside sections: what waits for sections
-/// must not be waited for.
+/// What looks after the translations of one device. It is called by the device's threads, which may have sections open: it must
+/// not wait for who waits for sections.
 pub trait Remapper: Send + Sync + std::fmt::Debug {
     /// A section is about to begin: the device is to be attached to what the guest wants now.
     fn prepare(&self) {}
-
-    /// An access was not translated, or is not going to be, if it is only tried. True when there is a translation now.
-    fn missed(&self, fault: &Fault) -> bool {
-        let _ = fault;
-        false
-    }
 
     /// The device made an access that was not translated.
     fn report(&self, fault: Fault);
@@ -179,35 +170,6 @@ impl Translated {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(reader);
     }
 
-    /// As the section does, with what the remapper enters.
-    fn translate(
-        &self,
-        section: &PortSection<PortReader>,
-        iova: u64,
-        access: Access,
-    ) -> Result<Translation, Fault> {
-        let mut result = section.translate(Iova(iova), access);
-        for _ in 0..ATTEMPTS {
-            match &result {
-                // The guest may take away at once what was entered.
-                Err(fault) if fault.reason != FaultReason::Detached && self.remapper.missed(fault) => {
-                    result = section.translate(Iova(iova), access);
-                }
-                _ => break,
-            }
-        }
-        result
-    }
-
-    /// The translation for whatever access is possible.
-    fn reachable(&self, section: &PortSection<PortReader>, iova: u64) -> Result<Translation, Fault> {
-        self.translate(section, iova, Access::Read).or_else(|fault| {
-            let detached = fault.reason == FaultReason::Detached;
-            let written = if detached { None } else { self.translate(section, iova, Access::Write).ok() };
-            written.ok_or(fault)
-        })
-    }
-
     /// The guest-physical address of one of this process.
     fn physical(&self, host: u64) -> Option<u64> {
         self.places.iter().find_map(|place| {
@@ -289,7 +251,7 @@ impl View {
         let Some((translated, _, section)) = self.translated() else { return self.check_range(at, len) };
         let (mut iova, mut rest) = (at.0, len as u64);
         while rest > 0 {
-            let found = match translated.translate(section, iova, access) {
+            let found = match section.translate(Iova(iova), access) {
                 Ok(found) => found,
                 Err(fault) => {
                     translated.remapper.report(fault);
@@ -317,7 +279,7 @@ impl View {
         if !whole && let Some(window) = open.windows.recent().find(|window| window.contains(at)) {
             return Some(window);
         }
-        let found = match translated.reachable(section, at.0) {
+        let found = match reachable(section, at.0) {
             Ok(found) => found,
             Err(fault) => {
                 translated.remapper.report(fault);
@@ -327,7 +289,7 @@ impl View {
         let physical = translated.physical(found.host.0)?;
         let mut len = found.length;
         while whole && len < LONGEST {
-            let next = at.0.checked_add(len).and_then(|next| translated.reachable(section, next).ok());
+            let next = at.0.checked_add(len).and_then(|next| reachable(section, next).ok());
             match next {
                 Some(next) if translated.physical(next.host.0) == physical.checked_add(len) => {
                     len += next.length;
@@ -341,6 +303,14 @@ impl View {
             physical: GuestAddress(physical),
             len,
         })
+    }
+}
+
+/// The translation for whatever access is possible.
+fn reachable(section: &PortSection<PortReader>, iova: u64) -> Result<Translation, Fault> {
+    match section.translate(Iova(iova), Access::Read) {
+        Err(fault) if fault.reason == FaultReason::Permission => section.translate(Iova(iova), Access::Write),
+        result => result,
     }
 }
 

@@ -223,7 +223,7 @@ enum Iommu {
         /// Who is behind it.
         behind: Vec<usize>,
     },
-    Intel(Arc<Vtd>),
+    Intel(Vtd),
 }
 
 impl Iommu {
@@ -232,11 +232,11 @@ impl Iommu {
         match self {
             Self::Virtio { iommu, behind, .. } => {
                 behind.push(slot);
-                let added = lock(iommu).add_endpoint(endpoint(slot));
-                added.map_err(|errno| MachineError::Iommu(errno.into()))
+                lock(iommu).add_endpoint(endpoint(slot))
             }
-            Self::Intel(unit) => Ok(unit.add_endpoint(endpoint(slot) as u16)),
+            Self::Intel(unit) => unit.add_endpoint(endpoint(slot) as u16),
         }
+        .map_err(|errno| MachineError::Iommu(errno.into()))
     }
 
     fn describe(&self) -> acpi::Iommu {
@@ -352,7 +352,7 @@ impl Machine {
     fn add_vtd(&mut self) -> Result<(), MachineError> {
         let msi = Arc::new(Msi(Arc::clone(&self.apics)));
         let unit = Vtd::new(&self.memory, msi).map_err(|errno| MachineError::Iommu(errno.into()))?;
-        self.bus.add_mmio("VT-d", layout::VTD, vtd::SIZE, Arc::clone(&unit) as _)?;
+        self.bus.add_mmio("VT-d", layout::VTD, vtd::SIZE, unit.registers())?;
         self.iommu = Some(Iommu::Intel(unit));
         Ok(())
     }

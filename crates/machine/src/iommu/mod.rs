@@ -49,12 +49,10 @@ pub enum Work {
         /// Mappings that it removed.
         unmaps: u64,
     },
-    /// The guest has tables in its memory, as for VT-d.
-    Guest {
-        /// How often they were looked into.
-        walks: u64,
-        /// How often what was found there was forgotten.
-        invalidations: u64,
+    /// The guest has page tables in its memory, as for VT-d.
+    Tables {
+        /// How often a device was attached to one.
+        attached: u64,
     },
 }
 

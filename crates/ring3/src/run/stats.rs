@@ -93,11 +93,9 @@ pub(super) fn report(run: &Run<'_>) -> String {
     if let Some(IommuStats { translations, faults, work }) = run.counted.iommu {
         let work = match work {
             Work::Requests { maps, unmaps } => {
-                [("IOMMU: mappings made", maps), ("IOMMU: mappings removed", unmaps)]
+                vec![("IOMMU: mappings made", maps), ("IOMMU: mappings removed", unmaps)]
             }
-            Work::Guest { walks, invalidations } => {
-                [("IOMMU: walks of the guest's tables", walks), ("IOMMU: invalidations", invalidations)]
-            }
+            Work::Tables { attached } => vec![("IOMMU: attachments to the guest's tables", attached)],
         };
         let common = [("IOMMU: translations", translations), ("IOMMU: faults", faults)];
         for (name, count) in common.into_iter().chain(work) {

@@ -4,7 +4,7 @@
 //! A fault is lost when the next recording register is not free: then it says so, and records none until the guest has
 //! cleared that. The interrupt is sent for the first of several conditions; who handles it looks at all of them.
 
-use iommufd::soft::Access;
+use iommufd::soft::vtd::FaultRecord;
 use pci::msix::Message;
 
 use super::event::Event;
@@ -27,10 +27,9 @@ bitflags::bitflags! {
 
 /// Of a record's upper half: it is taken.
 const TAKEN: u64 = 1 << 63;
-/// It was a read.
-const READ: u64 = 1 << 62;
 
-/// Why a request was not translated (VT-d, appendix A, faults of legacy mode).
+/// Why the tables that come before page tables do not translate a request (VT-d 7.1.3). What is wrong with page tables is said
+/// where they are walked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub(super) enum Reason {
@@ -40,14 +39,6 @@ pub(super) enum Reason {
     ContextNotPresent = 2,
     /// The context entry asks for what the unit has not.
     ContextInvalid = 3,
-    /// The address is beyond what the table translates.
-    BeyondWidth = 4,
-    /// Writing is not allowed, or nothing is mapped.
-    NoWrite = 5,
-    /// Reading is not allowed, or nothing is mapped.
-    NoRead = 6,
-    /// A page table is not in memory.
-    TableAccess = 7,
     /// The root table is not in memory.
     RootAccess = 8,
     /// A context table is not in memory.
@@ -56,21 +47,6 @@ pub(super) enum Reason {
     RootReserved = 0xa,
     /// A reserved bit is set in a context entry.
     ContextReserved = 0xb,
-    /// A reserved bit is set in an entry of a page table.
-    TableReserved = 0xc,
-}
-
-/// A request that was not translated.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Fault {
-    /// Whose: bus, device and function number.
-    pub(super) source: u16,
-    /// Where.
-    pub(super) address: u64,
-    /// What it wanted.
-    pub(super) access: Access,
-    /// Why not.
-    pub(super) reason: Reason,
 }
 
 /// A recording register.
@@ -105,7 +81,7 @@ impl FaultLog {
     }
 
     /// Records a fault: the interrupt to send.
-    pub(super) fn record(&mut self, fault: Fault) -> Option<Message> {
+    pub(super) fn record(&mut self, fault: FaultRecord) -> Option<Message> {
         let quiet = self.status.is_empty();
         let next = self.next;
         let record = self.records.get_mut(next)?;
@@ -115,9 +91,8 @@ impl FaultLog {
         if record.high & TAKEN != 0 {
             self.status |= Status::OVERFLOW;
         } else {
-            let read = if fault.access == Access::Read { READ } else { 0 };
-            record.low = fault.address & !0xfff;
-            record.high = TAKEN | read | u64::from(fault.reason as u8) << 32 | u64::from(fault.source);
+            let [low, high] = fault.to_words();
+            *record = Record { low, high: high | TAKEN };
             if !self.status.contains(Status::PENDING) {
                 self.first = next;
             }
@@ -183,10 +158,12 @@ impl FaultLog {
 
 #[cfg(test)]
 mod tests {
+    use iommufd::soft::Access;
+
     use super::*;
 
-    const FAULT: Fault =
-        Fault { source: 0x18, address: 0x1234_5678, access: Access::Read, reason: Reason::NoRead };
+    const FAULT: FaultRecord =
+        FaultRecord { source: 0x18, address: 0x1234_5678, access: Access::Read, reason: 6 };
 
     fn unmasked() -> FaultLog {
         let mut log = FaultLog::new();
@@ -202,7 +179,7 @@ mod tests {
         let dwords: Vec<u32> = (0..4).map(|index| log.read_record(index)).collect();
         assert_eq!(dwords, [0x1234_5000, 0, 0x18, 0xc000_0006]);
         // The interrupt's handler has not run yet.
-        let write = Fault { access: Access::Write, reason: Reason::NoWrite, ..FAULT };
+        let write = FaultRecord { access: Access::Write, reason: 5, ..FAULT };
         assert!(log.record(write).is_none());
         assert_eq!(log.read_record(7), 0x8000_0005);
         // Not by writing anything else, nor to the status.
@@ -228,10 +205,10 @@ mod tests {
         assert_eq!(log.status(), (Status::PENDING | Status::OVERFLOW).bits());
         log.write_record(3, 1 << 31);
         // There is room now, but nothing is recorded.
-        log.record(Fault { source: 9, ..FAULT });
+        log.record(FaultRecord { source: 9, ..FAULT });
         assert_eq!(log.read_record(2), 0x18);
         log.clear(Status::OVERFLOW.bits());
-        log.record(Fault { source: 9, ..FAULT });
+        log.record(FaultRecord { source: 9, ..FAULT });
         assert_eq!(log.read_record(2), 9);
     }
 

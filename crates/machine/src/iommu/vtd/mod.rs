@@ -2,82 +2,76 @@
 //!
 //! # Theory of operation
 //!
-//! The guest's root table says, for each device, by which table in guest memory its requests are translated (`context`, `walk`). What
-//! hardware keeps of that in caches is here:
+//! Here is what a driver sees of the unit beside its own memory: the registers (`registers`), the faults (`faults`), and the tables
+//! that say by which page table a device is translated (`context`). Page tables and the invalidation queue are read by the software
+//! IOMMU of crate `iommufd`, whose objects the registers become (`engine`): devices translate without locks, and a queue's tail is
+//! a doorbell that wakes its thread.
 //!
-//! - *What a device is attached to*: its [`Port`] of the software IOMMU is attached to a domain when a view of its memory is opened
-//!   and its context entry is present. A present entry that changes is looked at again when the guest invalidates it, and only
-//!   then. An entry that is not present is not remembered: the guest need not tell when that changes (caching mode 0).
-//! - *Translations* (`iotlb`): a domain for each table in use, which devices translate by without locks. A miss looks into
-//!   the guest's table, and remembers only what is there.
+//! A device is attached when a view of its memory is opened and its context entry is present. An entry that is not present is not
+//! remembered: the guest need not tell when that changes (caching mode 0). One that is present is looked at again when the guest
+//! invalidates it, and only then; whoever asks for that, by register or queue, goes on when no device uses any more what
+//! it was attached to before.
 //!
-//! Invalidations come by registers (`registers`) or by the queue (`queue`), and are carried out on the thread of the vCPU that
-//! asks. They end when no device uses any more what was invalidated.
-//!
-//! An access that is not translated fails, and is recorded (`faults`) with the reason that a second look at the tables gives.
+//! An access that is not translated fails, and is recorded, unless the context entry says that it should not be.
 //!
 //! Not offered: interrupt remapping, device TLBs, scalable mode, protected memory regions.
 //!
 //! # Locks
 //!
-//! A device's thread may hold a view, which is a section of its port and of a domain, and then takes an endpoint's `state`, `mode`,
-//! `domains`, a domain's lock, or `registers`. So who waits for sections holds none of these, but `queue` and `changing`, in this
-//! order, which devices never take.
+//! A device's thread may hold a view, which is a section of its port, and then takes an endpoint's `state`, `mode`, the engine's locks,
+//! or `registers`. So who waits for sections holds none of these, but `changing`, which devices never take.
 
 mod context;
+mod engine;
 mod event;
 mod faults;
-mod iotlb;
-mod queue;
 mod registers;
-mod scope;
 #[cfg(test)]
 mod tests;
-mod walk;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 use cpu::GuestRam;
-use iommufd::Errno;
-use iommufd::hardware::{Attachment, Hardware};
-use iommufd::soft::{self, FaultReason, Port, SoftDevice, SoftDomain};
+use iommufd::soft::vtd::{ContextScope, FaultRecord, Listener, QueueError};
+use iommufd::soft::{Fault, FaultReason, Port};
+use iommufd::{BoundDevice, Errno};
 use pci::msix::{Message, MsiSink};
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{GuestAddress, GuestMemory, GuestMemoryRegion};
 
 use super::{IommuStats, Work};
 use crate::bus::MmioDevice;
 use crate::dma::Remapper;
 use crate::vcpu::lock;
-use context::{Context, NoContext, Table, Target};
-use faults::Fault;
-use iotlb::{Cached, Memory, Miss};
-use queue::{Invalidate, Queue, Stopped};
+use context::{Context, NoContext, Target};
+use engine::{Engine, Ring};
 pub use registers::SIZE;
 use registers::{Action, Global, Registers};
-use scope::{ContextScope, IotlbScope};
 
-/// The unit.
+/// The unit. Its queue ends with it.
+#[derive(Debug)]
 pub struct Vtd {
-    memory: Memory,
-    /// What devices reach that nothing translates.
-    whole: SoftDomain,
-    msi: Arc<dyn MsiSink>,
-    registers: Mutex<Registers>,
-    queue: Mutex<Queue>,
-    /// How far the queue has been served: it can be read while that goes on.
-    head: AtomicU64,
-    mode: RwLock<Mode>,
-    endpoints: RwLock<Vec<Arc<Endpoint>>>,
-    /// Those that a device is attached to.
-    domains: Mutex<Vec<Weak<Cached>>>,
-    /// Held by who makes devices leave what they are attached to.
-    changing: Mutex<()>,
-    counted: Counted,
+    unit: Arc<Unit>,
 }
 
-impl std::fmt::Debug for Vtd {
+/// What the unit is made of. The queue's thread may be the last that has it, and cannot wait for itself.
+struct Unit {
+    ram: Arc<GuestRam>,
+    engine: Engine,
+    msi: Arc<dyn MsiSink>,
+    registers: Mutex<Registers>,
+    mode: RwLock<Mode>,
+    endpoints: RwLock<Vec<Arc<Endpoint>>>,
+    /// Held by who makes devices leave what they are attached to.
+    changing: Mutex<()>,
+    attached: AtomicU64,
+    faults: AtomicU64,
+}
+
+impl std::fmt::Debug for Unit {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Vtd").field("mode", &self.mode).finish_non_exhaustive()
+        f.debug_struct("Unit").field("engine", &self.engine).field("mode", &self.mode).finish_non_exhaustive()
     }
 }
 
@@ -88,34 +82,23 @@ struct Mode {
     root: u64,
 }
 
-#[derive(Debug, Default)]
-struct Counted {
-    walks: AtomicU64,
-    invalidations: AtomicU64,
-    faults: AtomicU64,
-}
-
 /// A device behind the unit.
 #[derive(Debug)]
 struct Endpoint {
     /// Bus, device and function number.
     source: u16,
-    device: Arc<SoftDevice>,
+    device: BoundDevice,
+    port: Arc<Port>,
     /// What `state` says: attached, and not leaving.
     attached: AtomicBool,
     state: Mutex<State>,
 }
 
 /// What a device is attached to.
-#[derive(Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 enum State {
-    #[default]
     Nothing,
-    Attached {
-        context: Context,
-        /// None when nothing is translated.
-        cached: Option<Arc<Cached>>,
-    },
+    Attached(Context),
     /// To nothing, but it may still be using what it was attached to.
     Leaving,
 }
@@ -123,55 +106,74 @@ enum State {
 /// A device, with the unit it is behind.
 #[derive(Debug)]
 struct Behind {
-    unit: Arc<Vtd>,
+    unit: Arc<Unit>,
     endpoint: Arc<Endpoint>,
 }
+
+/// The unit, as the engine's threads call it.
+#[derive(Debug)]
+struct Ear(Weak<Unit>);
 
 impl Vtd {
     /// A unit that translates nothing yet.
     ///
     /// # Errors
-    /// ENOMEM.
-    pub fn new(ram: &Arc<GuestRam>, msi: Arc<dyn MsiSink>) -> Result<Arc<Self>, Errno> {
-        let memory = Memory::new(ram);
-        let whole = memory.whole()?;
-        Ok(Arc::new(Self {
-            memory,
-            whole,
+    /// ENOMEM, EMFILE.
+    pub fn new(ram: &Arc<GuestRam>, msi: Arc<dyn MsiSink>) -> Result<Self, Errno> {
+        let unit = Arc::new(Unit {
+            ram: Arc::clone(ram),
+            engine: Engine::new(ram)?,
             msi,
             registers: Mutex::new(Registers::new()),
-            queue: Mutex::default(),
-            head: AtomicU64::new(0),
             mode: RwLock::default(),
             endpoints: RwLock::default(),
-            domains: Mutex::default(),
             changing: Mutex::default(),
-            counted: Counted::default(),
-        }))
+            attached: AtomicU64::new(0),
+            faults: AtomicU64::new(0),
+        });
+        unit.engine.listen(Arc::new(Ear(Arc::downgrade(&unit))));
+        Ok(Self { unit })
+    }
+
+    /// The register file, [`SIZE`] bytes.
+    pub fn registers(&self) -> Arc<dyn MmioDevice> {
+        Arc::clone(&self.unit) as _
     }
 
     /// Adds a device by its bus, device and function number: the port that its requests go through, and what looks after that.
-    pub fn add_endpoint(self: &Arc<Self>, source: u16) -> (Arc<Port>, Arc<dyn Remapper>) {
-        let device = SoftDevice::new(source.into(), Vec::new());
-        let port = device.port(None);
-        let endpoint =
-            Arc::new(Endpoint { source, device, attached: AtomicBool::new(false), state: Mutex::default() });
-        self.endpoints.write().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&endpoint));
-        (port, Arc::new(Behind { unit: Arc::clone(self), endpoint }))
+    ///
+    /// # Errors
+    /// ENOMEM; EEXIST when there is one of this number.
+    pub fn add_endpoint(&self, source: u16) -> Result<super::Endpoint, Errno> {
+        let (device, port) = self.unit.engine.bind(source)?;
+        let endpoint = Arc::new(Endpoint {
+            source,
+            device,
+            port: Arc::clone(&port),
+            attached: AtomicBool::new(false),
+            state: Mutex::new(State::Nothing),
+        });
+        let mut endpoints = self.unit.endpoints.write().unwrap_or_else(PoisonError::into_inner);
+        endpoints.push(Arc::clone(&endpoint));
+        Ok((port, Arc::new(Behind { unit: Arc::clone(&self.unit), endpoint })))
     }
 
     /// What it counted until now.
     pub fn stats(&self) -> IommuStats {
         let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let translations =
-            self.endpoints().iter().map(|it| it.device.port(None).counters().translations).sum();
-        let work = Work::Guest {
-            walks: count(&self.counted.walks),
-            invalidations: count(&self.counted.invalidations),
-        };
-        IommuStats { translations, faults: count(&self.counted.faults), work }
+        let translations = self.unit.endpoints().iter().map(|it| it.port.counters().translations).sum();
+        let work = Work::Tables { attached: count(&self.unit.attached) };
+        IommuStats { translations, faults: count(&self.unit.faults), work }
     }
+}
 
+impl Drop for Vtd {
+    fn drop(&mut self) {
+        self.unit.set_queue(None);
+    }
+}
+
+impl Unit {
     fn endpoints(&self) -> Vec<Arc<Endpoint>> {
         self.endpoints.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -182,21 +184,7 @@ impl Vtd {
         if !mode.translate {
             return Ok(Context { domain: 0, target: Target::Memory, quiet: false });
         }
-        context::find(&self.memory.ram, mode.root, source)
-    }
-
-    /// The domain of a table, which is made if no device uses the table yet.
-    fn cached(&self, table: Table) -> Arc<Cached> {
-        let mut domains = lock(&self.domains);
-        domains.retain(|domain| domain.strong_count() != 0);
-        match domains.iter().filter_map(Weak::upgrade).find(|known| known.table == table) {
-            Some(known) => known,
-            None => {
-                let made = Cached::new(table);
-                domains.push(Arc::downgrade(&made));
-                made
-            }
-        }
+        context::find(&self.ram, mode.root, source)
     }
 
     /// Attaches a device that is attached to nothing, if its context entry is present.
@@ -206,15 +194,17 @@ impl Vtd {
             return;
         }
         let Ok(context) = self.context(endpoint.source) else { return };
-        let cached = match context.target {
-            Target::Memory => None,
-            Target::Table(table) => Some(self.cached(table)),
-        };
-        let domain = cached.as_ref().map_or(&self.whole, |cached| &cached.domain).clone();
-        // The domain is one of its own making.
-        if endpoint.device.attach(None, Some(&Attachment::Paging(Arc::new(domain)))).is_ok() {
-            *state = State::Attached { context, cached };
-            endpoint.attached.store(true, Ordering::Release);
+        match self.engine.attach(&endpoint.device, context.target) {
+            Ok(()) => {
+                *state = State::Attached(context);
+                endpoint.attached.store(true, Ordering::Release);
+                if matches!(context.target, Target::Table(_)) {
+                    self.attached.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+            Err(errno) => {
+                tracing::warn!(%errno, ?context, source = endpoint.source, "a device cannot be attached");
+            }
         }
     }
 
@@ -222,48 +212,19 @@ impl Vtd {
     fn look_again(&self, scope: ContextScope) {
         let _changing = lock(&self.changing);
         for endpoint in self.endpoints() {
-            {
+            let context = {
                 let mut state = lock(&endpoint.state);
-                let State::Attached { context, .. } = &*state else { continue };
-                let same = self.context(endpoint.source).ok() == Some(*context);
-                if same || !scope.covers(endpoint.source, Some(context.domain)) {
+                let State::Attached(context) = *state else { continue };
+                let same = self.context(endpoint.source).ok() == Some(context);
+                if same || !covers(scope, endpoint.source, context.domain) {
                     continue;
                 }
                 endpoint.attached.store(false, Ordering::Release);
                 *state = State::Leaving;
-            }
-            // It cannot fail: there is always room for nothing.
-            let _ = endpoint.device.attach(None, None);
+                context
+            };
+            self.engine.detach(&endpoint.device, context.target);
             *lock(&endpoint.state) = State::Nothing;
-        }
-    }
-
-    /// Forgets translations. None of them is used any more when this returns.
-    fn forget(&self, scope: IotlbScope) {
-        self.counted.invalidations.fetch_add(1, Ordering::Relaxed);
-        let domains: Vec<Arc<Cached>> = lock(&self.domains).iter().filter_map(Weak::upgrade).collect();
-        for cached in domains {
-            match scope {
-                IotlbScope::All => cached.invalidate(None),
-                IotlbScope::Domain(domain) if domain == cached.table.domain => cached.invalidate(None),
-                IotlbScope::Pages { domain, first, order } if domain == cached.table.domain => {
-                    cached.invalidate(Some((first, 0x1000 << order)));
-                }
-                IotlbScope::Domain(_) | IotlbScope::Pages { .. } => {}
-            }
-        }
-    }
-
-    /// Serves the queue, after a change.
-    fn serve(&self, change: impl FnOnce(&mut Queue)) {
-        let mut queue = lock(&self.queue);
-        change(&mut queue);
-        let result = queue.serve(&self.memory.ram, self);
-        self.head.store(queue.head(), Ordering::Release);
-        drop(queue);
-        if result == Err(Stopped) {
-            let message = lock(&self.registers).faults.queue_error();
-            self.send(message);
         }
     }
 
@@ -273,8 +234,26 @@ impl Vtd {
         }
     }
 
+    /// Tells the guest that the queue has stopped.
+    fn queue_error(&self) {
+        let message = lock(&self.registers).faults.queue_error();
+        self.send(message);
+    }
+
+    fn record(&self, fault: FaultRecord) {
+        let message = lock(&self.registers).faults.record(fault);
+        self.send(message);
+    }
+
     fn set_mode(&self, change: impl FnOnce(&mut Mode)) {
         change(&mut self.mode.write().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    fn set_queue(&self, ring: Option<Ring>) {
+        if let Err(errno) = self.engine.set_queue(ring) {
+            tracing::debug!(%errno, ?ring, "the guest's invalidation queue cannot be served");
+            self.queue_error();
+        }
     }
 
     /// Carries out what a write to the registers asked for.
@@ -287,50 +266,89 @@ impl Vtd {
             }
             Action::Translate(translate) => {
                 self.set_mode(|mode| mode.translate = translate);
-                self.look_again(ContextScope::All);
+                self.look_again(ContextScope::Global);
                 lock(&self.registers).done(Global::TRANSLATE, translate);
             }
             Action::Queue(ring) => {
-                let mut queue = lock(&self.queue);
-                queue.set_ring(ring);
-                self.head.store(0, Ordering::Release);
-                drop(queue);
+                self.set_queue(ring);
                 lock(&self.registers).done(Global::QUEUE, ring.is_some());
             }
-            Action::Tail(tail) => self.serve(|queue| queue.set_tail(tail)),
-            Action::Resume => self.serve(Queue::resume),
+            Action::Tail(tail) => match self.engine.queue() {
+                Some(queue) => queue.set_tail(tail),
+                None => self.queue_error(),
+            },
+            Action::Resume => {
+                if let Some(queue) = self.engine.queue() {
+                    queue.clear_error();
+                }
+            }
             Action::Context(scope) => {
                 self.look_again(scope);
                 lock(&self.registers).context_done(true);
             }
             Action::Iotlb(scope) => {
-                self.forget(scope);
+                self.engine.forget(scope);
                 lock(&self.registers).iotlb_done(true);
             }
         }
     }
 }
 
-impl Invalidate for Vtd {
-    fn context(&self, scope: ContextScope) {
-        self.look_again(scope);
+/// Whether a context entry is meant.
+fn covers(scope: ContextScope, source: u16, domain: u16) -> bool {
+    match scope {
+        ContextScope::Global => true,
+        ContextScope::Domain(named) => named == domain,
+        ContextScope::Device { source: named, mask, .. } => (named ^ source) & !mask == 0,
+    }
+}
+
+impl Listener for Ear {
+    fn contexts(&self, scope: ContextScope) {
+        if let Some(unit) = self.0.upgrade() {
+            unit.look_again(scope);
+        }
     }
 
-    fn iotlb(&self, scope: IotlbScope) {
-        self.forget(scope);
+    fn fault(&self, record: FaultRecord) {
+        let Some(unit) = self.0.upgrade() else { return };
+        let quiet = |it: &Arc<Endpoint>| {
+            it.source == record.source
+                && matches!(*lock(&it.state), State::Attached(Context { quiet: true, .. }))
+        };
+        if !unit.endpoints().iter().any(quiet) {
+            unit.record(record);
+        }
     }
 
-    fn completed(&self) {
-        let message = lock(&self.registers).wait_completed();
-        self.send(message);
+    fn completed(&self, _queue: u32) {
+        if let Some(unit) = self.0.upgrade() {
+            let message = lock(&unit.registers).wait_completed();
+            unit.send(message);
+        }
+    }
+
+    fn stopped(&self, _queue: u32, error: QueueError) {
+        if let Some(unit) = self.0.upgrade() {
+            tracing::debug!(%error, "the guest's invalidation queue has stopped");
+            unit.queue_error();
+        }
+    }
+
+    /// Whoever keeps decoded code of the page has to know.
+    fn written(&self, _queue: u32, address: u64, length: u64) {
+        let Some(unit) = self.0.upgrade() else { return };
+        if let Some((region, at)) = unit.ram.to_region_addr(GuestAddress(address)) {
+            region.bitmap().mark_dirty(at.0 as usize, length as usize);
+        }
     }
 }
 
 /// Registers are read and written as aligned dwords or quadwords (VT-d 10.2). Anything else is not written, and reads as the part of
 /// the dwords that it is.
-impl MmioDevice for Vtd {
+impl MmioDevice for Unit {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        let head = self.head.load(Ordering::Acquire);
+        let head = self.engine.queue().map_or(0, |queue| queue.head().into());
         let mut registers = lock(&self.registers);
         for (at, byte) in (offset..).zip(data) {
             let dword = registers.read(at & !3, head).to_le_bytes();
@@ -352,16 +370,6 @@ impl MmioDevice for Vtd {
     }
 }
 
-impl Behind {
-    /// The table that the device is attached to, and whether its faults are to be recorded.
-    fn cached(&self) -> Option<(Arc<Cached>, bool)> {
-        match &*lock(&self.endpoint.state) {
-            State::Attached { context, cached: Some(cached) } => Some((Arc::clone(cached), context.quiet)),
-            _ => None,
-        }
-    }
-}
-
 impl Remapper for Behind {
     fn prepare(&self) {
         if !self.endpoint.attached.load(Ordering::Acquire) {
@@ -369,31 +377,16 @@ impl Remapper for Behind {
         }
     }
 
-    fn missed(&self, fault: &soft::Fault) -> bool {
-        let Some((cached, _)) = self.cached() else { return false };
-        self.unit.counted.walks.fetch_add(1, Ordering::Relaxed);
-        cached.fill(&self.unit.memory, fault.iova, fault.access).is_ok()
-    }
-
-    fn report(&self, fault: soft::Fault) {
-        self.unit.counted.faults.fetch_add(1, Ordering::Relaxed);
-        let (reason, quiet) = match (self.cached(), self.unit.context(self.endpoint.source)) {
-            (Some((cached, quiet)), _) if fault.reason != FaultReason::Detached => {
-                match cached.fill(&self.unit.memory, fault.iova, fault.access) {
-                    Err(Miss::Fault(reason)) => (reason, quiet),
-                    // The guest has mapped it meanwhile, or it is not memory.
-                    Ok(()) | Err(Miss::NoMemory) => return,
-                }
-            }
-            (_, Err(NoContext { reason, quiet })) => (reason, quiet),
-            // The same: it is present now, or nothing translates.
-            _ => return,
-        };
-        if !quiet {
-            let fault =
-                Fault { source: self.endpoint.source, address: fault.iova.0, access: fault.access, reason };
-            let message = lock(&self.unit.registers).faults.record(fault);
-            self.unit.send(message);
+    fn report(&self, fault: Fault) {
+        self.unit.faults.fetch_add(1, Ordering::Relaxed);
+        if fault.reason != FaultReason::Detached {
+            return self.endpoint.port.report(&fault);
+        }
+        // If the entry is present now, the guest has changed it under the device.
+        let source = self.endpoint.source;
+        if let Err(NoContext { reason, quiet: false }) = self.unit.context(source) {
+            let (reason, access, address) = (reason as u8, fault.access, fault.iova.0);
+            self.unit.record(FaultRecord { source, reason, access, address });
         }
     }
 }

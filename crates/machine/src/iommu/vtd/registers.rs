@@ -4,12 +4,12 @@
 //! a write asks for is returned as [`Action`]s, which the unit carries out without holding the registers, and reports as
 //! done. Until then the guest sees it as not done: that is what it polls for.
 
+use iommufd::soft::vtd::{ContextScope, IotlbScope, MAX_MASK};
 use pci::msix::Message;
 
+use super::engine::Ring;
 use super::event::Event;
 use super::faults::{FaultLog, RECORDS};
-use super::queue::Ring;
-use super::scope::{ContextScope, IotlbScope};
 
 /// Bytes of the register file, one page.
 pub const SIZE: u64 = 0x1000;
@@ -59,7 +59,7 @@ const fn capability() -> u64 {
         | superpages << 34
         | pages_selective
         | (RECORDS as u64 - 1) << 40
-        | (IotlbScope::MAX_ORDER as u64) << 48
+        | MAX_MASK << 48
         | draining
 }
 
@@ -105,7 +105,7 @@ pub(super) enum Action {
     /// Serve this queue from its first descriptor on, or none. Then [`Registers::done`] with [`Global::QUEUE`].
     Queue(Option<Ring>),
     /// There are descriptors in the queue up to this offset.
-    Tail(u64),
+    Tail(u32),
     /// The queue's error has been cleared.
     Resume,
     /// Look at context entries again. Then [`Registers::context_done`].
@@ -206,7 +206,7 @@ impl Registers {
             0xa0..0xb0 => self.completion_event.write(offset - at::COMPLETION_EVENT, value).map(Action::Send),
             at::QUEUE_TAIL => {
                 self.queue_tail = value & TAIL_BITS;
-                self.status.contains(Global::QUEUE).then_some(Action::Tail(self.queue_tail.into()))
+                self.status.contains(Global::QUEUE).then_some(Action::Tail(self.queue_tail))
             }
             at::RECORDS..0x2a0 => {
                 self.faults.write_record(((offset - at::RECORDS) / 4) as usize, value);
@@ -253,7 +253,7 @@ impl Registers {
             let enable = command.contains(Global::QUEUE);
             actions.push(Action::Queue(enable.then(|| Ring::new(self.queue_base))));
             if enable && self.queue_tail != 0 {
-                actions.push(Action::Tail(self.queue_tail.into()));
+                actions.push(Action::Tail(self.queue_tail));
             }
         }
         if changed.contains(Global::TRANSLATE) {
@@ -269,8 +269,16 @@ impl Registers {
 
     fn start_context(&mut self) -> Option<Action> {
         let fields = self.context;
-        let scope =
-            ContextScope::new(fields >> 61 & 3, fields as u16, (fields >> 16) as u16, fields >> 32 & 3);
+        let domain = fields as u16;
+        let scope = match fields >> 61 & 3 {
+            1 => Some(ContextScope::Global),
+            2 => Some(ContextScope::Domain(domain)),
+            3 => {
+                let mask = [0, 0b100, 0b110, 0b111][(fields >> 32 & 3) as usize];
+                Some(ContextScope::Device { domain, source: (fields >> 16) as u16, mask })
+            }
+            _ => None,
+        };
         if scope.is_none() {
             self.context_done(false);
         }
@@ -285,8 +293,16 @@ impl Registers {
 
     fn start_iotlb(&mut self) -> Option<Action> {
         let (fields, address) = (self.iotlb, self.iotlb_address);
-        let scope =
-            IotlbScope::new(fields >> 60 & 3, (fields >> 32) as u16, address & !0xfff, address & 0x3f);
+        let (domain, mask) = ((fields >> 32) as u16, address & 0x3f);
+        let scope = match fields >> 60 & 3 {
+            1 => Some(IotlbScope::Global),
+            2 => Some(IotlbScope::Domain(domain)),
+            3 if mask <= MAX_MASK => {
+                let within = (0x1000 << mask) - 1;
+                Some(IotlbScope::Pages { domain, first: address & !within, last: address | within })
+            }
+            _ => None,
+        };
         if scope.is_none() {
             self.iotlb_done(false);
         }
@@ -378,7 +394,7 @@ mod tests {
     fn invalidations_by_register_say_what_was_done() {
         let mut registers = Registers::new();
         let device = 1 << 63 | 3 << 61 | 1 << 32 | 0x0018 << 16 | 5;
-        let scope = ContextScope::Device { source: 0x18, ignored: 4 };
+        let scope = ContextScope::Device { domain: 5, source: 0x18, mask: 4 };
         assert_eq!(write64(&mut registers, at::CONTEXT, device), [Action::Context(scope)]);
         assert_eq!(read64(&mut registers, at::CONTEXT) >> 63, 1);
         registers.context_done(true);
@@ -388,7 +404,7 @@ mod tests {
         assert_eq!(read64(&mut registers, at::CONTEXT), 0);
 
         write64(&mut registers, at::IOTLB_ADDRESS, 0x1234_5000 | 2);
-        let pages = IotlbScope::Pages { domain: 9, first: 0x1234_4000, order: 2 };
+        let pages = IotlbScope::Pages { domain: 9, first: 0x1234_4000, last: 0x1234_7fff };
         assert_eq!(write64(&mut registers, at::IOTLB, 1 << 63 | 3 << 60 | 9 << 32), [Action::Iotlb(pages)]);
         registers.iotlb_done(true);
         assert_eq!(read64(&mut registers, at::IOTLB) >> 57, 0b0_0_11_0_11);

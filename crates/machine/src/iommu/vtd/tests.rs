@@ -2,7 +2,8 @@
 
 use std::sync::atomic::AtomicUsize;
 
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
+use virtio::device::Reach;
+use vm_memory::{Bytes, GuestAddressSpace};
 
 use super::registers::at;
 use super::*;
@@ -31,7 +32,7 @@ impl MsiSink for Sink {
 
 struct Setup {
     ram: Arc<GuestRam>,
-    unit: Arc<Vtd>,
+    unit: Vtd,
     sink: Arc<Sink>,
     memory: Vec<DeviceMemory>,
     tail: u64,
@@ -43,7 +44,7 @@ fn setup() -> Setup {
     let sink = Arc::new(Sink::default());
     let unit = Vtd::new(&ram, Arc::clone(&sink) as _).unwrap();
     let memory = SOURCES.map(|source| {
-        let (port, remapper) = unit.add_endpoint(source);
+        let (port, remapper) = unit.add_endpoint(source).unwrap();
         DeviceMemory::translated(&ram, port, remapper)
     });
     Setup { ram, unit, sink, memory: memory.into(), tail: 0 }
@@ -52,16 +53,16 @@ fn setup() -> Setup {
 impl Setup {
     fn read(&self, offset: u64) -> u32 {
         let mut data = [0; 4];
-        MmioDevice::read(&*self.unit, offset, &mut data);
+        MmioDevice::read(&*self.unit.unit, offset, &mut data);
         u32::from_le_bytes(data)
     }
 
     fn write(&self, offset: u64, value: u32) {
-        MmioDevice::write(&*self.unit, offset, &value.to_le_bytes());
+        MmioDevice::write(&*self.unit.unit, offset, &value.to_le_bytes());
     }
 
     fn write64(&self, offset: u64, value: u64) {
-        MmioDevice::write(&*self.unit, offset, &value.to_le_bytes());
+        MmioDevice::write(&*self.unit.unit, offset, &value.to_le_bytes());
     }
 
     fn put(&self, at: u64, value: u64) {
@@ -109,7 +110,20 @@ impl Setup {
             self.tail = (self.tail + 16) % PAGE;
         }
         self.write64(at::QUEUE_TAIL, self.tail);
-        self.ram.read_obj::<u32>(GuestAddress(STATUS)).unwrap() == 0x77
+        self.waited()
+    }
+
+    /// Waits for the status of a wait descriptor, or until the queue has stopped.
+    fn waited(&self) -> bool {
+        loop {
+            if self.ram.read_obj::<u32>(GuestAddress(STATUS)).unwrap() == 0x77 {
+                return true;
+            }
+            if self.read(at::FAULT_STATUS) & 1 << 4 != 0 {
+                return false;
+            }
+            std::thread::yield_now();
+        }
     }
 
     /// What a device reads.
@@ -165,8 +179,11 @@ fn what_becomes_present_needs_no_invalidation() {
     assert_eq!(setup.fault(), Some((6, 0x5000, 0x08, true)));
     // More rights, too.
     assert!(setup.memory[0].memory().write_obj(9u64, GuestAddress(0x5010)).is_err());
-    assert_eq!(setup.fault(), None, "a page that can be read is there; whether it may be written is asked apart");
-    use virtio::device::Reach;
+    assert_eq!(
+        setup.fault(),
+        None,
+        "a page that can be read is there; whether it may be written is asked apart"
+    );
     assert!(!setup.memory[0].memory().may_write(GuestAddress(0x5010), 8));
     assert_eq!(setup.fault(), Some((5, 0x5000, 0x08, false)));
     setup.map(TABLES, 0x5000, HIGH | 3);
@@ -228,7 +245,8 @@ fn a_page_of_a_large_one_invalidates_all_of_it() {
     assert!(setup.submit(&[FORGET_ALL]));
     assert_eq!(setup.dma(0, 0x20_0000), Some(1));
     assert_eq!(setup.dma(0, 4 * MIB), None);
-    assert_eq!(setup.fault().map(|fault| fault.0), Some(6));
+    // It was translated, but there is nothing.
+    assert_eq!(setup.fault(), None);
 }
 
 #[test]
@@ -280,14 +298,13 @@ fn a_bad_descriptor_stops_the_queue_and_interrupts() {
     assert!(!setup.submit(&[(0xf, 0)]));
     assert_eq!(setup.read(at::FAULT_STATUS), 1 << 4);
     assert_eq!(setup.read(at::QUEUE_HEAD), 0);
-    assert_eq!(lock(&setup.sink.0).len(), 1);
     assert!(!setup.submit(&[]));
     // The driver puts something else there, and clears the error: all goes on.
     setup.put(QUEUE, FORGET_ALL.0);
     setup.write(at::FAULT_STATUS, 1 << 4);
+    assert!(setup.waited());
     assert_eq!(setup.read(at::FAULT_STATUS), 0);
-    assert_eq!(setup.ram.read_obj::<u32>(GuestAddress(STATUS)).unwrap(), 0x77);
-    assert_eq!(setup.read(at::QUEUE_HEAD), 0x30);
+    assert_eq!(lock(&setup.sink.0).len(), 1);
 }
 
 #[test]
@@ -295,7 +312,11 @@ fn a_wait_descriptor_may_interrupt() {
     let mut setup = setup();
     setup.enable();
     assert!(setup.submit(&[(5 | 1 << 4, 0)]));
-    assert_eq!(setup.read(at::COMPLETION), 1);
+    while setup.read(at::COMPLETION) == 0 {
+        std::thread::yield_now();
+    }
+    // The register says so just before the message is sent; what follows in the queue is carried out after that.
+    assert!(setup.submit(&[]));
     assert_eq!(*lock(&setup.sink.0), [Message { address: 0xfee0_0000, data: 0x30 + 0xa0 }]);
 }
 
@@ -314,6 +335,9 @@ fn tables_that_are_anywhere_are_harmless() {
             setup.write(at::FAULT_STATUS, u32::MAX);
         }
         let _ = setup.dma(0, 0x5000);
+        setup.write(at::COMMAND, 0);
+        setup.write64(at::QUEUE_TAIL, 0);
+        setup.write(at::FAULT_STATUS, u32::MAX);
         setup.enable();
         for entry in [place | 1, place | 3, place | 0x83, u64::MAX] {
             setup.put(ROOT, CONTEXTS | 1);
@@ -341,35 +365,18 @@ fn tables_that_are_anywhere_are_harmless() {
     assert_eq!(setup.dma(0, 0), Some(TABLES | 3));
 }
 
-/// A guest that changes its tables and never tells.
-#[test]
-fn pages_are_not_replaced_for_ever() {
-    let mut setup = setup();
-    setup.enable();
-    setup.context(0, TABLES);
-    setup.map(TABLES, 0, 0);
-    for round in 0..6000 {
-        // By turns a page for reading, and one for writing.
-        setup.map(TABLES, 0x5000, HIGH | 1 + round % 2);
-        use virtio::device::Reach;
-        let view = setup.memory[0].memory();
-        let _ = (view.may_read(GuestAddress(0x5000), 8), view.may_write(GuestAddress(0x5000), 8));
-    }
-    assert!(setup.submit(&[FORGET_ALL]));
-    setup.map(TABLES, 0x5000, HIGH | 3);
-    assert_eq!(setup.dma(0, 0x5000), Some(0));
-}
-
 #[test]
 fn odd_accesses_to_registers_are_not_writes() {
     let setup = setup();
-    for (offset, length) in [(at::ROOT, 1), (at::ROOT + 2, 4), (at::ROOT + 4, 8), (at::ROOT, 16), (at::ROOT, 3)] {
-        MmioDevice::write(&*setup.unit, offset, &vec![0xff; length]);
+    for (offset, length) in
+        [(at::ROOT, 1), (at::ROOT + 2, 4), (at::ROOT + 4, 8), (at::ROOT, 16), (at::ROOT, 3)]
+    {
+        MmioDevice::write(&*setup.unit.unit, offset, &vec![0xff; length]);
         assert_eq!(setup.read(at::ROOT), 0, "{offset:#x} {length}");
     }
     let mut bytes = [0; 64];
-    MmioDevice::read(&*setup.unit, SIZE - 64, &mut bytes);
-    MmioDevice::read(&*setup.unit, 1, &mut bytes[..2]);
+    MmioDevice::read(&*setup.unit.unit, SIZE - 64, &mut bytes);
+    MmioDevice::read(&*setup.unit.unit, 1, &mut bytes[..2]);
     assert_eq!(bytes[..2], [0, 0]);
 }
 
