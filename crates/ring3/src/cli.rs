@@ -16,7 +16,7 @@ use crate::net::options::{PasstArgs, PastaArgs};
 use crate::run::devices::{self, DeviceSpec};
 
 pub use network::{Link, Publish};
-pub use vfio::{NvmeArgs, ServeArgs, ServedDevice, VfioTask};
+pub use vfio::{NamedDevice, NvmeArgs, ServeArgs, ServedDevice, VfioTask};
 
 const EXIT_STATUS: &str = "\
 Exit status:
