@@ -119,6 +119,10 @@ impl Hardware for SoftDevice {
         Ok(())
     }
 
+    fn port(&self, pasid: Option<u32>) -> Option<Arc<Port>> {
+        Some(Self::port(self, pasid))
+    }
+
     fn info(&self, kind: u32) -> Result<(u32, Vec<u8>)> {
         if kind == INFO_NONE { Ok((INFO_NONE, Vec::new())) } else { Err(Errno::OPNOTSUPP) }
     }

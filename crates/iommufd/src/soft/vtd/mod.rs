@@ -32,6 +32,8 @@ mod queue;
 mod record;
 mod stage;
 mod table;
+#[cfg(test)]
+mod tests;
 mod unit;
 
 pub use abi::{

@@ -278,3 +278,11 @@ impl VirtualIommu for VtdIommu {
         self
     }
 }
+
+#[cfg(test)]
+impl VtdIommu {
+    /// Where a page of the guest's memory is in this process.
+    pub(super) fn host(&self, at: u64) -> Option<u64> {
+        self.unit.memory.lookup(crate::iova::Iova(at)).map(|host| host.0)
+    }
+}
