@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on is to fail")]
 
 mod support;
+#[path = "iommu/vfio.rs"]
+mod vfio;
 
 use std::fs;
 use std::io::{Read, Seek, Write};
