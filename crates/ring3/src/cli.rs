@@ -300,8 +300,9 @@ pub struct RunArgs {
     pub guest_abi: GuestAbi,
     /// Which IOMMU the guest's devices are behind
     ///
-    /// With `virtio` the guest decides what of its memory each device may reach, and --stats shows what that took. The kernel
-    /// needs the driver virtio_iommu: Debian's have it from 6.12 on.
+    /// The guest decides then what of its memory each device may reach, and --stats shows what that took. For `virtio` the
+    /// kernel needs the driver virtio_iommu: Debian's have it from 6.12 on. For `intel` it needs CONFIG_INTEL_IOMMU, as all of Debian's
+    /// have, and is told `intel_iommu=on iommu.passthrough=0`; what --append says comes later, such as iommu.strict=1.
     #[arg(long, value_name = "KIND", value_enum, default_value_t = Iommu::None)]
     pub iommu: Iommu,
     /// How the guest's processor is run
@@ -348,6 +349,8 @@ pub enum Iommu {
     None,
     /// The virtio IOMMU, and all virtio devices are behind it
     Virtio,
+    /// Intel VT-d, and all virtio devices are behind it
+    Intel,
 }
 
 /// How the guest's processor is run.
