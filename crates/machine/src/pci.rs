@@ -24,6 +24,8 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
+use ::pci::config::{Bar, BarKind};
+
 use crate::bus::{Bus, BusError, MmioDevice, PortDevice};
 use crate::layout;
 use crate::power::{PowerSignal, ResetControl};
@@ -53,6 +55,13 @@ pub struct BarInfo {
     pub wide: bool,
     /// Whether the function answers: memory space is on in the command register.
     pub enabled: bool,
+}
+
+impl From<Bar> for BarInfo {
+    fn from(bar: Bar) -> Self {
+        let wide = matches!(bar.kind, BarKind::Memory64 { .. });
+        Self { index: bar.index, address: bar.address, size: bar.size, wide, enabled: bar.enabled }
+    }
 }
 
 /// A function of a PCI device: configuration space and what is behind its BARs.

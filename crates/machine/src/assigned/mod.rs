@@ -27,7 +27,7 @@ mod space;
 use std::sync::Arc;
 
 use cpu::GuestRam;
-use pci::config::{Bar, BarKind, ConfigError};
+use pci::config::ConfigError;
 use pci::msix::MsiSink;
 use uapi::vfio::VFIO_PCI_CONFIG_REGION_INDEX;
 use vfio::Errno;
@@ -150,14 +150,7 @@ impl PciFunction for AssignedFunction {
     }
 
     fn bars(&self) -> Vec<BarInfo> {
-        let info = |bar: Bar| BarInfo {
-            index: bar.index,
-            address: bar.address,
-            size: bar.size,
-            wide: matches!(bar.kind, BarKind::Memory64 { .. }),
-            enabled: bar.enabled,
-        };
-        self.space.bars().map(info).collect()
+        self.space.bars().map(BarInfo::from).collect()
     }
 
     fn bar_read(&mut self, bar: usize, offset: u64, data: &mut [u8]) {
