@@ -20,6 +20,8 @@
 //! Lock order: `layout`, then one function, never two; `routes` is only held for a lookup or a
 //! store. Functions must not call into the root.
 
+pub(crate) mod intx;
+
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};

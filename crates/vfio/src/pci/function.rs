@@ -405,8 +405,9 @@ impl<M: Model + 'static> Device for Function<M> {
         self.wake();
         match index {
             VFIO_PCI_CONFIG_REGION_INDEX => {
-                let config = lock(&self.core.config);
+                let mut config = lock(&self.core.config);
                 let at = config_offset(&config, offset, to.len())?;
+                config.set_interrupt_status(self.core.link.interrupts.intx());
                 config.read(at, to);
                 Ok(to.len())
             }
