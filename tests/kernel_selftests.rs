@@ -149,6 +149,7 @@ probes! {
     answers_to_container_calls: "compat", &["--mock-iommu"], &[], &["compat"];
     answers_about_pins: "access", &["--mock-iommu"], &[], &["access"];
     answers_at_the_doors: "vfio_doors", &[CARD], &[ADDRESS], &["vfio_doors.edu", "vfio_doors.igb"];
+    answers_of_sysfs: "vfio_sysfs", &[CARD], &[ADDRESS], &["vfio_sysfs.igb"];
     answers_of_a_device: "vfio_device", &[CARD], &[ADDRESS], &["vfio_device.edu", "vfio_device.igb"];
 }
 

@@ -33,3 +33,5 @@ for probe in vfio_doors vfio_device; do
     record $probe $probe.igb 0000:00:05.0
     record $probe $probe.edu 0000:00:06.0
 done
+# The card with virtual functions.
+record vfio_sysfs vfio_sysfs.igb 0000:00:05.0

@@ -8,15 +8,15 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use ::vfio::devices::specification::{Kind, Specification, SpecificationError};
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::net::options::ports::PortSpec;
 use crate::net::options::{PasstArgs, PastaArgs};
-use crate::run::devices::{self, DeviceSpec};
 
 pub use network::{Link, Publish};
-pub use vfio::{NvmeArgs, ServeArgs, ServedDevice, VfioTask};
+pub use vfio::{NamedDevice, NvmeArgs, ServeArgs, ServedDevice, VfioTask};
 
 const EXIT_STATUS: &str = "\
 Exit status:
@@ -243,8 +243,8 @@ pub struct RunArgs {
     /// -l`), and is reset before and after. The host's VFIO has two doors to a device, its own node (cdev) and that of its
     /// group; the first that is there is taken. Can be repeated.
     #[arg(long = "device", value_name = "vfio-user=SOCKET|vfio-pci=ADDRESS[,door=cdev|group]",
-          value_parser = devices::parse)]
-    pub devices: Vec<DeviceSpec>,
+          value_parser = vfio::parse_named)]
+    pub devices: Vec<NamedDevice>,
     /// Kernel module for the guest to load at start, with all that it needs
     ///
     /// Drivers of ring3's own devices, and of NVMe, AHCI and xHCI devices given by --device, are loaded by themselves.
@@ -588,17 +588,9 @@ fn parse_prefix(text: &str) -> Result<String, String> {
 
 /// Looks at what can be known without the library: it makes the device when the program looks for it first.
 fn parse_shim_device(text: &str) -> Result<String, String> {
-    const KINDS: &str = "write nvme,file=PATH[,ro][,addr=BDF] or ioat[,addr=BDF]";
-    let mut parts = text.split(',');
-    let kind = parts.next().unwrap_or_default();
-    let file = parts.find_map(|part| part.strip_prefix("file="));
-    match (kind, file) {
-        ("ioat", None) => {}
-        ("nvme", Some(path)) => {
-            std::fs::metadata(path).map_err(|error| format!("{path}: {error}"))?;
-        }
-        ("nvme", None) => return Err(format!("an NVMe controller needs a file: {KINDS}")),
-        _ => return Err(format!("there is no device `{kind}` like that: {KINDS}")),
+    let specification: Specification = text.parse().map_err(|error: SpecificationError| error.to_string())?;
+    if let Kind::Nvme { file, .. } = specification.kind {
+        std::fs::metadata(&file).map_err(|error| format!("{}: {error}", file.display()))?;
     }
     Ok(text.to_owned())
 }

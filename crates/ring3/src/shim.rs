@@ -8,7 +8,7 @@ use std::convert::Infallible;
 use std::env;
 use std::ffi::{OsStr, OsString};
 use std::fs;
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::hash::{BuildHasher, DefaultHasher, Hash, Hasher, RandomState};
 use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
@@ -99,7 +99,7 @@ pub fn exec(args: &ShimArgs) -> Result<Infallible, ShimError> {
         .arg0(name)
         .args(arguments)
         .env("LD_PRELOAD", preload)
-        .env(VARIABLE, configuration)
+        .env(VARIABLE, format!("{configuration}\n{}", tree()))
         .exec();
     Err(ShimError::Execute { program, source })
 }
@@ -117,6 +117,16 @@ fn configuration(args: &ShimArgs) -> Result<String, ShimError> {
         lines.push(format!("device={device}"));
     }
     Ok(lines.join("\n"))
+}
+
+/// Where the library keeps the files of sysfs that it serves, for the program and all that it starts: a new name. The program has
+/// our process ID.
+fn tree() -> String {
+    let own = std::process::id();
+    let above = env::temp_dir();
+    let above = above.canonicalize().unwrap_or(above);
+    let name = RandomState::new().hash_one(own);
+    format!("tree={own} {}", above.join(format!("ring3-shim-{own}-{name:016x}")).display())
 }
 
 /// The program's file: as a shell finds it.

@@ -15,7 +15,7 @@ use vfio::doors::{Caller, DeviceFile, MigrationFile};
 
 use crate::{
     caller::ShimCaller,
-    node::{Mapping, Node, Opened, ServedFile},
+    node::{Node, Opened, ServedFile},
     nodes, process,
     table::{self, Description},
     user,
@@ -231,10 +231,6 @@ impl ServedFile for Given {
 
     fn write(&self, from: &[u8]) -> Result<usize> {
         self.0.write(from)
-    }
-
-    fn mmap(&self, _offset: u64, _length: u64, _prot: i32, _shared: bool) -> Result<Mapping> {
-        Err(Errno::NODEV)
     }
 
     fn given(&self) -> Option<Arc<dyn File>> {

@@ -1,7 +1,7 @@
 //! What the environment asks for.
 //!
 //! `RING3_SHIM` has one item a line: `mock-iommu` for the IOMMU of the kernel's own tests with their failure injection, `device=SPEC`
-//! for a VFIO device. Without the variable there is a `/dev/iommu` and nothing else.
+//! for a VFIO device, `tree=PID DIRECTORY` for where files of sysfs are, and the process that removes them. Without the variable there is a `/dev/iommu` and nothing else.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use iommufd::Context;
 use crate::{
     nodes::{faults, iommu::IommuNode, vfio},
     served::{self, Served},
-    tree::{self, Plan},
+    tree::{self, Place, Plan},
 };
 
 /// The variable that `ring3 shim` sets.
@@ -21,6 +21,7 @@ const VARIABLE: &str = "RING3_SHIM";
 struct Configuration {
     mock_iommu: bool,
     devices: Vec<String>,
+    place: Option<Place>,
 }
 
 impl Configuration {
@@ -31,6 +32,12 @@ impl Configuration {
         for line in text.lines().map(str::trim).filter(|line| !line.is_empty()) {
             match line.split_once('=') {
                 None if line == "mock-iommu" => this.mock_iommu = true,
+                Some(("tree", place)) => {
+                    match place.split_once(' ').map(|(owner, root)| (owner.parse(), root)) {
+                        Some((Ok(owner), root)) => this.place = Some(Place { root: root.into(), owner }),
+                        _ => unknown.push(line),
+                    }
+                }
                 Some(("device", specification)) => this.devices.push(specification.to_owned()),
                 _ => unknown.push(line),
             }
@@ -48,13 +55,11 @@ pub(crate) fn apply() {
     }
     let context: fn() -> Arc<Context> =
         if configuration.mock_iommu { iommufd::mock::open } else { Context::new };
-    let mut plan = Plan::default();
+    let mut plan = Plan { place: configuration.place, ..Plan::default() };
     if configuration.mock_iommu {
         faults::plan(&mut plan);
     }
-    vfio::set(configuration.devices);
-    plan.tops.extend(vfio::tops());
-    plan.entries.push(vfio::entries);
+    vfio::set(configuration.devices, &mut plan);
     tree::set(plan);
     served::set(Served {
         nodes: vec![("/dev/iommu".to_owned(), Arc::new(IommuNode { context }))],
@@ -68,11 +73,16 @@ mod tests {
 
     #[test]
     fn lines_are_items() {
-        let (configuration, unknown) = Configuration::parse("mock-iommu\n\ndevice=test,addr=1\nwhat\n");
+        let (configuration, unknown) =
+            Configuration::parse("mock-iommu\n\ndevice=test,addr=1\nwhat\ntree=/a\ntree=7 /a b\n");
         assert_eq!(
             configuration,
-            Configuration { mock_iommu: true, devices: vec!["test,addr=1".to_owned()] }
+            Configuration {
+                mock_iommu: true,
+                devices: vec!["test,addr=1".to_owned()],
+                place: Some(Place { root: "/a b".into(), owner: 7 }),
+            }
         );
-        assert_eq!(unknown, ["what"]);
+        assert_eq!(unknown, ["what", "tree=/a"]);
     }
 }

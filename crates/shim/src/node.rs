@@ -80,14 +80,20 @@ pub(crate) trait ServedFile: Send + Sync {
     }
 
     /// `mmap` of `length` bytes at `offset` with `PROT_*`, shared or private.
-    fn mmap(&self, offset: u64, length: u64, prot: i32, shared: bool) -> Result<Mapping> {
+    fn mmap(&self, offset: u64, length: u64, prot: i32, shared: bool) -> Result<Mappable> {
         let _ = (offset, length, prot, shared);
         Err(Errno::NODEV)
     }
 
-    /// The same, for who can catch accesses.
-    fn map(&self, offset: u64, length: u64, prot: i32, shared: bool) -> Result<Mappable> {
-        self.mmap(offset, length, prot, shared).map(Mappable::Pages)
+    /// `lseek`.
+    fn seek(&self, offset: i64, whence: i32) -> Result<u64> {
+        let _ = (offset, whence);
+        Err(Errno::SPIPE)
+    }
+
+    /// Whether it is a file, not a device: truncating and syncing it do nothing.
+    fn is_regular(&self) -> bool {
+        false
     }
 
     /// What `fstat` tells of it; none for what `fstat` tells of its stand-in.

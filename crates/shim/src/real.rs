@@ -45,6 +45,7 @@ extern "C" fn absent() -> c_long {
 macro_rules! functions {
     ($($name:ident: fn($($argument:ty),* $(; $dots:tt)?) -> $result:ty;)*) => {$(
         #[doc = concat!("`", stringify!($name), "` of the library below.")]
+        #[allow(non_snake_case, reason = "libc names it so")]
         pub(crate) fn $name() -> functions!(@type ($($argument),*) $result $(; $dots)?) {
             static SYMBOL: Symbol = Symbol::new();
             const NAME: &CStr = match CStr::from_bytes_with_nul(concat!(stringify!($name), "\0").as_bytes()) {
@@ -127,5 +128,9 @@ functions! {
     statx: fn(c_int, *const c_char, c_int, c_uint, *mut libc::statx) -> c_int;
     readlink: fn(*const c_char, *mut c_char, size_t) -> ssize_t;
     readlinkat: fn(c_int, *const c_char, *mut c_char, size_t) -> ssize_t;
+    _exit: fn(c_int) -> ();
+    _Exit: fn(c_int) -> ();
+    chdir: fn(*const c_char) -> c_int;
+    getcwd: fn(*mut c_char, size_t) -> *mut c_char;
     realpath: fn(*const c_char, *mut c_char) -> *mut c_char;
 }

@@ -20,13 +20,18 @@ const INSIDE: &str = "RING3_SHIM_TEST";
 
 /// Runs `body` with the library loaded.
 fn preloaded(test: &str, body: fn()) {
+    serving(test, "", body);
+}
+
+/// Runs `body` with the library loaded, which serves these items.
+fn serving(test: &str, items: &str, body: fn()) {
     if env::var_os(INSIDE).is_some() {
         return body();
     }
     let output = Command::new(env::current_exe().unwrap())
         .args(["--exact", test, "--nocapture", "--test-threads=1"])
         .env("LD_PRELOAD", library())
-        .env("RING3_SHIM", "")
+        .env("RING3_SHIM", items)
         .env(INSIDE, "1")
         .output()
         .unwrap();
@@ -285,4 +290,86 @@ fn memory_is_mapped_for_devices() {
         assert_eq!(ioas_map(fd, ioas, at, 0), Err(libc::EINVAL));
         assert_eq!(ioas_map(fd, ioas, at, usize::MAX), Err(libc::EOVERFLOW));
     });
+}
+
+/// A card where no machine has one.
+const CARD: &str = "device=ioat,addr=0000:7f:05.0";
+const COUNT: &CStr = c"/sys/bus/pci/devices/0000:7f:05.0/sriov_numvfs";
+
+fn count() -> String {
+    fs::read_to_string(COUNT.to_str().unwrap()).unwrap()
+}
+
+#[test]
+fn streams_write_to_attributes() {
+    serving("streams_write_to_attributes", CARD, || {
+        let write = |text: &CStr| {
+            let stream = unsafe { libc::fopen(COUNT.as_ptr(), c"w".as_ptr()) };
+            assert!(!stream.is_null(), "{}", errno());
+            assert!(unsafe { libc::fputs(text.as_ptr(), stream) } >= 0);
+            let closed = unsafe { libc::fclose(stream) };
+            if closed == 0 { Ok(()) } else { Err(errno()) }
+        };
+        assert_eq!(write(c"2"), Ok(()));
+        assert_eq!(count(), "2\n");
+        assert_eq!(write(c"1000"), Err(libc::ERANGE));
+        assert_eq!(write(c"0"), Ok(()));
+        let vendor = c"/sys/bus/pci/devices/0000:7f:05.0/vendor";
+        assert!(unsafe { libc::fopen(vendor.as_ptr(), c"w".as_ptr()) }.is_null());
+        assert_eq!(errno(), libc::EACCES);
+        let stream = unsafe { libc::fopen(COUNT.as_ptr(), c"r+".as_ptr()) };
+        let mut line = [0; 8];
+        assert!(!unsafe { libc::fgets(line.as_mut_ptr(), 8, stream) }.is_null());
+        assert_eq!(unsafe { CStr::from_ptr(line.as_ptr()) }, c"0\n");
+        assert_eq!(unsafe { libc::fclose(stream) }, 0);
+    });
+}
+
+#[test]
+fn the_working_directory_may_be_one_of_ours() {
+    serving("the_working_directory_may_be_one_of_ours", CARD, || {
+        let there = "/sys/bus/pci/devices/0000:7f:05.0";
+        env::set_current_dir(there).unwrap();
+        assert_eq!(env::current_dir().unwrap().to_str(), Some(there));
+        fs::write("sriov_numvfs", "1").unwrap();
+        assert_eq!(fs::canonicalize("virtfn0/physfn").unwrap().to_str(), Some(there));
+        assert_eq!(fs::write("virtfn0/vendor", "1").unwrap_err().raw_os_error(), Some(libc::EACCES));
+        env::set_current_dir("virtfn0").unwrap();
+        fs::write("physfn/sriov_numvfs", "0").unwrap();
+        assert_eq!(count(), "0\n");
+    });
+}
+
+/// What a script of several programs writes stays, for all of them.
+#[test]
+fn processes_share_what_they_write() {
+    const SCRIPT: &str = "cd /sys/bus/pci/devices/0000:7f:05.0 && echo 1 >sriov_numvfs && cat sriov_numvfs && \
+        basename $(readlink virtfn0/driver) && ls /dev/vfio && echo 0000:7f:05.0 >driver/unbind && \
+        cat sriov_numvfs && ls /dev/vfio && cd .. && echo 0000:7f:05.0 | tee ../drivers_probe && ls /dev/vfio";
+    let directory = tempfile::tempdir().unwrap();
+    let tree = directory.path().canonicalize().unwrap().join("tree");
+    let items = format!("{CARD}\ntree={} {}", std::process::id(), tree.display());
+    let mut shell = Command::new("sh");
+    shell.args(["-c", SCRIPT]).env("LD_PRELOAD", library()).env("RING3_SHIM", items);
+    let output = shell.output().unwrap();
+    let (text, problems) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{}: {text}{problems}", output.status);
+    let expected =
+        "1\nvfio-pci\n1000\n1001\ndevices\nvfio\n0\ndevices\nvfio\n0000:7f:05.0\n1000\ndevices\nvfio\n";
+    assert_eq!(text, expected, "{problems}");
+}
+
+#[test]
+fn a_tree_goes_with_its_process() {
+    let directory = tempfile::tempdir().unwrap();
+    // However it ends: by `exit`, by `_exit` (a shell's last program), and while a child has looked first.
+    for script in
+        ["cat /sys/bus/pci/devices/0000:7f:05.0/vendor; true", "(cat /sys/bus/pci/devices/*/vendor); exit 0"]
+    {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", script]).env("LD_PRELOAD", library()).env("RING3_SHIM", CARD);
+        let output = shell.env("TMPDIR", directory.path()).output().unwrap();
+        assert!(String::from_utf8_lossy(&output.stdout).contains("0x8086"), "{output:?}");
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0, "{script}");
+    }
 }

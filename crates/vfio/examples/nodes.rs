@@ -20,6 +20,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         hardware: Some(SoftDevice::new(5, Vec::new())),
         reset_set: None,
         token: Token::none(),
+        number: None,
     })?;
     for node in system.nodes() {
         println!("{node}");

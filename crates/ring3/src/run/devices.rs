@@ -17,51 +17,10 @@ use machine::{Machine, MachineError};
 use uapi::vfio::VFIO_PCI_CONFIG_REGION_INDEX;
 use vfio::Errno;
 use vfio::device::Device;
-use vfio::kernel::{AddressSpace, Door, HostDevice, KernelError, MapError, PciAddress};
+use vfio::kernel::{AddressSpace, HostDevice, HostDeviceName, KernelError, MapError, PciAddress};
 use vfio::user::client::{Options, RemoteDevice};
 
-/// What `--device` names.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum DeviceSpec {
-    /// A vfio-user server, by its socket.
-    VfioUser(PathBuf),
-    /// A device of the host's.
-    VfioPci {
-        /// Where it is.
-        address: PciAddress,
-        /// The way to it that the user wants.
-        door: Option<Door>,
-    },
-}
-
-/// How `--device` is written.
-const GRAMMAR: &str = "write vfio-user=SOCKET or vfio-pci=ADDRESS[,door=cdev|group]";
-
-/// Parses `--device`.
-///
-/// # Errors
-/// Words for the user.
-pub fn parse(text: &str) -> Result<DeviceSpec, String> {
-    match text.split_once('=') {
-        Some(("vfio-user", path)) if !path.is_empty() => Ok(DeviceSpec::VfioUser(path.into())),
-        Some(("vfio-pci", rest)) if !rest.is_empty() => parse_host(rest),
-        _ => Err(format!("`{text}` is no device: {GRAMMAR}")),
-    }
-}
-
-/// Parses what comes after `vfio-pci=`.
-fn parse_host(text: &str) -> Result<DeviceSpec, String> {
-    let (address, options) =
-        text.split_once(',').map_or((text, None), |(address, rest)| (address, Some(rest)));
-    let address = address.parse::<PciAddress>().map_err(|error| error.to_string())?;
-    let door = match options {
-        None => None,
-        Some("door=cdev") => Some(Door::Device),
-        Some("door=group") => Some(Door::Group),
-        Some(other) => return Err(format!("`{other}` is no option of a device of the host: {GRAMMAR}")),
-    };
-    Ok(DeviceSpec::VfioPci { address, door })
-}
+use crate::cli::NamedDevice;
 
 /// Why a device cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -119,14 +78,14 @@ pub struct Connected {
 ///
 /// # Errors
 /// A [`DeviceError`].
-pub fn connect(specs: &[DeviceSpec]) -> Result<Vec<Connected>, DeviceError> {
+pub fn connect(names: &[NamedDevice]) -> Result<Vec<Connected>, DeviceError> {
     // One for each door: the host's devices share what they reach.
     let mut spaces: Vec<Arc<AddressSpace>> = Vec::new();
-    let connect = |spec: &DeviceSpec| match spec {
-        DeviceSpec::VfioUser(path) => connect_server(path),
-        DeviceSpec::VfioPci { address, door } => connect_host(*address, *door, &mut spaces),
+    let connect = |name: &NamedDevice| match name {
+        NamedDevice::VfioUser(path) => connect_server(path),
+        NamedDevice::VfioPci(name) => connect_host(*name, &mut spaces),
     };
-    specs.iter().map(connect).collect()
+    names.iter().map(connect).collect()
 }
 
 fn connect_server(path: &Path) -> Result<Connected, DeviceError> {
@@ -140,12 +99,11 @@ fn connect_server(path: &Path) -> Result<Connected, DeviceError> {
 }
 
 fn connect_host(
-    address: PciAddress,
-    wanted: Option<Door>,
+    HostDeviceName { address, door }: HostDeviceName,
     spaces: &mut Vec<Arc<AddressSpace>>,
 ) -> Result<Connected, DeviceError> {
     let failed = |source| DeviceError::Host { address, source };
-    let door = HostDevice::door(address, wanted).map_err(failed)?;
+    let door = HostDevice::door(address, door).map_err(failed)?;
     let space = match spaces.iter().find(|space| space.door() == door) {
         Some(space) => Arc::clone(space),
         None => {
@@ -213,41 +171,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn devices_are_named_by_kind_and_place() {
-        assert_eq!(parse("vfio-user=/run/nvme"), Ok(DeviceSpec::VfioUser("/run/nvme".into())));
-        assert_eq!(parse("vfio-user=a=b"), Ok(DeviceSpec::VfioUser("a=b".into())));
-        let address = "0000:01:00.1".parse().unwrap();
-        let host = |door| Ok(DeviceSpec::VfioPci { address, door });
-        assert_eq!(parse("vfio-pci=0000:01:00.1"), host(None));
-        assert_eq!(parse("vfio-pci=01:00.1"), host(None));
-        assert_eq!(parse("vfio-pci=01:00.1,door=cdev"), host(Some(Door::Device)));
-        assert_eq!(parse("vfio-pci=01:00.1,door=group"), host(Some(Door::Group)));
-        for wrong in ["", "vfio-user", "vfio-user=", "/run/nvme", "vfio-pci", "vfio-pci="] {
-            assert!(parse(wrong).unwrap_err().contains("vfio-user=SOCKET or vfio-pci="), "{wrong}");
-        }
-        for (wrong, word) in [
-            ("vfio-pci=eth0", "`eth0` is no PCI address"),
-            ("vfio-pci=01:00.1,door=back", "`door=back` is no option"),
-            ("vfio-pci=01:00.1,", "`` is no option"),
-            ("vfio-pci=01:00.1,door=cdev,door=group", "is no option"),
-        ] {
-            let said = parse(wrong).unwrap_err();
-            assert!(said.contains(word), "{wrong}: {said}");
-        }
-    }
-
-    #[test]
     fn a_server_that_is_not_there_is_named() {
-        let spec = DeviceSpec::VfioUser("/nonexistent/socket".into());
-        let error = connect(&[spec]).unwrap_err();
+        let name = NamedDevice::VfioUser("/nonexistent/socket".into());
+        let error = connect(&[name]).unwrap_err();
         assert!(error.to_string().contains("/nonexistent/socket"), "{error}");
     }
 
     #[test]
     fn a_device_that_the_host_has_not_is_named() {
-        // No bus has so many domains.
-        let spec = parse("vfio-pci=fffffffe:1f:1f.7").unwrap();
-        let error = connect(&[spec]).unwrap_err();
+        // No host has so many domains.
+        let name = NamedDevice::VfioPci("fffffffe:1f:1f.7".parse().unwrap());
+        let error = connect(&[name]).unwrap_err();
         assert!(error.to_string().contains("fffffffe:1f:1f.7"), "{error}");
         let reason = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
         assert!(reason.contains("lspci -D"), "{reason}");

@@ -18,7 +18,7 @@ fn copied(fd: c_int, copy: c_int) {
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn close(fd: c_int) -> c_int {
+pub(super) unsafe extern "C" fn close(fd: c_int) -> c_int {
     // Before the number can be given to another thread's open; what was served is released when the number is free.
     let description = table::remove(fd);
     // SAFETY: the caller's argument, for the function that it meant to call.
@@ -113,12 +113,16 @@ macro_rules! fcntl {
 
 fcntl!(fcntl fcntl64);
 
-/// Defines calls that a device has no operation for: `errno` when the descriptor is served, else the real function.
+/// Defines calls that a device has no operation for: `errno` when the descriptor is a device's, nothing when it is a file's, else
+/// the real function.
 macro_rules! refused {
     ($($name:ident($($argument:ident: $type:ty),*): $errno:ident;)*) => {$(
         #[unsafe(no_mangle)]
         unsafe extern "C" fn $name(fd: c_int $(, $argument: $type)*) -> c_int {
-            if table::get(fd).is_some() {
+            if let Some(description) = table::get_full(fd) {
+                if description.file.is_regular() {
+                    return 0;
+                }
                 errno::set(libc::$errno);
                 return -1;
             }

@@ -41,7 +41,7 @@ macro_rules! mmap {
             answer_pointer(|| {
                 let offset = u64::try_from(offset).map_err(|_| Errno::INVAL)?;
                 let shared = flags & libc::MAP_TYPE != libc::MAP_PRIVATE;
-                let mapping = match description.file.map(offset, length as u64, prot, shared)? {
+                let mapping = match description.file.mmap(offset, length as u64, prot, shared)? {
                     Mappable::Pages(mapping) => mapping,
                     Mappable::Registers(device) => {
                         // Nothing is there, so that every access is caught.

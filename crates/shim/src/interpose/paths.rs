@@ -6,7 +6,7 @@ use std::sync::Arc;
 use libc::{size_t, ssize_t};
 
 use crate::{
-    errno,
+    errno, inside,
     node::{Metadata, Node},
     paths::{self, Target},
     real, tree, user,
@@ -19,7 +19,7 @@ fn look<R>(
     real: impl FnOnce(*const c_char) -> R,
 ) -> R {
     match paths::resolve(path) {
-        Target::Real => real(path),
+        Target::Real | Target::Refused(_) => real(path),
         Target::Elsewhere(there) => real(there.as_ptr()),
         Target::Node(node) => served(node),
     }
@@ -180,22 +180,58 @@ unsafe extern "C" fn readlinkat(
 unsafe extern "C" fn realpath(path: *const c_char, to: *mut c_char) -> *mut c_char {
     let result = match paths::resolve(path) {
         // SAFETY: the caller's arguments, for the function that it meant to call.
-        Target::Real => return unsafe { real::realpath()(path, to) },
+        Target::Real | Target::Refused(_) => unsafe { real::realpath()(path, to) },
         // SAFETY: as above; nodes are at real paths of their own, or nowhere.
         Target::Node(_) => return unsafe { real::realpath()(path, to) },
         // SAFETY: as above, with a path of ours.
         Target::Elsewhere(there) => unsafe { real::realpath()(there.as_ptr(), to) },
     };
-    if result.is_null() {
-        return result;
+    as_the_program_knows(result)
+}
+
+/// A path that libc has just made, as the program knows it.
+fn as_the_program_knows(path: *mut c_char) -> *mut c_char {
+    if path.is_null() || !tree::is_planned() || inside::is() {
+        return path;
     }
-    // SAFETY: realpath returned a C string in a buffer of PATH_MAX bytes, or one that it allocated.
-    let length = unsafe { libc::strlen(result) };
+    // SAFETY: libc returned a C string in the program's buffer, or one that it allocated.
+    let length = unsafe { libc::strlen(path) };
     // SAFETY: the same string, which nobody else has yet.
-    let text = unsafe { core::slice::from_raw_parts_mut(result.cast::<u8>(), length + 1) };
+    let text = unsafe { core::slice::from_raw_parts_mut(path.cast::<u8>(), length + 1) };
     if let Some(outside) = tree::outside(text) {
         let cut = text.len() - outside.len();
         text.copy_within(cut.., 0);
     }
-    result
+    path
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn getcwd(to: *mut c_char, size: size_t) -> *mut c_char {
+    // SAFETY: the caller's arguments, for the function that it meant to call.
+    as_the_program_knows(unsafe { real::getcwd()(to, size) })
+}
+
+/// Defines the functions that end the process at once, without what the loader would call.
+macro_rules! exits {
+    ($($name:ident)*) => {$(
+        #[unsafe(no_mangle)]
+        unsafe extern "C" fn $name(status: c_int) -> ! {
+            tree::remove();
+            // SAFETY: the caller's argument, for the function that it meant to call.
+            unsafe { real::$name()(status) };
+            std::process::abort()
+        }
+    )*};
+}
+
+exits!(_exit _Exit);
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn chdir(path: *const c_char) -> c_int {
+    let refuse = |_| {
+        errno::set(libc::ENOTDIR);
+        -1
+    };
+    // SAFETY: the caller's arguments, or a path of ours, for the function that it meant to call.
+    look(path, refuse, |path| unsafe { real::chdir()(path) })
 }

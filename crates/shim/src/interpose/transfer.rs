@@ -8,7 +8,7 @@ use libc::{iovec, off_t, size_t, ssize_t};
 use super::{answer, answer_if};
 use crate::{
     calls::{self, Position},
-    errno, real, table,
+    real, table,
     table::Description,
 };
 
@@ -28,7 +28,7 @@ unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, argument: *mut c_void) -
 macro_rules! by_descriptor {
     ($($name:ident($fd:ident $(, $argument:ident: $type:ty)*) -> $result:ty: $description:ident => $served:expr;)*) => {$(
         #[unsafe(no_mangle)]
-        unsafe extern "C" fn $name($fd: c_int $(, $argument: $type)*) -> $result {
+        pub(super) unsafe extern "C" fn $name($fd: c_int $(, $argument: $type)*) -> $result {
             match table::get_full($fd) {
                 Some($description) => answer(|| $served),
                 // SAFETY: the caller's arguments, for the function that it meant to call.
@@ -92,14 +92,13 @@ by_descriptor! {
         of => fits(count, room).and_then(|()| fill(&of, to, count, Position::At(at)));
 }
 
-/// Defines `lseek` under the names that it has. What is served has no position.
+/// Defines `lseek` under the names that it has.
 macro_rules! lseek {
     ($($name:ident)*) => {$(
         #[unsafe(no_mangle)]
-        unsafe extern "C" fn $name(fd: c_int, offset: off_t, whence: c_int) -> off_t {
-            if table::get(fd).is_some() {
-                errno::set(libc::ESPIPE);
-                return -1;
+        pub(super) unsafe extern "C" fn $name(fd: c_int, offset: off_t, whence: c_int) -> off_t {
+            if let Some(description) = table::get_full(fd) {
+                return answer(|| description.file.seek(offset, whence));
             }
             // SAFETY: the caller's arguments, for the function that it meant to call.
             unsafe { real::$name()(fd, offset, whence) }

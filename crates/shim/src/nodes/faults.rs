@@ -22,12 +22,12 @@ const KINDS: [(&str, &[&str]); 2] = [
 
 /// Adds the directories.
 pub(crate) fn plan(plan: &mut Plan) {
-    plan.tops.push(DEBUGFS.to_owned());
+    plan.tops.extend(KINDS.map(|(kind, _)| format!("{DEBUGFS}/{kind}")));
     plan.entries.push(entries);
 }
 
 fn entries() -> Vec<(String, Entry)> {
-    let file = |kind, setting| (format!("{DEBUGFS}/{kind}/{setting}"), Entry::File(b"N\n".to_vec()));
+    let file = |kind, setting| (format!("{DEBUGFS}/{kind}/{setting}"), Entry::File(b"N\n".to_vec(), 0o600));
     KINDS
         .iter()
         .flat_map(|(kind, settings)| settings.iter().map(move |setting| file(kind, setting)))

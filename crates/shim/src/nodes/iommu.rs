@@ -7,7 +7,7 @@ use rustix::mm::{MapFlags, ProtFlags};
 
 use vfio::doors::{Caller, Opened as VfioOpened};
 
-use crate::node::{Mapping, Metadata, Node, Opened, ServedFile};
+use crate::node::{Mappable, Mapping, Metadata, Node, Opened, ServedFile};
 
 /// A character device of the miscellaneous ones, as the kernel numbers it.
 const METADATA: Metadata = Metadata { mode: libc::S_IFCHR | 0o600, rdev: (10, 124) };
@@ -52,12 +52,12 @@ impl ServedFile for IommuFile {
         Err(Errno::INVAL)
     }
 
-    fn mmap(&self, offset: u64, length: u64, prot: i32, shared: bool) -> Result<Mapping> {
+    fn mmap(&self, offset: u64, length: u64, prot: i32, shared: bool) -> Result<Mappable> {
         let prot = ProtFlags::from_bits_truncate(prot.cast_unsigned());
         let flags = if shared { MapFlags::SHARED } else { MapFlags::PRIVATE };
         let mapping = self.context.mmap(offset, length, prot, flags)?;
         let fd = mapping.file().try_clone_to_owned().map_err(|_| Errno::NFILE)?;
-        Ok(Mapping { fd, offset: mapping.offset(), guard: Arc::new(mapping) })
+        Ok(Mappable::Pages(Mapping { fd, offset: mapping.offset(), guard: Arc::new(mapping) }))
     }
 
     fn metadata(&self) -> Option<Metadata> {

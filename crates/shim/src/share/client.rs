@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     calls,
-    node::{Mapping, ServedFile},
+    node::{Mappable, Mapping, ServedFile},
     table,
 };
 
@@ -141,12 +141,12 @@ impl ServedFile for RemoteFile {
         self.count(&Message { bytes, ..Message::new(Kind::WriteAt, [self.id, offset]) })
     }
 
-    fn mmap(&self, offset: u64, length: u64, prot: i32, shared: bool) -> Result<Mapping> {
+    fn mmap(&self, offset: u64, length: u64, prot: i32, shared: bool) -> Result<Mappable> {
         let how = u64::from(prot.cast_unsigned()) | u64::from(shared) << 32;
         let answer = self.link.call(&Message::new(Kind::Mmap, [self.id, offset, length, how]))?;
         let offset = u64::try_from(answer.result()?).map_err(|_| Errno::IO)?;
         let fd = answer.descriptor.ok_or(Errno::IO)?;
-        Ok(Mapping { fd, offset, guard: Arc::new(()) })
+        Ok(Mappable::Pages(Mapping { fd, offset, guard: Arc::new(()) }))
     }
 
     fn shared(&self) -> Option<(Arc<Link>, u64)> {

@@ -17,7 +17,11 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair, sockopt};
 use vfio::doors::{self, DeviceFile, Opened};
 
 use super::wire::{self, Kind, MOST, Message};
-use crate::{calls, node::ServedFile, table::Description};
+use crate::{
+    calls,
+    node::{Mappable, ServedFile},
+    table::Description,
+};
 
 /// The files that one process shares, by the numbers that both sides know them by.
 #[derive(Default)]
@@ -193,7 +197,9 @@ impl Server {
             Kind::Mmap => {
                 let prot = i32::try_from(c & 0xffff_ffff).unwrap_or(0);
                 match file.mmap(a, b, prot, c >> 32 != 0) {
-                    Ok(mapping) => {
+                    // Nothing there catches its accesses.
+                    Ok(Mappable::Registers(_)) => Message::answer(Err(Errno::INVAL)),
+                    Ok(Mappable::Pages(mapping)) => {
                         self.kept.push(mapping.guard);
                         let answer =
                             Message::answer(i64::try_from(mapping.offset).map_err(|_| Errno::OVERFLOW));

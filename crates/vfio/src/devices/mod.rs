@@ -2,4 +2,5 @@
 
 pub mod ioat;
 pub mod nvme;
+pub mod specification;
 pub mod test;

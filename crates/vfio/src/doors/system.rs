@@ -25,6 +25,8 @@ pub struct Registration {
     pub reset_set: Option<u32>,
     /// What it has to do with tokens.
     pub token: Token,
+    /// The number of its node, for who wants the same in several systems; none for the lowest that is free.
+    pub number: Option<u32>,
 }
 
 /// A device that cannot be added.
@@ -33,6 +35,9 @@ pub enum SystemError {
     /// The name is taken.
     #[error("there is a device with the name {0:?} already: give each its own address")]
     Name(String),
+    /// The number is taken.
+    #[error("there is a device with the number {0} already")]
+    Number(u32),
     /// It has no IOMMU, and there is no door for that.
     #[error("the device {0:?} has no IOMMU, and this was built without feature `noiommu`")]
     NoIommu(String),
@@ -134,7 +139,6 @@ impl GroupState {
 
 #[derive(Debug, Default)]
 struct Devices {
-    next_device: u32,
     by_number: BTreeMap<u32, Arc<Slot>>,
     /// By the IOMMU's number of them; without an IOMMU each device has one of its own.
     groups: BTreeMap<u32, Arc<GroupState>>,
@@ -160,7 +164,7 @@ impl System {
     /// # Errors
     /// [`SystemError`].
     pub fn add(self: &Arc<Self>, registration: Registration) -> Result<u32, SystemError> {
-        let Registration { name, address, device, hardware, reset_set, token } = registration;
+        let Registration { name, address, device, hardware, reset_set, token, number } = registration;
         let mut devices = lock(&self.devices);
         if devices.by_number.values().any(|slot| slot.name == name) {
             return Err(SystemError::Name(name));
@@ -168,8 +172,13 @@ impl System {
         if hardware.is_none() && !cfg!(feature = "noiommu") {
             return Err(SystemError::NoIommu(name));
         }
-        let number = devices.next_device;
-        devices.next_device += 1;
+        let number = match number {
+            Some(number) if devices.by_number.contains_key(&number) => {
+                return Err(SystemError::Number(number));
+            }
+            Some(number) => number,
+            None => (0..).find(|number| !devices.by_number.contains_key(number)).unwrap_or(u32::MAX),
+        };
         let group = match &hardware {
             // An IOMMU's numbers are its own, and fit.
             Some(hardware) => u32::try_from(hardware.group()).unwrap_or(u32::MAX),

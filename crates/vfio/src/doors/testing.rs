@@ -195,6 +195,7 @@ pub fn registration(name: &str, group: u64, device: Arc<dyn Device>) -> Registra
         hardware: Some(hardware),
         reset_set: None,
         token: Token::none(),
+        number: None,
     }
 }
 

@@ -55,7 +55,8 @@ impl Token {
     }
 
     /// Whether it is one of a physical function.
-    pub(super) fn is_physical(&self) -> bool {
+    #[must_use]
+    pub fn is_physical(&self) -> bool {
         matches!(self.0, Role::Physical(_))
     }
 

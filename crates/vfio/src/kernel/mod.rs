@@ -21,6 +21,26 @@
 //!
 //! Under an [`iommufd::Context`] of our own, above the host's: [`HostDevice::bind`].
 //!
+//! ```no_run
+//! use std::sync::Arc;
+//!
+//! use iommufd::{domain::Prot, iova::Iova};
+//! use vfio::{device::Device, kernel::{AddressSpace, HostDevice}};
+//! use vm_memory::MmapRegion;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let address = "0000:00:05.0".parse()?;
+//! let space = AddressSpace::new(HostDevice::door(address, None)?)?;
+//! let device = HostDevice::open_in(address, &space)?;
+//! let memory = Arc::new(MmapRegion::<()>::new(1 << 20)?);
+//! space.map(Iova(0x100000), &memory, Prot::READ | Prot::WRITE)?;
+//! device.write(7, 4, &[6, 0])?; // memory, bus master
+//! let mut register = [0; 4];
+//! device.read(0, 0, &mut register)?;
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! Contents: `host`, what sysfs tells; `space`, address spaces and the ways through both doors; `info`, `features`;
 //! `registers`, mapped ones. The system calls are in [`iommufd::kernel::calls`].
 
@@ -54,7 +74,7 @@ use uapi::vfio::{
 use zerocopy::IntoBytes;
 
 pub use self::{
-    address::{NoPciAddress, PciAddress},
+    address::{HostDeviceName, NoHostDeviceName, NoPciAddress, PciAddress},
     error::{KernelError, MapError},
     registers::{Register, Registers},
     space::AddressSpace,

@@ -5,6 +5,7 @@
 //! [`function::Function`] around it, and a `Function` is a [`Device`](crate::device::Device). A [`layout::Layout`]
 //! says what the function consists of; a [`function::Link`] is what its model has of it.
 
+pub mod address;
 pub mod function;
 pub mod interrupts;
 mod ioeventfd;

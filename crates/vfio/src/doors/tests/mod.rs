@@ -21,6 +21,7 @@ use crate::{
         test::{self, registers as reg},
     },
     doors::REGION_SHIFT,
+    pci::address::Address,
 };
 
 const CONFIG: u64 = (VFIO_PCI_CONFIG_REGION_INDEX as u64) << REGION_SHIFT;
@@ -99,25 +100,42 @@ fn devices_come_and_go() {
     system.remove(1);
     assert_eq!(system.group_of(1), None);
     assert!(system.nodes().len() < before);
+    let bare = |name| registration(name, 9, Arc::new(test::function().unwrap()));
+    let first = super::Registration { number: Some(0), ..bare("0000:00:09.0") };
+    assert_eq!(system.add(first).unwrap_err(), super::SystemError::Number(0));
+    let far = super::Registration { number: Some(7), ..bare("0000:00:09.0") };
+    assert_eq!(system.add(far), Ok(7));
+    assert_eq!(system.add(bare("0000:00:0a.0")), Ok(1), "the lowest that is free");
 }
 
 #[test]
 fn virtual_functions_follow_their_number() {
     let system = system();
-    let make = |_, (segment, bus, devfn): (u16, u8, u8)| {
-        let name = format!("{segment:04x}:{bus:02x}:{:02x}.{}", devfn >> 3, devfn & 7);
-        Some(registration(&name, 100 + u64::from(devfn), ioat::virtual_function().ok()?))
+    let make = |_, at: Address| {
+        Some(registration(&at.to_string(), 100 + u64::from(at.devfn), ioat::virtual_function().ok()?))
     };
     let token = super::Token::physical();
     let layout = (ioat::TOTAL_VFS, ioat::VF_OFFSET, ioat::VF_STRIDE);
-    let vfs = super::VirtualFunctions::new(&system, (0, 0, 0x30), layout, token, make);
+    let vfs = super::VirtualFunctions::new(
+        &system,
+        Address { segment: 0, bus: 0, devfn: 0x30 },
+        layout,
+        token,
+        make,
+    );
     assert_eq!((vfs.total(), vfs.count()), (7, 0));
     assert_eq!(vfs.set(8), Err(crate::Errno::RANGE));
     assert_eq!(vfs.set(2), Ok(()));
     assert_eq!(vfs.set(2), Ok(()));
     assert_eq!(vfs.set(3), Err(crate::Errno::BUSY));
-    assert_eq!((vfs.count(), vfs.address(0), vfs.address(1)), (2, (0, 0, 0xb0), (0, 0, 0xb2)));
-    assert_eq!(system.group_of(vfs.devices()[1]), Some(100 + 0xb2));
+    assert_eq!((vfs.count(), vfs.address(0).devfn, vfs.address(1).devfn), (2, 0xb0, 0xb2));
+    let group = |number: usize| vfs.devices()[number].and_then(|device| system.group_of(device));
+    assert_eq!((group(0), group(1)), (Some(100 + 0xb0), Some(100 + 0xb2)));
+    assert_eq!(vfs.unbind(2), Err(crate::Errno::NODEV));
+    assert_eq!(vfs.bind(0), Err(crate::Errno::BUSY));
+    assert_eq!((vfs.unbind(0), vfs.unbind(0)), (Ok(()), Err(crate::Errno::NODEV)));
+    assert_eq!((vfs.count(), group(0), group(1)), (2, None, Some(100 + 0xb2)));
+    assert_eq!((vfs.bind(0), group(0)), (Ok(()), Some(100 + 0xb0)));
     assert_eq!(vfs.set(0), Ok(()));
     assert_eq!((vfs.count(), vfs.devices().len()), (0, 0));
 }
