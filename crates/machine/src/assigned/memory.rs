@@ -27,8 +27,8 @@ impl GuestDma {
 /// What the device is told; the guest is told by the IOMMU.
 fn refused(fault: Fault) -> DmaFault {
     match fault.reason {
-        FaultReason::Unmapped | FaultReason::Detached => DmaFault::Unmapped(fault.iova),
         FaultReason::Permission => DmaFault::Forbidden(fault.iova),
+        _ => DmaFault::Unmapped(fault.iova),
     }
 }
 

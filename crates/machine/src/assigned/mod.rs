@@ -46,6 +46,9 @@ pub enum AssignError {
     /// It is something else.
     #[error("the device is no PCI function")]
     NotPci,
+    /// It accesses memory by itself, and the guest's IOMMU is in charge of all devices.
+    #[error("it reaches memory by itself, and cannot be behind this IOMMU: there is --iommu none, or virtio")]
+    Outside,
     /// The device failed.
     #[error("the device does not answer: {what}")]
     Device {

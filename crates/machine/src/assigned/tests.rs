@@ -413,10 +413,10 @@ fn behind_an_iommu_memory_is_what_the_guest_maps() {
     const ENDPOINT: u32 = 8;
     let rw = MapFlags { read: true, write: true };
     let ram = Arc::new(memory::create(&[(Gpa(0), 1 << 20)]).unwrap());
-    let mut iommu = GuestIommu::new(&ram).unwrap();
     let faults = Faults::new().unwrap();
-    let port = iommu.add_endpoint(ENDPOINT).unwrap();
-    let dma = GuestDma::new(DeviceMemory::translated(&ram, port, ENDPOINT, Arc::clone(&faults)));
+    let mut iommu = GuestIommu::new(&ram, Arc::clone(&faults)).unwrap();
+    let (port, remapper) = iommu.add_endpoint(ENDPOINT).unwrap();
+    let dma = GuestDma::new(DeviceMemory::translated(&ram, port, remapper));
     let at = Iova(0x7_0000_0000);
     assert_eq!(dma.read(at, &mut [0]), Err(DmaFault::Unmapped(at)));
     iommu.attach(1, ENDPOINT, false).unwrap();

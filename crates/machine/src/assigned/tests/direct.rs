@@ -61,7 +61,7 @@ fn code_that_a_device_writes_by_itself_is_what_the_guest_executes() {
         cpus: 1,
         serial: Box::new(io::sink()),
         guest_abi: GuestAbi::default(),
-        iommu: false,
+        iommu: None,
     })
     .unwrap();
     let model = Model::new();
