@@ -8,7 +8,7 @@ use std::time::Duration;
 use ring3::initramfs::cpio::Archive;
 use ring3::initramfs::modules::ModuleTree;
 
-use super::kernels::{Kernels, kernels};
+use super::kernels::kernels;
 use super::process;
 
 /// Room for a slow mirror.
@@ -19,37 +19,21 @@ pub struct Guests {
     kernel: PathBuf,
     busybox: Vec<u8>,
     modules: Vec<(String, Vec<u8>)>,
+    /// More of the kernel's command line.
+    words: &'static str,
 }
 
 /// What the guests are made of, or none after having said aloud why.
 pub fn guests() -> Option<&'static Guests> {
     static GUESTS: OnceLock<Result<Guests, String>> = OnceLock::new();
     let kernels = kernels()?;
-    match GUESTS.get_or_init(|| get(&kernels)) {
+    match GUESTS.get_or_init(|| Guests::of(kernels.older(), &["virtio_pci", "virtio_net"], "")) {
         Ok(guests) => Some(guests),
         Err(why) => {
             super::skip(why);
             None
         }
     }
-}
-
-fn get(kernels: &Kernels) -> Result<Guests, String> {
-    let mut version = Command::new("qemu-system-x86_64");
-    version.arg("--version").stdout(std::process::Stdio::null());
-    version.status().map_err(|error| format!("no qemu-system-x86_64: {error}"))?;
-    let busybox = ["/bin/busybox", "/usr/bin/busybox"].into_iter().find_map(|path| std::fs::read(path).ok());
-    let busybox = busybox.ok_or("no busybox")?;
-    // An interpreter is named near the beginning of a program that is not linked statically.
-    if busybox.iter().take(4096).copied().collect::<Vec<_>>().windows(9).any(|bytes| bytes == b"/ld-linux") {
-        return Err("busybox is not a static one (package busybox-static)".into());
-    }
-    let kernel = kernels.older().to_owned();
-    let modules = ModuleTree::open(&kernel.parent().ok_or("a kernel in no directory")?.join("modules"))
-        .and_then(|modules| modules.load(&["virtio_pci", "virtio_net"], &[]))
-        .map_err(|error| error.to_string())?;
-    let modules = modules.into_iter().map(|module| (module.file_name(), module.bytes)).collect();
-    Ok(Guests { kernel, busybox, modules })
 }
 
 /// A program without what is for debuggers, and the libraries that ldd(1) finds for it: names in the guest, files here.
@@ -116,6 +100,37 @@ echo \"LEASE $ip/$mask via $router mtu $mtu dns $dns\"
 ";
 
 impl Guests {
+    /// Guests with a kernel that has these drivers, and more words on its command line. A kernel that lies alone has no
+    /// modules.
+    pub fn of(kernel: &Path, modules: &[&str], words: &'static str) -> Result<Self, String> {
+        let mut version = Command::new("qemu-system-x86_64");
+        version.arg("--version").stdout(std::process::Stdio::null());
+        version.status().map_err(|error| format!("no qemu-system-x86_64: {error}"))?;
+        let busybox =
+            ["/bin/busybox", "/usr/bin/busybox"].into_iter().find_map(|path| std::fs::read(path).ok());
+        let busybox = busybox.ok_or("no busybox")?;
+        // An interpreter is named near the beginning of a program that is not linked statically.
+        if busybox
+            .iter()
+            .take(4096)
+            .copied()
+            .collect::<Vec<_>>()
+            .windows(9)
+            .any(|bytes| bytes == b"/ld-linux")
+        {
+            return Err("busybox is not a static one (package busybox-static)".into());
+        }
+        let tree = kernel.parent().ok_or("a kernel in no directory")?.join("modules");
+        let modules = if modules.is_empty() {
+            Vec::new()
+        } else {
+            let found = ModuleTree::open(&tree).and_then(|tree| tree.load(modules, &[]));
+            found.map_err(|error| error.to_string())?
+        };
+        let modules = modules.into_iter().map(|module| (module.file_name(), module.bytes)).collect();
+        Ok(Self { kernel: kernel.to_owned(), busybox, modules, words })
+    }
+
     /// A guest that runs a script (of busybox's shell) with its network card, `eth0`, up; `udhcpc -s /lease` configures it.
     /// What the script prints is the command's standard output. The initramfs goes into `dir`.
     pub fn command(&self, dir: &Path, script: &str) -> Command {
@@ -155,7 +170,8 @@ impl Guests {
             .arg(&self.kernel)
             .arg("-initrd")
             .arg(initramfs)
-            .args(["-append", "console=ttyS0 quiet panic=-1 mitigations=off random.trust_cpu=on"]);
+            .arg("-append")
+            .arg(format!("console=ttyS0 quiet panic=-1 mitigations=off random.trust_cpu=on {}", self.words));
         qemu.stdin(std::process::Stdio::null());
         process::as_other_user(&mut qemu);
         qemu

@@ -10,9 +10,10 @@ use crate::{
     hardware::UserData,
     ioas::{DirtyBitmap, Ioas},
     iova::{Iova, IovaRange},
-    object::{HwptOptions, ioas::IoasObject},
+    object::{HwptOptions, ioas::IoasObject, viommu::Viommu},
     pages::Pages,
     process::{Process, UserAddr},
+    viommu::VirtualIommu,
 };
 
 /// Address spaces.
@@ -154,6 +155,11 @@ impl Context {
     /// parent: its id. ENOENT, EINVAL when the page table is none for it, EOPNOTSUPP when the IOMMU has not the type.
     pub fn viommu_alloc(&self, caller: &dyn Caller, device: u32, parent: u32, data: UserData) -> Result<u32> {
         Ok(self.prepare_viommu(caller, device, parent, data)?.finish())
+    }
+
+    /// The driver of a vIOMMU: for who knows its type ([`VirtualIommu::as_any`]). ENOENT.
+    pub fn viommu(&self, id: u32) -> Result<Arc<dyn VirtualIommu>> {
+        Ok(self.table().get::<Viommu>(id)?.driver.clone())
     }
 
     /// Tells a vIOMMU that its guest knows `device` by `virt_id`: the id of the vDEVICE. ENOENT; EINVAL when the device is

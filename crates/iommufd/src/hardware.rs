@@ -9,6 +9,7 @@ use crate::{
     domain::Domain,
     iova::IovaRange,
     object::{DevicePort, PageResponse},
+    soft::Port,
     viommu::{ViommuPort, VirtualIommu},
 };
 
@@ -113,6 +114,12 @@ pub trait Hardware: Send + Sync + fmt::Debug {
     }
     /// From now on `pasid` of the device (none: all its plain DMA) is translated by `to`; by nothing when there is none.
     fn attach(&self, pasid: Option<u32>, to: Option<&Attachment>) -> Result<()>;
+    /// What its plain DMA, or that of a PASID, goes through, if the software IOMMU translates for it: copies by the device's
+    /// addresses take no lock then.
+    fn port(&self, pasid: Option<u32>) -> Option<Arc<Port>> {
+        let _ = pasid;
+        None
+    }
     /// What `IOMMU_GET_HW_INFO` tells: the type (`enum iommu_hw_info_type`) and the structure's bytes. `kind` is the type
     /// asked for, 0 for the default. EOPNOTSUPP for one that it has not. A driver with nothing to tell says type 0
     /// (none) and no bytes.

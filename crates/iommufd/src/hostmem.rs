@@ -5,7 +5,7 @@
 //! `vm-memory`'s [`VolatileSlice`].
 #![allow(unsafe_code, reason = "memory that Rust does not own is reached by its address")]
 
-use core::fmt;
+use core::{fmt, sync::atomic::AtomicU32};
 use std::os::fd::AsFd;
 
 use rustix::mm::{
@@ -100,6 +100,21 @@ impl FileMapping {
     /// How many bytes it has.
     pub(crate) fn length(&self) -> u64 {
         self.length as u64
+    }
+
+    /// The word at `offset`, a multiple of 4 in the mapping, which must be writable, and whose file must be as long.
+    ///
+    /// # Panics
+    /// When the offset is none.
+    pub(crate) fn word(&self, offset: usize) -> &AtomicU32 {
+        assert!(
+            offset.is_multiple_of(size_of::<u32>()) && offset < self.length,
+            "byte {offset} of {}",
+            self.length
+        );
+        // SAFETY: needed because the memory is shared with other processes. Sound because it is aligned and in the mapping,
+        // which lives as long as `self`, and everybody can only write bytes there.
+        unsafe { AtomicU32::from_ptr(pointer(self.start).cast::<u32>().byte_add(offset)) }
     }
 }
 

@@ -31,6 +31,8 @@ pub mod inject;
 pub mod ioas;
 mod ioctl;
 pub mod iova;
+#[cfg(feature = "kernel")]
+pub mod kernel;
 mod mapping;
 pub mod memory;
 #[cfg(any(test, feature = "mock"))]

@@ -8,16 +8,16 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use ::vfio::devices::specification::{Kind, Specification, SpecificationError};
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use vfio::devices::specification::{Kind, Specification, SpecificationError};
 
 use crate::net::options::ports::PortSpec;
 use crate::net::options::{PasstArgs, PastaArgs};
 use crate::run::devices::{self, DeviceSpec};
 
 pub use network::{Link, Publish};
-pub use vfio::{NvmeArgs, ServeArgs, ServedDevice, VfioTask};
+pub use vfio::{NamedDevice, NvmeArgs, ServeArgs, ServedDevice, VfioTask};
 
 const EXIT_STATUS: &str = "\
 Exit status:

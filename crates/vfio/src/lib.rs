@@ -5,8 +5,11 @@
 //! somebody (a door of VFIO, a vfio-user server, a virtual machine) sees nothing else of it. A device reaches memory by
 //! a [`dma::Dma`], which it is given when it is opened.
 
-#![forbid(unsafe_code)]
+// The client of the host's kernel hands addresses to it.
+#![cfg_attr(not(feature = "kernel"), forbid(unsafe_code))]
+#![cfg_attr(feature = "kernel", deny(unsafe_code))]
 
+mod capabilities;
 pub mod device;
 pub mod devices;
 pub mod dma;
@@ -14,6 +17,8 @@ pub mod dma;
 pub mod doors;
 pub mod eventfd;
 pub mod irq;
+#[cfg(feature = "kernel")]
+pub mod kernel;
 pub mod migration;
 pub mod pci;
 pub mod user;

@@ -13,7 +13,15 @@ use super::{
     ioas::IoasObject,
     table::{Table, Use},
 };
-use crate::{Context, Errno, Result, domain::HostAddr, hardware::Hardware, inject, ioas::Owner, iova::Iova};
+use crate::{
+    Context, Errno, Result,
+    domain::HostAddr,
+    hardware::Hardware,
+    inject,
+    ioas::Owner,
+    iova::{Iova, IovaRange},
+    soft::{Fault, FaultReason, PortDma},
+};
 
 /// How a device is attached: at first, or instead of what it is attached to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -263,22 +271,45 @@ impl BoundDevice {
     /// Memory as the device sees it.
     pub fn dma(&self) -> DeviceDma {
         let device = self.binding.device().map(Arc::downgrade).unwrap_or_default();
-        DeviceDma { device, pasid: None }
+        DeviceDma::new(device, None)
     }
 }
 
 /// Memory as a device in software sees it: through what the device is attached to at the time of the access. It may be kept
 /// when the device is unbound; everything faults then.
+///
+/// Behind the software IOMMU an access takes no lock, and is translated as any device's; what is mapped and unmapped elsewhere
+/// does not hold it up. For a device behind another IOMMU the address space is asked.
 #[derive(Clone, Debug)]
 pub struct DeviceDma {
     device: Weak<Device>,
     pasid: Option<u32>,
+    soft: Option<Arc<PortDma>>,
+}
+
+/// What the calls that copy say of a fault.
+fn errno(fault: Fault) -> Errno {
+    match fault.reason {
+        FaultReason::Permission => Errno::PERM,
+        FaultReason::Unmapped | FaultReason::Detached | FaultReason::Range | FaultReason::Target => {
+            Errno::NOENT
+        }
+        FaultReason::Table | FaultReason::Reserved | FaultReason::Foreign | FaultReason::Moving => {
+            Errno::FAULT
+        }
+    }
 }
 
 impl DeviceDma {
+    fn new(device: Weak<Device>, pasid: Option<u32>) -> Self {
+        let pasid = plain_if_zero(pasid);
+        let port = device.upgrade().and_then(|device| device.hardware.port(pasid));
+        Self { device, pasid, soft: port.map(|port| Arc::new(PortDma::new(port))) }
+    }
+
     /// Memory as the device's `pasid` sees it.
     pub fn pasid(&self, pasid: u32) -> Self {
-        Self { device: self.device.clone(), pasid: Some(pasid) }
+        Self::new(self.device.clone(), Some(pasid))
     }
 
     /// The host's page table that translates: ENOENT when the device is attached to none.
@@ -290,21 +321,46 @@ impl DeviceDma {
         }
     }
 
-    /// Copies from the memory at `iova`. ENOENT where nothing is mapped or the device is attached to nothing, EPERM where
-    /// the mapping forbids it, EOVERFLOW past the last address.
+    /// The software IOMMU's way, if that is the device's. ENOENT when the device is unbound: its hardware may be bound again
+    /// by somebody else.
+    fn soft(&self) -> Result<Option<&PortDma>> {
+        match &self.soft {
+            Some(_) if self.device.strong_count() == 0 => Err(Errno::NOENT),
+            soft => Ok(soft.as_deref()),
+        }
+    }
+
+    /// Copies from the memory at `iova`. EINVAL for no bytes, ENOENT where nothing is mapped or the device is attached to
+    /// nothing, EPERM where the mapping forbids it, EOVERFLOW past the last address; EFAULT when a guest's page table is
+    /// none.
     pub fn read(&self, iova: Iova, to: &mut [u8]) -> Result<()> {
-        self.paging()?.ioas.space.read(iova, to)
+        match self.soft()? {
+            Some(dma) => {
+                IovaRange::with_length(iova, to.len() as u64)?;
+                dma.read(iova, to).map_err(errno)
+            }
+            None => self.paging()?.ioas.space.read(iova, to),
+        }
     }
 
     /// Copies to the memory at `iova`. As [`Self::read`].
     pub fn write(&self, iova: Iova, from: &[u8]) -> Result<()> {
-        self.paging()?.ioas.space.write(iova, from)
+        match self.soft()? {
+            Some(dma) => {
+                IovaRange::with_length(iova, from.len() as u64)?;
+                dma.write(iova, from).map_err(errno)
+            }
+            None => self.paging()?.ioas.space.write(iova, from),
+        }
     }
 
     /// Where `iova` is in this process's memory now. It stays there until it is unmapped, which does
     /// not wait.
     pub fn translate(&self, iova: Iova) -> Result<HostAddr> {
-        self.paging()?.domain.lookup(iova).ok_or(Errno::NOENT)
+        match self.soft()? {
+            Some(dma) => dma.locate(iova).map_err(errno),
+            None => self.paging()?.domain.lookup(iova).ok_or(Errno::NOENT),
+        }
     }
 }
 

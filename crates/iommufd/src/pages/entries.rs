@@ -1,5 +1,7 @@
 //! Pages in the page tables of domains, and what happens there when they move.
 
+#![allow(unsafe_code, reason = "who enters pinned pages promises that they stay")]
+
 use std::{
     collections::BTreeMap,
     sync::{Arc, PoisonError, RwLockWriteGuard},
@@ -13,6 +15,7 @@ use crate::{
     inject,
     iova::{Iova, IovaRange, PAGE_SIZE},
     process::{PinObserver, UserAddr},
+    soft,
 };
 
 /// Where a part of a store is in an address space.
@@ -75,8 +78,12 @@ impl Entry {
         for (start, bytes) in pieces {
             let piece = (bytes - skip).min(length - mapped);
             let at = Iova(range.start().0 + mapped);
-            let done =
-                inject::check().and_then(|()| self.domain.map(at, HostAddr(start + skip), piece, prot));
+            let host = HostAddr(start + skip);
+            // SAFETY: needed because only who pins pages knows that they stay. The store holds the pins of an entry until the
+            // domain was synchronized after the entry was unmapped (`left`, `revoke`, and below), and suspends it
+            // before they move. The prot of an entry has no WRITE where the store pins for reading.
+            let map = || unsafe { soft::map_memory(&*self.domain, at, host, piece, prot) };
+            let done = inject::check().and_then(|()| map());
             if let Err(errno) = done {
                 if mapped > 0 {
                     self.domain.unmap(IovaRange::with_length(range.start(), mapped)?);
@@ -102,7 +109,7 @@ impl Pages {
             state.users.add(span);
         } else {
             state.take(self, span)?;
-            if !self.memory.may_write() {
+            if !(self.writable && self.memory.may_write()) {
                 entry.placement.prot.remove(Prot::WRITE);
             }
             if let Err(errno) = entry.map(self.lead, &state.runs(span)) {
@@ -251,7 +258,8 @@ impl State {
             let mapped =
                 if self.revoked { Err(Errno::NODEV) } else { entry.map(lead, &self.runs(entry.span)) };
             if let Err(errno) = mapped {
-                // Devices will fault here, which is the most that a page table without memory can do.
+                // Devices will fault here, which is the most that a page table without memory can do. They do not wait.
+                entry.domain.unmap(entry.placement.range);
                 tracing::error!(?errno, range = ?entry.placement.range, "pages that moved cannot be mapped again");
             }
         }

@@ -2,14 +2,17 @@
 //!
 //! # Theory of operation
 //!
-//! An [`Epoch`] is a number that each [`synchronize`](Epoch::synchronize) increases. Each [`Member`] has a slot: 0 while it is
-//! outside, the number it read when it came in while it is inside. Who has changed something and wants the old state to be
-//! out of use increases the number to `n`, and waits for every slot that has a value below `n`.
+//! Each [`Member`] has a slot: 0 while it is outside, and while it is inside a number that it never had before. Who has
+//! changed something and wants the old state to be out of use ([`synchronize`](Epoch::synchronize)) looks at all slots and
+//! waits for those with a number, until they have another value.
 //!
-//! - A slot with `n` or more came in after the increase and sees the change (release and acquire on the number).
+//! - A slot that has another value was left since: what was read before is used no more. Whether its owner came in
+//!   again does not matter; it sees the change then (release on every store to the slot, acquire on the look).
 //! - A slot that reads 0 either is outside, or its owner's store is on the way. Then the owner's fence comes after our
 //!   fence, so its loads see the change.
-//! - A member that registers after the scan takes the mutex after us, and sees the change by that.
+//! - A member that registers after the look takes the mutex after us, and sees the change by that.
+//!
+//! So members share nothing with each other, and with who waits only their slots.
 //!
 //! Who waits marks the slots that it waits for, so that leaving, an exchange, tells whether somebody is to be woken.
 //!
@@ -35,26 +38,25 @@ const SPINS: u32 = 200;
 #[derive(Debug)]
 #[repr(align(128))]
 struct Slot {
-    since: AtomicU64,
+    state: AtomicU64,
 }
 
 impl Slot {
-    fn began_before(&self, number: u64) -> bool {
-        let since = self.since.load(Ordering::Acquire);
-        since != OUTSIDE && since & !AWAITED < number
+    /// Which time inside this is; [`OUTSIDE`] for none.
+    fn time(&self) -> u64 {
+        self.state.load(Ordering::Acquire) & !AWAITED
     }
 
-    /// Asks its owner to wake the waiters when it leaves: whether it is inside since before `number`.
-    fn await_end(&self, number: u64) -> bool {
-        let mark = |since| (since != OUTSIDE && since & !AWAITED < number).then_some(since | AWAITED);
-        self.since.fetch_update(Ordering::AcqRel, Ordering::Acquire, mark).is_ok()
+    /// Asks its owner to wake the waiters when it leaves: whether it is inside for the time `time` still.
+    fn await_end(&self, time: u64) -> bool {
+        let mark = |state: u64| (state & !AWAITED == time).then_some(state | AWAITED);
+        self.state.fetch_update(Ordering::AcqRel, Ordering::Acquire, mark).is_ok()
     }
 }
 
 /// Something that is read without locks, and changed by those who call [`Self::synchronize`].
 #[derive(Debug)]
 pub(super) struct Epoch {
-    number: AtomicU64,
     slots: Mutex<Vec<Arc<Slot>>>,
     /// Held while a waiter looks at slots and goes to sleep, and while a member wakes it.
     gate: Mutex<()>,
@@ -67,38 +69,41 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Epoch {
     pub(super) fn new() -> Arc<Self> {
-        Arc::new(Self {
-            number: AtomicU64::new(OUTSIDE + 1),
-            slots: Mutex::default(),
-            gate: Mutex::default(),
-            left: Condvar::new(),
-        })
+        Arc::new(Self { slots: Mutex::default(), gate: Mutex::default(), left: Condvar::new() })
     }
 
     /// A new member, outside.
     pub(super) fn join(self: &Arc<Self>) -> Member {
-        let slot = Arc::new(Slot { since: AtomicU64::new(OUTSIDE) });
+        let slot = Arc::new(Slot { state: AtomicU64::new(OUTSIDE) });
         lock(&self.slots).push(Arc::clone(&slot));
-        Member { epoch: Arc::clone(self), slot }
+        Member { epoch: Arc::clone(self), slot, times: OUTSIDE, inside: false }
     }
 
     /// Waits until every member that was inside when this was called has left. Must not be called by one inside.
     pub(super) fn synchronize(&self) {
-        let number = self.number.fetch_add(1, Ordering::SeqCst) + 1;
         fence(Ordering::SeqCst);
-        let busy: Vec<_> =
-            lock(&self.slots).iter().filter(|slot| slot.began_before(number)).cloned().collect();
+        let inside = |slot: &Arc<Slot>| {
+            let time = slot.time();
+            (time != OUTSIDE).then(|| (Arc::clone(slot), time))
+        };
+        let busy: Vec<_> = lock(&self.slots).iter().filter_map(inside).collect();
         // Most sections are shorter than going to sleep.
         for _ in 0..SPINS {
-            if !busy.iter().any(|slot| slot.began_before(number)) {
+            if !busy.iter().any(|(slot, time)| slot.time() == *time) {
                 return;
             }
             core::hint::spin_loop();
         }
         let mut gate = lock(&self.gate);
-        while busy.iter().any(|slot| slot.await_end(number)) {
+        while busy.iter().any(|(slot, time)| slot.await_end(*time)) {
             gate = self.left.wait(gate).unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// Whether nobody is inside, so that [`Self::synchronize`] would not wait.
+    pub(super) fn is_quiet(&self) -> bool {
+        fence(Ordering::SeqCst);
+        lock(&self.slots).iter().all(|slot| slot.time() == OUTSIDE)
     }
 
     #[cold]
@@ -114,21 +119,29 @@ impl Epoch {
 pub(super) struct Member {
     epoch: Arc<Epoch>,
     slot: Arc<Slot>,
+    /// How often it came in.
+    times: u64,
+    inside: bool,
 }
 
 impl Member {
-    /// Comes in. To come in twice is to come in once.
+    /// Comes in. Who is inside already, because somebody forgot to leave, leaves first.
     #[inline]
     pub(super) fn enter(&mut self) {
-        let number = self.epoch.number.load(Ordering::Acquire);
-        self.slot.since.store(number, Ordering::Relaxed);
+        if self.inside {
+            self.leave();
+        }
+        self.inside = true;
+        self.times += 1;
+        self.slot.state.store(self.times, Ordering::Release);
         fence(Ordering::SeqCst);
     }
 
     /// Leaves: what was read inside must not be used any more.
     #[inline]
     pub(super) fn leave(&mut self) {
-        if self.slot.since.swap(OUTSIDE, Ordering::AcqRel) & AWAITED != 0 {
+        self.inside = false;
+        if self.slot.state.swap(OUTSIDE, Ordering::AcqRel) & AWAITED != 0 {
             self.epoch.wake();
         }
     }
@@ -194,7 +207,7 @@ mod tests {
                 done.send(()).unwrap();
             });
             // The waiter sleeps or is about to; others come, go and register meanwhile.
-            while inside.slot.since.load(Ordering::SeqCst) & AWAITED == 0 {
+            while inside.slot.state.load(Ordering::SeqCst) & AWAITED == 0 {
                 let mut other = epoch.join();
                 other.enter();
                 other.leave();
@@ -207,6 +220,23 @@ mod tests {
             is_done.recv().unwrap();
             later.leave();
         });
+    }
+
+    #[test]
+    fn coming_in_again_ends_the_time_before() {
+        let epoch = Epoch::new();
+        let mut member = epoch.join();
+        member.enter();
+        thread::scope(|scope| {
+            let waiter = scope.spawn(|| epoch.synchronize());
+            while member.slot.state.load(Ordering::SeqCst) & AWAITED == 0 {
+                thread::yield_now();
+            }
+            // The guard of the first time was forgotten: the mark of who waits for it must not be lost.
+            member.enter();
+            waiter.join().unwrap();
+        });
+        member.leave();
     }
 
     #[test]

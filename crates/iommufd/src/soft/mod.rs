@@ -17,19 +17,33 @@
 //! While writes are tracked, a translation for writing sets the leaf's dirty bit by compare-exchange, unless it is set.
 //! Clearing it is followed by a sync: a section that found the bit set has ended then, and the next one sets it anew.
 //!
-//! Contents: `epoch`, who waits for whom; `table`, the radix table and the only `unsafe` code;
-//! `domain`, the [`Domain`](crate::domain::Domain) made of it; `hardware`, the IOMMU that `iommufd` binds
-//! devices to.
+//! Memory that moves is not unmapped: who comes to it finds [`FaultReason::Moving`], leaves its section, and waits until it
+//! has arrived.
+//!
+//! Contents: `epoch`, who waits for whom; `table`, the radix table, and `section`, reading it; `domain`, the
+//! [`Domain`](crate::domain::Domain) made of it; `hardware`, the IOMMU that `iommufd` binds devices to; `port`, what a device's
+//! DMA goes through, and `dma`, copies by that; [`vtd`], a vIOMMU for guests, whose page tables are translated by the same.
+//! `unsafe` code is in `table`, `section` and `port`, where memory is looked at, and in `domain` and `vtd::table`, where it is
+//! entered.
 
+mod access;
 mod counters;
+mod dma;
 mod domain;
 mod epoch;
 mod hardware;
+mod port;
+mod section;
 mod table;
 #[cfg(test)]
 mod tests;
+pub mod vtd;
 
+pub use access::{Access, Fault, FaultReason, Translation};
 pub use counters::Counters;
+pub use dma::PortDma;
 pub use domain::SoftDomain;
-pub use hardware::{Port, PortReader, PortSection, SoftDevice};
-pub use table::{Access, Fault, FaultReason, Reader, Section, Translation};
+pub(crate) use domain::map_memory;
+pub use hardware::SoftDevice;
+pub use port::{Port, PortReader, PortSection};
+pub use section::{Reader, Section};

@@ -13,24 +13,30 @@
 //! The one change that readers make is the dirty bit of a leaf, by compare-exchange on the whole entry: so a leaf that was
 //! taken out meanwhile stays out, and the reader looks again.
 //!
+//! A table can be a cache of something else: [`Table::generation`] is read before the something is, and [`Table::cache`] enters
+//! what was found only if [`Table::invalidate`] was not called since. So what was read before an invalidation is never
+//! entered after it.
+//!
+//! Memory that moves is taken out as any other, but its place is remembered ([`Table::suspend`]) until it is mapped again:
+//! who finds nothing there is told to wait rather than that nothing is mapped.
+//!
 //! # `unsafe`
 //!
-//! An entry is a pointer that the borrow checker cannot follow. The rules that make it sound are in this file alone:
+//! An entry is a pointer that the borrow checker cannot follow. The rules that make it sound are in this file and in `section`:
 //! a node in the table is a leaked box, and becomes a box again in two places: after
 //! [`Epoch::synchronize`](super::epoch::Epoch::synchronize) since it was taken out, and in the table's own drop. Nodes are
-//! followed under the mutex, or inside a [`Section`], which a [`Reader`] of the same table enters and leaves.
+//! followed under the mutex, or inside a [`Section`](super::Section), which a [`Reader`] of the same table enters and leaves.
+//!
+//! A leaf with [`flag::MEMORY`] is memory that may be accessed by its address inside a section. Only
+//! [`Table::map_memory`] and [`Table::cache`] set it, which are `unsafe` for that.
 
 #![allow(unsafe_code, reason = "the entries of a table that is read without locks are raw pointers")]
 
 use core::{
-    borrow::BorrowMut,
-    cell::Cell,
-    fmt,
-    marker::PhantomData,
-    ptr,
-    sync::atomic::{AtomicBool, AtomicPtr, AtomicU16, Ordering},
+    fmt, ptr,
+    sync::atomic::{AtomicBool, AtomicPtr, AtomicU16, AtomicU64, AtomicUsize, Ordering},
 };
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::{
     Errno, Result,
@@ -39,8 +45,10 @@ use crate::{
 };
 
 use super::{
+    access::{Access, FaultReason, Translation},
     counters::{CounterSet, Counters, Tally},
-    epoch::{Epoch, Member},
+    epoch::Epoch,
+    section::Reader,
 };
 
 const PAGE_SHIFT: u32 = 12;
@@ -54,6 +62,8 @@ const TOP_LEAF: u32 = 2;
 
 /// How many bits of an address are translated.
 pub(super) const ADDRESS_BITS: u32 = PAGE_SHIFT + NODE_SHIFT * (TOP + 1);
+/// The last address that is translated.
+pub(super) const LAST_ADDRESS: u64 = (1 << ADDRESS_BITS) - 1;
 /// The sizes of leaves, one bit each.
 pub(super) const LEAF_SIZES: u64 = span(0) | span(1) | span(TOP_LEAF);
 
@@ -82,6 +92,8 @@ mod flag {
     pub(super) const LEAF: usize = 8;
     /// It was written to while writes were tracked.
     pub(super) const DIRTY: usize = 16;
+    /// It is memory of this process, which stays while it may be found here.
+    pub(super) const MEMORY: usize = 32;
     /// Everything that is not the host's address.
     pub(super) const ALL: usize = 0xfff;
 }
@@ -98,8 +110,8 @@ enum Entry {
 struct Leaf(usize);
 
 impl Leaf {
-    fn new(host: u64, prot: Prot) -> Self {
-        Self(host as usize | usize::from(prot.bits()) | flag::LEAF)
+    fn new(host: u64, flags: usize) -> Self {
+        Self(host as usize | flags | flag::LEAF)
     }
 
     fn host(self) -> u64 {
@@ -180,7 +192,8 @@ struct Rest {
     iova: u64,
     host: u64,
     length: u64,
-    prot: Prot,
+    /// Those of its leaves.
+    flags: usize,
 }
 
 /// A node that was taken out of the table and may still be read. Dropping it leaks the memory: see [`Self::free`].
@@ -190,30 +203,80 @@ struct Removed(*mut Node);
 unsafe impl Send for Removed {}
 
 impl Removed {
-    /// Frees the node and all below it.
+    /// Frees the node and all below it: how many.
     ///
     /// # Safety
     /// No reader has a pointer to it or gets one.
-    unsafe fn free(self) {
+    unsafe fn free(self) -> usize {
         // SAFETY: nodes in entries come from `Box::into_raw`. Each is in one entry or in one `Removed`, which ends here.
         let node = unsafe { Box::from_raw(self.0) };
+        let mut freed = 1;
         for entry in &node.entries {
             if let Entry::Node(_) = Entry::of(entry.load(Ordering::Acquire)) {
                 // SAFETY: who could reach it came through this node, and nobody does.
-                unsafe { Self(entry.load(Ordering::Relaxed)).free() };
+                freed += unsafe { Self(entry.load(Ordering::Relaxed)).free() };
             }
         }
+        freed
     }
 }
 
-/// What the mutex guards, beside the right to change entries: nodes that were taken out since the last grace period.
+/// What the mutex guards, beside the right to change entries.
 #[derive(Default)]
-struct Garbage(Vec<Removed>);
+struct Writer {
+    /// Nodes that were taken out since the last grace period.
+    garbage: Vec<Removed>,
+    /// First and last addresses of what moves now. They do not overlap.
+    moving: Vec<(u64, u64)>,
+}
+
+impl Writer {
+    /// Nothing between `start` and `last` moves any more: whether anything did.
+    fn arrived(&mut self, start: u64, last: u64) -> bool {
+        let touched = |&(from, to): &(u64, u64)| from <= last && to >= start;
+        if !self.moving.iter().any(touched) {
+            return false;
+        }
+        let before = core::mem::take(&mut self.moving);
+        for range @ (from, to) in before {
+            if !touched(&range) {
+                self.moving.push(range);
+                continue;
+            }
+            if from < start {
+                self.moving.push((from, start - 1));
+            }
+            if to > last {
+                self.moving.push((last + 1, to));
+            }
+        }
+        true
+    }
+}
+
+/// What became of something that was to be cached.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Cached {
+    /// It is entered.
+    Entered,
+    /// It was invalidated meanwhile.
+    Stale,
+    /// There is no room for it.
+    Full,
+}
 
 /// A table that translates for readers that take no lock.
 pub(super) struct Table {
     root: Box<Node>,
-    writer: Mutex<Garbage>,
+    writer: Mutex<Writer>,
+    /// Signalled, with the mutex, when something that moved has arrived.
+    settled: Condvar,
+    /// How often something began to move. Changed under the mutex.
+    moves: AtomicU64,
+    /// How often [`Self::invalidate`] was called. Changed under the mutex.
+    generation: AtomicU64,
+    /// How many nodes there are, with those that were taken out. Changed under the mutex, and when nodes are freed.
+    nodes: AtomicUsize,
     epoch: Arc<Epoch>,
     /// Whether translations for writing set dirty bits.
     tracking: AtomicBool,
@@ -228,7 +291,8 @@ impl fmt::Debug for Table {
 
 impl Drop for Table {
     fn drop(&mut self) {
-        let removed = core::mem::take(&mut self.writer.get_mut().unwrap_or_else(PoisonError::into_inner).0);
+        let removed =
+            core::mem::take(&mut self.writer.get_mut().unwrap_or_else(PoisonError::into_inner).garbage);
         let top = self.root.entries.iter().filter_map(|entry| {
             let raw = entry.load(Ordering::Acquire);
             matches!(Entry::of(raw), Entry::Node(_)).then_some(Removed(raw))
@@ -246,13 +310,17 @@ impl Table {
         Arc::new(Self {
             root: Node::new(),
             writer: Mutex::default(),
+            settled: Condvar::new(),
+            moves: AtomicU64::new(0),
+            generation: AtomicU64::new(0),
+            nodes: AtomicUsize::new(1),
             epoch: Epoch::new(),
             tracking: AtomicBool::new(false),
             counters: CounterSet::default(),
         })
     }
 
-    fn write(&self) -> MutexGuard<'_, Garbage> {
+    fn write(&self) -> MutexGuard<'_, Writer> {
         self.writer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -270,17 +338,131 @@ impl Table {
     /// Enters a mapping. EEXIST when something is mapped there already; nothing is entered then. The caller has checked
     /// that the range can be translated and that everything is aligned to pages.
     pub(super) fn map(&self, iova: Iova, host: HostAddr, length: u64, prot: Prot) -> Result<()> {
-        let mut writer = self.write();
-        let mut rest = Rest { iova: iova.0, host: host.0, length, prot };
+        self.enter(&mut self.write(), iova, host, length, usize::from(prot.bits()))
+    }
+
+    /// As [`Self::map`], of memory that may be accessed by its address.
+    ///
+    /// # Safety
+    /// The `length` bytes at `host` are memory of this process as [`bytes`](crate::hostmem::bytes) wants it, writable if `prot` says so,
+    /// until the range has been unmapped or suspended and the table synchronized after that.
+    pub(super) unsafe fn map_memory(
+        &self,
+        iova: Iova,
+        host: HostAddr,
+        length: u64,
+        prot: Prot,
+    ) -> Result<()> {
+        self.enter(&mut self.write(), iova, host, length, usize::from(prot.bits()) | flag::MEMORY)
+    }
+
+    fn enter(
+        &self,
+        writer: &mut Writer,
+        iova: Iova,
+        host: HostAddr,
+        length: u64,
+        flags: usize,
+    ) -> Result<()> {
+        let mut rest = Rest { iova: iova.0, host: host.0, length, flags };
         let result = self.fill(&self.root, TOP, &mut rest);
         if result.is_err() {
             // What was entered so far lies before the place where something else was. No node was made beyond it: a node is
             // made where nothing is, so the rest fits into it.
             if let Ok(entered) = IovaRange::with_length(iova, length - rest.length) {
-                self.clear(&mut writer, &self.root, TOP, entered.start().0, entered.last().0);
+                self.clear(writer, &self.root, TOP, entered.start().0, entered.last().0);
             }
+        } else if !writer.moving.is_empty() && writer.arrived(iova.0, iova.0 + (length - 1)) {
+            self.settled.notify_all();
         }
         result
+    }
+
+    /// Which state of what it caches the table has: see [`Self::cache`].
+    pub(super) fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Acquire)
+    }
+
+    /// Enters a mapping that was found elsewhere since [`Self::generation`] was `generation`, instead of what is cached
+    /// there, unless it was invalidated meanwhile or the table has `limit` nodes. It never waits for readers, so one may call
+    /// it. The caller has checked as for [`Self::map`].
+    ///
+    /// # Safety
+    /// As for [`Self::map_memory`], if it is `memory` and is entered; invalidating the range stands for unmapping it.
+    #[allow(clippy::too_many_arguments, reason = "a mapping has so many parts")]
+    pub(super) unsafe fn cache(
+        &self,
+        generation: u64,
+        limit: usize,
+        iova: Iova,
+        host: HostAddr,
+        length: u64,
+        prot: Prot,
+        memory: bool,
+    ) -> Cached {
+        let mut writer = self.write();
+        if self.generation.load(Ordering::Relaxed) != generation {
+            return Cached::Stale;
+        }
+        if self.nodes.load(Ordering::Relaxed) >= limit {
+            return Cached::Full;
+        }
+        self.clear(&mut writer, &self.root, TOP, iova.0, iova.0 + (length - 1));
+        let flags = usize::from(prot.bits()) | if memory { flag::MEMORY } else { 0 };
+        // Nothing is there now.
+        match self.enter(&mut writer, iova, host, length, flags) {
+            Ok(()) => Cached::Entered,
+            Err(_) => Cached::Stale,
+        }
+    }
+
+    /// Takes out what is cached between `start` and `last`, and keeps out what was read until now. Readers may use it until
+    /// [`Self::sync`] has returned, which the caller calls next.
+    pub(super) fn invalidate(&self, start: u64, last: u64) {
+        let mut writer = self.write();
+        self.generation.fetch_add(1, Ordering::Release);
+        self.clear(&mut writer, &self.root, TOP, start, last);
+    }
+
+    /// As [`Self::unmap`] and [`Self::sync`]; but until it is mapped again, or unmapped, [`FaultReason::Moving`] is found.
+    pub(super) fn suspend(&self, start: u64, last: u64) {
+        {
+            let mut writer = self.write();
+            writer.arrived(start, last);
+            writer.moving.push((start, last));
+            // Before the entries, so that who finds them gone sees it.
+            self.moves.fetch_add(1, Ordering::Release);
+            self.clear(&mut writer, &self.root, TOP, start, last);
+        }
+        self.sync();
+    }
+
+    /// Waits until nothing moves. Must not be called in a section of this table.
+    pub(super) fn settle(&self) {
+        let mut writer = self.write();
+        while !writer.moving.is_empty() {
+            writer = self.settled.wait(writer).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Why nothing was found at `iova`: none when something is there by now.
+    #[cold]
+    fn missing(&self, iova: u64) -> Option<FaultReason> {
+        if self.moves.load(Ordering::Acquire) == 0 {
+            return Some(FaultReason::Unmapped);
+        }
+        let writer = self.write();
+        if writer.moving.iter().any(|&(start, last)| (start..=last).contains(&iova)) {
+            return Some(FaultReason::Moving);
+        }
+        // SAFETY: the mutex is held.
+        let found = unsafe { self.find(iova) };
+        found.is_none().then_some(FaultReason::Unmapped)
+    }
+
+    fn new_node(&self) -> Box<Node> {
+        self.nodes.fetch_add(1, Ordering::Relaxed);
+        Node::new()
     }
 
     /// Enters as much of `rest` as lies in `node`. The mutex is held.
@@ -290,14 +472,15 @@ impl Table {
                 level <= TOP_LEAF && rest.iova.is_multiple_of(span(level)) && rest.length >= span(level);
             match node.get(at) {
                 Entry::Nothing if leaf => {
-                    node.fill(at, Leaf::new(rest.host, rest.prot).raw());
+                    node.fill(at, Leaf::new(rest.host, rest.flags).raw());
                     rest.iova += span(level);
                     rest.host += span(level);
                     rest.length -= span(level);
                 }
                 Entry::Nothing => {
                     // It is filled before readers can see it.
-                    let below = Node::new();
+                    let below = self.new_node();
+                    // Nothing is in it, so this cannot fail.
                     self.fill(&below, level - 1, rest)?;
                     node.fill(at, Box::into_raw(below));
                 }
@@ -318,14 +501,17 @@ impl Table {
     pub(super) fn unmap(&self, start: u64, last: u64) {
         let mut writer = self.write();
         self.clear(&mut writer, &self.root, TOP, start, last);
-        if writer.0.len() >= GARBAGE_LIMIT {
+        if !writer.moving.is_empty() && writer.arrived(start, last) {
+            self.settled.notify_all();
+        }
+        if writer.garbage.len() >= GARBAGE_LIMIT {
             drop(writer);
             self.sync();
         }
     }
 
     /// As [`Self::unmap`], within a node: true when nothing is left in it. The mutex is held.
-    fn clear(&self, writer: &mut Garbage, node: &Node, level: u32, start: u64, last: u64) -> bool {
+    fn clear(&self, writer: &mut Writer, node: &Node, level: u32, start: u64, last: u64) -> bool {
         let mut empty = false;
         for at in index(start, level)..=index(last, level) {
             // The part of the range that this entry translates.
@@ -343,7 +529,7 @@ impl Table {
             };
             // SAFETY: the mutex is held.
             if whole || self.clear(writer, unsafe { self.node(below) }, level - 1, from, to) {
-                writer.0.push(Removed(below.cast_mut()));
+                writer.garbage.push(Removed(below.cast_mut()));
                 empty = node.clear(at);
             }
         }
@@ -352,7 +538,7 @@ impl Table {
 
     /// Replaces a leaf by a node with the same translations: the node. The mutex is held.
     fn split(&self, node: &Node, at: usize, level: u32) -> *const Node {
-        let below = Box::into_raw(Node::new());
+        let below = Box::into_raw(self.new_node());
         loop {
             let raw = node.entry(at).load(Ordering::Acquire);
             // SAFETY: it was made here, and no reader sees it yet.
@@ -370,12 +556,31 @@ impl Table {
 
     /// Waits for the sections that are open now, and frees what was taken out before.
     pub(super) fn sync(&self) {
-        let removed = core::mem::take(&mut self.write().0);
+        let removed = core::mem::take(&mut self.write().garbage);
         self.epoch.synchronize();
+        // SAFETY: a grace period has passed.
+        unsafe { self.free(removed) };
+    }
+
+    /// Frees what was taken out before, if no section is open now. Who is in one may call it.
+    pub(super) fn try_sync(&self) {
+        let mut writer = self.write();
+        if self.epoch.is_quiet() {
+            let removed = core::mem::take(&mut writer.garbage);
+            drop(writer);
+            // SAFETY: a grace period has passed, without waiting.
+            unsafe { self.free(removed) };
+        }
+    }
+
+    /// # Safety
+    /// A grace period must have passed since the nodes were taken out.
+    unsafe fn free(&self, removed: Vec<Removed>) {
         for node in removed {
             // SAFETY: it was out of the table before the grace period began: a section that is open now never found it,
             // and who changes the table under the mutex only follows entries that are in it.
-            unsafe { node.free() };
+            let freed = unsafe { node.free() };
+            self.nodes.fetch_sub(freed, Ordering::Relaxed);
         }
     }
 
@@ -402,6 +607,56 @@ impl Table {
         }
     }
 
+    /// The translation, and whether it is memory that may be accessed by its address.
+    ///
+    /// # Safety
+    /// As for [`Self::node`], for the time of the call.
+    #[inline]
+    pub(super) unsafe fn translate(
+        &self,
+        iova: Iova,
+        access: Access,
+    ) -> core::result::Result<(Translation, bool), FaultReason> {
+        loop {
+            // SAFETY: the caller's promise.
+            let Some((leaf, level, entry)) = (unsafe { self.find(iova.0) }) else {
+                match self.missing(iova.0) {
+                    Some(reason) => return Err(reason),
+                    None => continue,
+                }
+            };
+            let needed = match access {
+                Access::Read => flag::READ,
+                Access::Write => flag::WRITE,
+            };
+            if !leaf.has(needed) {
+                return Err(FaultReason::Permission);
+            }
+            if access == Access::Write
+                && !leaf.has(flag::DIRTY)
+                && self.tracking.load(Ordering::Acquire)
+                && entry
+                    .compare_exchange(
+                        leaf.raw(),
+                        Leaf(leaf.0 | flag::DIRTY).raw(),
+                        Ordering::AcqRel,
+                        Ordering::Relaxed,
+                    )
+                    .is_err()
+            {
+                // Unmapped, split, or marked by another meanwhile.
+                continue;
+            }
+            let offset = iova.0 % span(level);
+            let found = Translation {
+                host: HostAddr(leaf.host() + offset),
+                length: span(level) - offset,
+                prot: Prot::from_bits_truncate((leaf.0 & flag::PROT) as u8),
+            };
+            return Ok((found, leaf.has(flag::MEMORY)));
+        }
+    }
+
     /// Where `iova` is mapped to.
     pub(super) fn lookup(&self, iova: Iova) -> Option<HostAddr> {
         let _writer = self.write();
@@ -423,6 +678,11 @@ impl Table {
         }
         // From now on nobody writes by a translation that was made before.
         self.sync();
+    }
+
+    /// Whether writes are noted.
+    pub(super) fn tracks(&self) -> bool {
+        self.tracking.load(Ordering::Acquire)
     }
 
     /// Reports what is dirty between `start` and `last`, and forgets it unless `keep`.
@@ -468,7 +728,12 @@ impl Table {
 
     /// A new reader.
     pub(super) fn reader(self: &Arc<Self>) -> Reader {
-        Reader { member: self.epoch.join(), table: Arc::clone(self), tally: self.counters.join() }
+        Reader::new(self, self.epoch.join(), self.counters.join())
+    }
+
+    /// A reader that did so much is gone.
+    pub(super) fn left(&self, tally: &Tally) {
+        self.counters.leave(tally);
     }
 
     /// What all readers did; what one does in a section is counted when it ends.
@@ -493,195 +758,4 @@ impl Table {
 
 fn undirty(entry: &AtomicPtr<Node>) {
     entry.fetch_and(!flag::DIRTY, Ordering::AcqRel);
-}
-
-/// What a device wants to do with memory.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Access {
-    /// Read it.
-    Read,
-    /// Write it, or change it atomically.
-    Write,
-}
-
-/// Why a translation failed.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
-pub enum FaultReason {
-    /// Nothing is mapped there.
-    #[error("nothing is mapped")]
-    Unmapped,
-    /// What is mapped there does not allow the access.
-    #[error("the mapping does not allow it")]
-    Permission,
-    /// The device is attached to nothing.
-    #[error("the device is attached to no address space")]
-    Detached,
-}
-
-/// An access of a device that could not be translated.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
-#[error("{access:?} at {iova:?}: {reason}")]
-pub struct Fault {
-    /// Where.
-    pub iova: Iova,
-    /// What it wanted.
-    pub access: Access,
-    /// Why it got nothing.
-    pub reason: FaultReason,
-}
-
-/// Where an address is mapped to.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Translation {
-    /// The address in this process. Memory (or registers) to be accessed as such as long as the section is open.
-    pub host: HostAddr,
-    /// How many bytes from there on belong to the same leaf; at least one.
-    pub length: u64,
-    /// What may be done with them.
-    pub prot: Prot,
-}
-
-/// The right to read a table, for one thread or device at a time.
-pub struct Reader {
-    member: Member,
-    table: Arc<Table>,
-    tally: Tally,
-}
-
-impl fmt::Debug for Reader {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Reader").field("tally", &self.tally).finish_non_exhaustive()
-    }
-}
-
-impl Reader {
-    /// Opens a section.
-    #[inline]
-    pub fn section(&mut self) -> Section<&mut Self> {
-        Section::open(self)
-    }
-
-    /// Opens a section that takes the reader along; [`Section::close`] gives it back.
-    pub fn into_section(self) -> Section<Self> {
-        Section::open(self)
-    }
-}
-
-impl Drop for Reader {
-    fn drop(&mut self) {
-        self.table.counters.leave(&self.tally);
-    }
-}
-
-/// While it is open, what it translated stays where it is. It belongs to one thread, and must not be open for long:
-/// [`Domain::sync`](crate::domain::Domain::sync) waits for it. A thread that has one open must not unmap and sync.
-pub struct Section<R: BorrowMut<Reader>> {
-    /// None after [`Self::close`].
-    reader: Option<R>,
-    done: Cell<Counters>,
-    /// A section in two threads would need counters for two.
-    _one_thread: PhantomData<Cell<()>>,
-}
-
-impl<R: BorrowMut<Reader>> fmt::Debug for Section<R> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Section").field("done", &self.done).finish_non_exhaustive()
-    }
-}
-
-impl<R: BorrowMut<Reader>> Section<R> {
-    fn open(mut reader: R) -> Self {
-        reader.borrow_mut().member.enter();
-        Self { reader: Some(reader), done: Cell::default(), _one_thread: PhantomData }
-    }
-
-    fn end(&mut self) -> Option<R> {
-        let mut reader = self.reader.take()?;
-        let inner: &mut Reader = reader.borrow_mut();
-        inner.member.leave();
-        inner.tally.add(self.done.get());
-        Some(reader)
-    }
-
-    /// What was done in it until now.
-    #[must_use]
-    pub fn counters(&self) -> Counters {
-        self.done.get()
-    }
-
-    /// Ends it: the reader.
-    pub fn close(mut self) -> Option<R> {
-        self.end()
-    }
-
-    /// Where `iova` is, if it may be accessed so.
-    ///
-    /// # Errors
-    /// [`FaultReason::Unmapped`] and [`FaultReason::Permission`].
-    #[inline]
-    pub fn translate(&self, iova: Iova, access: Access) -> core::result::Result<Translation, Fault> {
-        let result = match &self.reader {
-            Some(reader) => {
-                let reader: &Reader = reader.borrow();
-                // SAFETY: between `open` and `end` the reader, which is a member of this table's epoch, is inside.
-                unsafe { translate(&reader.table, iova, access) }
-            }
-            None => Err(FaultReason::Unmapped),
-        };
-        let mut done = self.done.get();
-        match result {
-            Ok(_) => done.translations += 1,
-            Err(_) => done.faults += 1,
-        }
-        self.done.set(done);
-        result.map_err(|reason| Fault { iova, access, reason })
-    }
-}
-
-/// # Safety
-/// As for [`Table::node`], for the time of the call.
-#[inline]
-unsafe fn translate(
-    table: &Table,
-    iova: Iova,
-    access: Access,
-) -> core::result::Result<Translation, FaultReason> {
-    loop {
-        // SAFETY: the caller's promise.
-        let (leaf, level, entry) = unsafe { table.find(iova.0) }.ok_or(FaultReason::Unmapped)?;
-        let needed = match access {
-            Access::Read => flag::READ,
-            Access::Write => flag::WRITE,
-        };
-        if !leaf.has(needed) {
-            return Err(FaultReason::Permission);
-        }
-        if access == Access::Write
-            && !leaf.has(flag::DIRTY)
-            && table.tracking.load(Ordering::Acquire)
-            && entry
-                .compare_exchange(
-                    leaf.raw(),
-                    Leaf(leaf.0 | flag::DIRTY).raw(),
-                    Ordering::AcqRel,
-                    Ordering::Relaxed,
-                )
-                .is_err()
-        {
-            // Unmapped, split, or marked by another meanwhile.
-            continue;
-        }
-        let offset = iova.0 % span(level);
-        return Ok(Translation {
-            host: HostAddr(leaf.host() + offset),
-            length: span(level) - offset,
-            prot: Prot::from_bits_truncate((leaf.0 & flag::PROT) as u8),
-        });
-    }
-}
-
-impl<R: BorrowMut<Reader>> Drop for Section<R> {
-    fn drop(&mut self) {
-        self.end();
-    }
 }

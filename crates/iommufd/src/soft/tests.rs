@@ -422,7 +422,7 @@ fn a_port_follows_its_device() {
             done.send(()).unwrap();
         });
         // The domain is gone from the port before the wait begins.
-        while port.domain().is_some() {
+        while port.is_attached() {
             thread::yield_now();
         }
         assert!(section.translate(Iova(0), Access::Read).is_ok());

@@ -24,12 +24,13 @@ const RW: Prot = Prot::READ.union(Prot::WRITE);
 /// Two address spaces with memory of a process and of a file, a domain, and a pin.
 struct World {
     process: Arc<TestProcess>,
-    buffer: Buffer,
     ioas: Arc<Ioas>,
     other: Arc<Ioas>,
     stores: [Arc<Pages>; 2],
     tables: [Arc<TestDomain>; 2],
     _pinned: Pinned,
+    /// Dropped last: another test may be given its addresses then, and must not find pins there.
+    buffer: Buffer,
 }
 
 impl World {

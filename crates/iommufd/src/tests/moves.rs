@@ -15,12 +15,13 @@ use super::{
     range, store,
 };
 use crate::{
-    Errno, Result,
+    Context, Errno, Result,
     domain::{DirtySink, Domain, Geometry, HostAddr, Prot},
     ioas::Ioas,
     iova::{Iova, IovaRange},
     pages::Pages,
     process::{LocalProcess, Process, vacate},
+    soft::SoftDevice,
 };
 
 const RW: Prot = Prot::READ.union(Prot::WRITE);
@@ -238,4 +239,73 @@ fn copies_wait_for_pages_that_move() {
         assert_eq!(unmapper.join().unwrap(), Ok(16 * PAGE));
     });
     assert_eq!((slow.inner.bytes(), bench.process.usage().pinned()), (0, 0));
+}
+
+/// A device behind the software IOMMU waits for memory that moves, and does not fault.
+#[test]
+fn a_device_in_software_reads_on_while_its_memory_moves() {
+    for _ in 0..20 {
+        let context = Context::new();
+        let device = context.bind(SoftDevice::new(1, Vec::new())).unwrap();
+        let ioas = context.ioas_alloc().unwrap();
+        let bench = Bench::new(Buffer::new(16));
+        let process: Arc<dyn Process> = bench.process.clone();
+        context.ioas_map(ioas, &process, bench.buffer.start(), 16 * PAGE, Some(Iova(0)), RW).unwrap();
+        device.attach(None, ioas).unwrap();
+        let (dma, end) = (device.dma(), AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            let reader = scope.spawn(|| {
+                let mut read = 0;
+                while !end.load(Ordering::Relaxed) || read == 0 {
+                    let mut bytes = vec![0; 16 * PAGE as usize - 7];
+                    dma.read(Iova(3), &mut bytes).unwrap();
+                    let wrong = bytes.iter().zip(3..).position(|(byte, at)| *byte != pattern(at));
+                    assert_eq!(wrong, None);
+                    read += 1;
+                }
+            });
+            for page in 0..16 {
+                assert_eq!(bench.vacate(page, 1), Ok(true));
+            }
+            end.store(true, Ordering::Relaxed);
+            reader.join().unwrap();
+        });
+        // What does not come back is not waited for.
+        context.ioas_unmap(ioas, IovaRange::ALL).unwrap();
+        assert_eq!(dma.read(Iova(0), &mut [0]), Err(Errno::NOENT));
+    }
+}
+
+#[test]
+fn copies_of_a_device_in_software_have_the_errors_of_the_address_space() {
+    let context = Context::new();
+    let device = context.bind(SoftDevice::new(1, Vec::new())).unwrap();
+    let dma = device.dma();
+    let mut two = [0; 2];
+    assert_eq!(dma.read(Iova(0), &mut two), Err(Errno::NOENT));
+    let ioas = context.ioas_alloc().unwrap();
+    let buffer = Buffer::new(4);
+    buffer.number();
+    let process: Arc<dyn Process> = TestProcess::new();
+    let map = |page: u64, at, prot| {
+        context.ioas_map(ioas, &process, buffer.page(page), PAGE, Some(Iova(at)), prot).unwrap();
+    };
+    map(0, 0, RW);
+    map(1, PAGE, Prot::READ);
+    map(2, 8 * PAGE, Prot::WRITE);
+    device.attach(None, ioas).unwrap();
+    assert_eq!(dma.read(Iova(PAGE - 1), &mut two), Ok(()));
+    assert_eq!(two, [pattern(PAGE - 1), pattern(PAGE)]);
+    assert_eq!(dma.write(Iova(PAGE - 1), &[1, 2]), Err(Errno::PERM));
+    assert_eq!(dma.read(Iova(PAGE - 1), &mut two), Ok(()));
+    assert_eq!(two, [1, pattern(PAGE)], "what comes before a fault is done");
+    assert_eq!(dma.read(Iova(8 * PAGE), &mut two), Err(Errno::PERM));
+    assert_eq!(dma.read(Iova(2 * PAGE - 1), &mut two), Err(Errno::NOENT));
+    assert_eq!(dma.read(Iova(0), &mut []), Err(Errno::INVAL));
+    assert_eq!(dma.read(Iova(u64::MAX), &mut two), Err(Errno::OVERFLOW));
+    assert_eq!(dma.read(Iova(u64::MAX - 1), &mut two), Err(Errno::NOENT));
+    assert!(dma.translate(Iova(8 * PAGE)).is_ok());
+    assert_eq!(dma.pasid(3).read(Iova(0), &mut two), Err(Errno::NOENT));
+    drop(device);
+    assert_eq!(dma.read(Iova(0), &mut two), Err(Errno::NOENT));
 }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
+use vfio::kernel::{HostDeviceName, NoHostDeviceName};
 
 use super::Isolation;
 
@@ -11,7 +12,8 @@ Examples:
   truncate -s 8G disk.img
   ring3 vfio serve nvme --file disk.img --socket nvme.sock
   ring3 vfio serve nvme --file base.img --read-only --socket base.sock --once
-  ring3 vfio info --socket nvme.sock
+  ring3 vfio info vfio-user=nvme.sock
+  ring3 vfio info vfio-pci=0000:00:04.0
 
 QEMU (10.1 or newer) as the client, with memory that it shares:
   qemu-system-x86_64 -m 1G -object memory-backend-memfd,id=m,size=1G \\
@@ -31,14 +33,37 @@ pub enum VfioTask {
         #[command(subcommand)]
         device: ServedDevice,
     },
-    /// Print what the device at the other end of a vfio-user socket is
+    /// Print what a device is: one of a vfio-user server, or one of the host's
     ///
     /// Its regions, interrupts and features, and what the server can do.
     Info {
-        /// Socket of the server
-        #[arg(long, visible_alias = "socket-path", value_name = "PATH")]
-        socket: PathBuf,
+        /// The device: vfio-user=SOCKET, or vfio-pci=ADDRESS of a PCI device of the host that its vfio-pci has
+        /// (vfio-pci=0000:00:04.0; `,door=cdev` or `,door=group` behind it says which of VFIO's doors)
+        #[arg(value_name = "DEVICE", value_parser = parse_named, required_unless_present = "socket")]
+        device: Option<NamedDevice>,
+        /// Socket of a server: the same as vfio-user=PATH
+        #[arg(long, visible_alias = "socket-path", value_name = "PATH", conflicts_with = "device")]
+        socket: Option<PathBuf>,
     },
+}
+
+/// What `ring3 vfio info` describes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NamedDevice {
+    /// That of a vfio-user server, by its socket.
+    VfioUser(PathBuf),
+    /// One of the host's.
+    VfioPci(HostDeviceName),
+}
+
+fn parse_named(text: &str) -> Result<NamedDevice, String> {
+    match text.split_once('=') {
+        Some(("vfio-user", path)) if !path.is_empty() => Ok(NamedDevice::VfioUser(path.into())),
+        Some(("vfio-pci", name)) => {
+            name.parse().map(NamedDevice::VfioPci).map_err(|error: NoHostDeviceName| error.to_string())
+        }
+        _ => Err(format!("`{text}` is no device: write vfio-user=SOCKET or vfio-pci=ADDRESS")),
+    }
 }
 
 /// The devices of `ring3 vfio serve`.
@@ -92,4 +117,25 @@ pub struct ServeArgs {
     /// Say which clients come and go, and which rights were given up
     #[arg(short, long)]
     pub verbose: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_described_is_named_as_for_run() {
+        assert_eq!(parse_named("vfio-user=a=b"), Ok(NamedDevice::VfioUser("a=b".into())));
+        assert_eq!(
+            parse_named("vfio-pci=00:04.0,door=group"),
+            Ok(NamedDevice::VfioPci("0000:00:04.0,door=group".parse().unwrap()))
+        );
+        for (wrong, says) in [
+            ("nvme.sock", "vfio-pci=ADDRESS"),
+            ("vfio-user=", "vfio-user=SOCKET"),
+            ("vfio-pci=4", "0000:00:04.0"),
+        ] {
+            assert!(parse_named(wrong).unwrap_err().contains(says), "{wrong}");
+        }
+    }
 }

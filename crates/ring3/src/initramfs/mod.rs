@@ -9,7 +9,7 @@ use std::path::Path;
 use guest_init::spec::{MODULE_DIR, SPEC_PATH, Spec, SpecError};
 
 pub use cpio::Archive;
-pub use modules::{Module, ModuleError, ModuleTree};
+pub use modules::{Module, ModuleError, ModuleTree, module_name};
 
 /// The first process of the guest: a static x86-64 ELF file, built by this crate's build script.
 pub static GUEST_INIT: &[u8] = include_bytes!(env!("RING3_GUEST_INIT"));

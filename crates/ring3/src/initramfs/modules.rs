@@ -208,14 +208,23 @@ impl ModuleTree {
             all.reverse();
             return Ok(all);
         }
+        let information = self.information(name)?;
+        let depends = information.iter().find(|(key, _)| key == "depends").map_or("", |(_, value)| value);
+        Ok(depends.split(',').filter(|n| !n.is_empty()).map(module_name).collect())
+    }
+
+    /// What a module says about itself in its `.modinfo` section: keys and values, in order.
+    ///
+    /// # Errors
+    /// A [`ModuleError`] when the module cannot be read or is none.
+    pub fn information(&self, name: &str) -> Result<Vec<(String, String)>, ModuleError> {
         let bytes = self.read(name)?;
         let not = || ModuleError::NotAModule { path: self.path(name) };
         let file = object::File::parse(&*bytes).map_err(|_| not())?;
         let section = file.section_by_name(".modinfo").ok_or_else(not)?;
-        let info = section.data().map_err(|_| not())?;
-        let depends = info.split(|&b| b == 0).find_map(|record| record.strip_prefix(b"depends="));
-        let depends = String::from_utf8_lossy(depends.unwrap_or_default()).into_owned();
-        Ok(depends.split(',').filter(|n| !n.is_empty()).map(module_name).collect())
+        let records = String::from_utf8_lossy(section.data().map_err(|_| not())?).into_owned();
+        let pair = |record: &str| record.split_once('=').map(|(key, value)| (key.into(), value.into()));
+        Ok(records.split('\0').filter_map(pair).collect())
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -267,7 +276,8 @@ fn is_module(path: &Path) -> bool {
 }
 
 /// The name of the module in a path or a dependency: no directories, no endings, underscores.
-fn module_name(path: &str) -> String {
+#[must_use]
+pub fn module_name(path: &str) -> String {
     let file = path.rsplit('/').next().unwrap_or(path);
     file.split('.').next().unwrap_or(file).replace('-', "_")
 }

@@ -6,6 +6,7 @@
 
 pub mod apt;
 pub mod deb;
+pub mod depmod;
 pub mod image;
 pub mod progress;
 pub mod store;
@@ -94,6 +95,21 @@ pub enum KernelError {
 /// # Errors
 /// A [`KernelError`] that says what would work.
 pub fn choose(named: Option<&Path>) -> Result<Kernel, KernelError> {
+    let kernel = find(named)?;
+    if let (Some(modules), Ok(store)) = (&kernel.modules, Store::of_user())
+        && modules.starts_with(store.dir())
+        && !depmod::is_indexed(modules)
+    {
+        // Put there before ring3 wrote all index files. Only `modprobe` in the guest would miss them.
+        let indexed = store.lock().map_err(KernelError::from).and_then(|_writer| depmod::index(modules));
+        if let Err(error) = indexed {
+            tracing::warn!("modprobe may not find the guest's modules: {error}");
+        }
+    }
+    Ok(kernel)
+}
+
+fn find(named: Option<&Path>) -> Result<Kernel, KernelError> {
     if let Some(path) = named {
         let bytes = image::read(path)?;
         let release = image::identify(path, &bytes)?.release.unwrap_or_default();
@@ -197,7 +213,7 @@ fn fetch_into(writer: &Writer<'_>, wanted: Option<&str>) -> Result<Kernel, Kerne
     if !staged.path().join(store::IMAGE).is_file() {
         return Err(KernelError::EmptyPackage { release: downloaded.release });
     }
-    index_modules(&staged.path().join(store::MODULES))?;
+    depmod::index(&staged.path().join(store::MODULES))?;
     Ok(writer.commit(staged, &downloaded.release)?)
 }
 
@@ -220,19 +236,9 @@ pub fn add(image: &Path, modules: Option<&Path>) -> Result<Kernel, KernelError> 
     if let Some(modules) = modules {
         let to = staged.path().join(store::MODULES);
         copy(&modules, copy_tree(&modules, &to, 0))?;
-        index_modules(&to)?;
+        depmod::index(&to)?;
     }
     Ok(writer.commit(staged, &release)?)
-}
-
-/// Writes `modules.dep` where it is missing, for runs to come and for `modprobe` in the guest.
-fn index_modules(dir: &Path) -> Result<(), KernelError> {
-    let file = dir.join("modules.dep");
-    if !dir.is_dir() || file.exists() {
-        return Ok(());
-    }
-    let text = ModuleTree::open(dir)?.dependency_file()?;
-    fs::write(&file, text).map_err(|source| KernelError::Copy { path: file, source })
 }
 
 /// Copies regular files and directories; links lead out of the tree (`build`, `source`) and are left out.

@@ -8,6 +8,7 @@ use std::path::Path;
 use ::vfio::Errno;
 use ::vfio::device::{Device, DeviceFlags, Mappable, RegionFlags, RegionInfo};
 use ::vfio::irq::{IrqFlags, IrqInfo};
+use ::vfio::kernel::{HostDevice, HostDeviceName};
 use ::vfio::migration::MigrationFlags;
 use ::vfio::user::client::{Options, RemoteDevice};
 
@@ -20,24 +21,63 @@ const INTERRUPTS: [&str; 5] = ["INTx", "MSI", "MSI-X", "error", "request"];
 /// The region that is the configuration space.
 const CONFIG: u32 = 7;
 
-pub(super) fn print(socket: &Path) -> Result<(), VfioError> {
+pub(super) fn of_a_server(socket: &Path) -> Result<(), VfioError> {
     let stream = UnixStream::connect(socket).map_err(|error| VfioError::Connect(socket.to_owned(), error))?;
     let text = RemoteDevice::connect(stream.into(), Options { export: None, ..Default::default() })
-        .and_then(|device| describe(&device))
+        .and_then(|device| Ok(describe(&device)? + &describe_server(&device)))
         .map_err(|errno| VfioError::Server(socket.to_owned(), errno.into()))?;
-    // Nobody may be reading.
-    let _ = io::stdout().write_all(text.as_bytes());
+    print(&text);
     Ok(())
 }
 
-fn describe(device: &RemoteDevice) -> Result<String, Errno> {
+pub(super) fn of_the_host(name: HostDeviceName) -> Result<(), VfioError> {
+    let device = HostDevice::connect(name.address, name.door)?;
+    let text = describe(&device).map_err(|errno| VfioError::Silent(name.address, errno.into()))?;
+    print(&(text + &describe_place(&device)));
+    Ok(())
+}
+
+fn print(text: &str) {
+    // Nobody may be reading.
+    let _ = io::stdout().write_all(text.as_bytes());
+}
+
+/// A line of what is printed. Writing to a string does not fail.
+fn add_line(text: &mut String, what: &str, value: &str) {
+    let _ = writeln!(text, "{what:<12} {value}");
+}
+
+/// What a server can do.
+fn describe_server(device: &RemoteDevice) -> String {
+    let server = device.capabilities();
+    let mut text = String::new();
+    add_line(&mut text, "transfers", &format!("up to {} bytes", server.max_transfer));
+    add_line(&mut text, "descriptors", &format!("up to {} in a message", server.max_fds));
+    add_line(&mut text, "DMA windows", &format!("up to {}", server.max_dma_maps));
+    add_line(&mut text, "write-multi", &yes(server.write_multiple));
+    add_line(&mut text, "twin socket", &yes(server.twin_socket));
+    text
+}
+
+/// Where a device of the host is.
+fn describe_place(device: &HostDevice) -> String {
+    let mut text = String::new();
+    add_line(&mut text, "address", &device.address().to_string());
+    add_line(&mut text, "IOMMU group", &device.group().to_string());
+    if let Some(space) = device.space() {
+        add_line(&mut text, "door", &space.door().to_string());
+        for range in space.ranges().unwrap_or_default() {
+            add_line(&mut text, "DMA", &format!("{:#x} to {:#x}", range.start().0, range.last().0));
+        }
+    }
+    text
+}
+
+fn describe(device: &dyn Device) -> Result<String, Errno> {
     let info = device.info()?;
     let pci = info.flags.contains(DeviceFlags::PCI);
     let mut text = String::new();
-    // Writing to a string does not fail.
-    let mut line = |what: &str, value: String| {
-        let _ = writeln!(text, "{what:<12} {value}");
-    };
+    let mut line = |what: &str, value: String| add_line(&mut text, what, &value);
     let mut ids = [0; 16];
     if pci && device.read(CONFIG, 0, &mut ids) == Ok(ids.len()) {
         let [v0, v1, d0, d1, .., revision, interface, sub, base, _, _, _, _] = ids;
@@ -49,7 +89,7 @@ fn describe(device: &RemoteDevice) -> Result<String, Errno> {
     }
     line("reset", yes(info.flags.contains(DeviceFlags::RESET)));
     for index in 0..info.regions {
-        let region = Device::region(device, index)?;
+        let region = device.region(index)?;
         if region.size > 0 {
             line(&name(&REGIONS, pci, index, "region"), describe_region(&region));
         }
@@ -69,12 +109,6 @@ fn describe(device: &RemoteDevice) -> Result<String, Errno> {
         }),
     );
     line("DMA logging", yes(device.dma_logging().is_some()));
-    let server = device.capabilities();
-    line("transfers", format!("up to {} bytes", server.max_transfer));
-    line("descriptors", format!("up to {} in a message", server.max_fds));
-    line("DMA windows", format!("up to {}", server.max_dma_maps));
-    line("write-multi", yes(server.write_multiple));
-    line("twin socket", yes(server.twin_socket));
     Ok(text)
 }
 

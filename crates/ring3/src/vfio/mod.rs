@@ -1,4 +1,4 @@
-//! `ring3 vfio`: devices given to other monitors, by vfio-user.
+//! `ring3 vfio`: devices given to other monitors, by vfio-user; and what devices are.
 
 mod info;
 mod serve;
@@ -7,10 +7,11 @@ use std::io;
 use std::path::PathBuf;
 
 use ::vfio::devices::nvme::NvmeError;
+use ::vfio::kernel::{KernelError, PciAddress};
 use ::vfio::pci::function::FunctionError;
 use disk::DiskError;
 
-use crate::cli::VfioTask;
+use crate::cli::{NamedDevice, VfioTask};
 
 /// Why `ring3 vfio` fails.
 #[derive(Debug, thiserror::Error)]
@@ -36,6 +37,12 @@ pub enum VfioError {
     /// The server is none, or fails.
     #[error("the server at {0} does not answer as a vfio-user server does")]
     Server(PathBuf, #[source] io::Error),
+    /// A device of the host cannot be had.
+    #[error("cannot use a device of the host")]
+    OfHost(#[from] KernelError),
+    /// A device of the host does not say what it is.
+    #[error("{0} does not say what it is")]
+    Silent(PciAddress, #[source] io::Error),
     /// The host fails.
     #[error("cannot {0}")]
     Host(&'static str, #[source] io::Error),
@@ -48,6 +55,10 @@ pub enum VfioError {
 pub fn run(task: VfioTask) -> Result<(), VfioError> {
     match task {
         VfioTask::Serve { device } => serve::serve(&device),
-        VfioTask::Info { socket } => info::print(&socket),
+        VfioTask::Info { device: Some(NamedDevice::VfioPci(name)), .. } => info::of_the_host(name),
+        VfioTask::Info { device: Some(NamedDevice::VfioUser(socket)), .. }
+        | VfioTask::Info { socket: Some(socket), .. } => info::of_a_server(&socket),
+        // The command line has one of them.
+        VfioTask::Info { device: None, socket: None } => Ok(()),
     }
 }

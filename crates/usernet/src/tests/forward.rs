@@ -130,7 +130,7 @@ fn an_address_that_the_host_does_not_have_needs_leave() {
             let forward = Forward::new(transport, any_port(address), 80);
             let error = Net::new(config()).engine.add_forward(forward.clone()).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::AddrNotAvailable);
-            assert!(error.to_string().contains("--freebind"), "{error}");
+            assert!(error.to_string().contains("freebind"), "{error}");
             let mut net = Net::new(Config { freebind: true, ..config() });
             assert_eq!(net.engine.add_forward(forward).unwrap().listen.ip(), address);
         }

@@ -3,14 +3,11 @@
 use std::os::fd::OwnedFd;
 
 use rustix::fs::fstat;
-use uapi::vfio::{
-    VFIO_PCI_ROM_REGION_INDEX, VFIO_REGION_INFO_CAP_MSIX_MAPPABLE, VFIO_REGION_INFO_CAP_SPARSE_MMAP,
-    VFIO_REGION_INFO_CAP_TYPE, VFIO_REGION_INFO_FLAG_CAPS, VFIO_REGION_INFO_FLAG_MMAP, vfio_info_cap_header,
-    vfio_irq_info, vfio_region_info, vfio_region_sparse_mmap_area,
-};
-use zerocopy::{FromBytes, IntoBytes};
+use uapi::vfio::{VFIO_PCI_ROM_REGION_INDEX, VFIO_REGION_INFO_FLAG_MMAP, vfio_irq_info, vfio_region_info};
+use zerocopy::IntoBytes;
 
 use super::wire_length;
+use crate::capabilities::RegionCapabilities;
 use crate::device::{Area, DeviceFlags, DeviceInfo, Mappable, RegionFlags, RegionInfo};
 use crate::irq::{IrqFlags, IrqInfo};
 use crate::user::connection::Connection;
@@ -25,8 +22,6 @@ const MAX_VECTORS: u32 = 2048;
 const REGION_INFO: usize = 4096;
 /// Bytes that it may have.
 const MAX_REGION_INFO: usize = 64 << 10;
-/// Capabilities in a chain that are looked at.
-const MAX_CAPABILITIES: usize = 64;
 
 /// One region.
 #[derive(Debug)]
@@ -87,7 +82,7 @@ pub(super) fn region(main: &Connection, index: u32, device: DeviceFlags) -> Resu
     if info.index != index {
         return Err(Errno::PROTO);
     }
-    let found = capabilities(&info, &reply.payload)?;
+    let found = RegionCapabilities::read(&info, &reply.payload)?;
     let mut file = None;
     let mut mappable = Mappable::No;
     if info.flags & VFIO_REGION_INFO_FLAG_MMAP != 0 {
@@ -125,52 +120,4 @@ fn check_file(file: &OwnedFd, offset: u64, areas: &[Area], size: u64) -> Result<
         }
     }
     Ok(())
-}
-
-/// What a chain of capabilities says.
-#[derive(Debug, Default)]
-struct Found {
-    sparse: Option<Vec<Area>>,
-    kind: Option<(u32, u32)>,
-    msix_mappable: bool,
-}
-
-/// Follows the chain. EPROTO when it leads out of the payload, or around.
-fn capabilities(info: &vfio_region_info, payload: &[u8]) -> Result<Found> {
-    let mut found = Found::default();
-    if info.flags & VFIO_REGION_INFO_FLAG_CAPS == 0 {
-        return Ok(found);
-    }
-    let mut at = info.cap_offset;
-    for _ in 0..MAX_CAPABILITIES {
-        if at == 0 {
-            return Ok(found);
-        }
-        let rest = usize::try_from(at).ok().and_then(|at| payload.get(at..)).ok_or(Errno::PROTO)?;
-        let (header, body) = vfio_info_cap_header::read_from_prefix(rest).map_err(|_| Errno::PROTO)?;
-        match u32::from(header.id) {
-            VFIO_REGION_INFO_CAP_SPARSE_MMAP => found.sparse = Some(sparse(body)?),
-            VFIO_REGION_INFO_CAP_TYPE => {
-                let ([kind, subtype], _) = <[u32; 2]>::read_from_prefix(body).map_err(|_| Errno::PROTO)?;
-                found.kind = Some((kind, subtype));
-            }
-            VFIO_REGION_INFO_CAP_MSIX_MAPPABLE => found.msix_mappable = true,
-            _ => {}
-        }
-        at = header.next;
-    }
-    Err(Errno::PROTO)
-}
-
-/// The areas of the capability SPARSE_MMAP.
-fn sparse(body: &[u8]) -> Result<Vec<Area>> {
-    let ([count, _], rest) = <[u32; 2]>::read_from_prefix(body).map_err(|_| Errno::PROTO)?;
-    let size = size_of::<vfio_region_sparse_mmap_area>();
-    let length = usize::try_from(count).ok().and_then(|count| count.checked_mul(size)).ok_or(Errno::PROTO)?;
-    let entries = rest.get(..length).ok_or(Errno::PROTO)?.chunks_exact(size);
-    let areas = entries.map(|entry| {
-        let area = vfio_region_sparse_mmap_area::read_from_bytes(entry).map_err(|_| Errno::PROTO)?;
-        Ok(Area { offset: area.offset, size: area.size })
-    });
-    areas.collect()
 }
