@@ -7,6 +7,7 @@
 //! 0xc000_0000        32-bit PCI MMIO window
 //! 0xe000_0000        PCI Express configuration space (ECAM)
 //! 0xfec0_0000        I/O APIC
+//! 0xfed9_0000        Intel VT-d's registers, if there is such an IOMMU
 //! 0xfee0_0000        local APICs; message-signalled interrupts
 //! 0x1_0000_0000      the rest of RAM
 //! next GiB boundary  64-bit PCI MMIO window
@@ -74,6 +75,8 @@ pub const ECAM_SIZE: u64 = (ECAM_BUSES as u64) << 20;
 pub const IO_APIC: Gpa = Gpa(0xfec0_0000);
 /// Bytes that the I/O APIC answers.
 pub const IO_APIC_SIZE: u64 = 0x1000;
+/// The registers of Intel VT-d, where other machines have them too. One page.
+pub const VTD: Gpa = Gpa(0xfed9_0000);
 /// The local APICs' registers at reset, and the range that MSIs are written to (SDM 3A, 11.11.1).
 pub const LOCAL_APIC: Gpa = Gpa(0xfee0_0000);
 /// Bytes of the MSI address range.

@@ -26,7 +26,8 @@ use crate::bus::{Bus, BusError, MmioDevice, Unclaimed};
 use crate::clock::Clock;
 use crate::dma::DeviceMemory;
 use crate::guest_abi::GuestAbi;
-use crate::iommu::{GuestIommu, IommuStats, PAGE_SIZES};
+use crate::iommu::vtd::{self, Vtd};
+use crate::iommu::{Endpoint, GuestIommu, IommuStats, PAGE_SIZES};
 use crate::kvm::{KvmVcpu, KvmVm};
 use crate::layout;
 use crate::loader::{self, BootProtocol, BootRequest, BootState, KernelImage, LoadError};
@@ -49,8 +50,17 @@ pub struct MachineConfig {
     pub serial: Box<dyn Write + Send>,
     /// What the kernel is offered.
     pub guest_abi: GuestAbi,
-    /// Whether virtio devices are behind an IOMMU, which the guest drives.
-    pub iommu: bool,
+    /// What IOMMU virtio devices are behind, which the guest drives.
+    pub iommu: Option<IommuKind>,
+}
+
+/// An IOMMU that the guest drives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IommuKind {
+    /// The virtio IOMMU.
+    Virtio,
+    /// Intel VT-d.
+    Intel,
 }
 
 /// The most vCPUs a machine can have.
@@ -201,15 +211,47 @@ pub struct Machine {
     power: Arc<PowerSignal>,
     end: Arc<End>,
     boot: Option<BootState>,
-    iommu: Option<IommuSlot>,
+    iommu: Option<Iommu>,
 }
 
-/// The IOMMU, where it is, and what is behind it.
-struct IommuSlot {
-    iommu: Arc<Mutex<GuestIommu>>,
-    faults: Arc<Faults>,
-    slot: usize,
-    behind: Vec<usize>,
+/// The IOMMU.
+enum Iommu {
+    Virtio {
+        iommu: Arc<Mutex<GuestIommu>>,
+        /// Where it is.
+        slot: usize,
+        /// Who is behind it.
+        behind: Vec<usize>,
+    },
+    Intel(Vtd),
+}
+
+impl Iommu {
+    /// Puts the function in a slot behind it.
+    fn add(&mut self, slot: usize) -> Result<Endpoint, MachineError> {
+        match self {
+            Self::Virtio { iommu, behind, .. } => {
+                behind.push(slot);
+                lock(iommu).add_endpoint(endpoint(slot))
+            }
+            Self::Intel(unit) => unit.add_endpoint(endpoint(slot) as u16),
+        }
+        .map_err(|errno| MachineError::Iommu(errno.into()))
+    }
+
+    fn describe(&self) -> acpi::Iommu {
+        match self {
+            Self::Virtio { slot, behind, .. } => acpi::Iommu::Virtio { slot: *slot, behind: behind.clone() },
+            Self::Intel(_) => acpi::Iommu::Intel,
+        }
+    }
+
+    fn stats(&self) -> IommuStats {
+        match self {
+            Self::Virtio { iommu, .. } => lock(iommu).stats(),
+            Self::Intel(unit) => unit.stats(),
+        }
+    }
 }
 
 /// The number that an IOMMU knows the function in a slot by: its bus, device and function number.
@@ -287,21 +329,31 @@ impl Machine {
             boot: None,
             iommu: None,
         };
-        if config.iommu {
-            machine.add_iommu()?;
+        match config.iommu {
+            None => {}
+            Some(IommuKind::Virtio) => machine.add_virtio_iommu()?,
+            Some(IommuKind::Intel) => machine.add_vtd()?,
         }
         Ok(machine)
     }
 
-    fn add_iommu(&mut self) -> Result<(), MachineError> {
+    fn add_virtio_iommu(&mut self) -> Result<(), MachineError> {
         let faults = Faults::new().map_err(MachineError::Iommu)?;
-        let iommu = GuestIommu::new(&self.memory).map_err(|errno| MachineError::Iommu(errno.into()))?;
-        let iommu = Arc::new(Mutex::new(iommu));
-        let device = virtio::iommu::Iommu::new(Arc::clone(&iommu) as _, Arc::clone(&faults), PAGE_SIZES);
+        let iommu = GuestIommu::new(&self.memory, Arc::clone(&faults));
+        let iommu = Arc::new(Mutex::new(iommu.map_err(|errno| MachineError::Iommu(errno.into()))?));
+        let device = virtio::iommu::Iommu::new(Arc::clone(&iommu) as _, faults, PAGE_SIZES);
         let msi = Arc::new(Msi(Arc::clone(&self.apics)));
         let function = VirtioPci::new(Box::new(device), DeviceMemory::whole(&self.memory), msi, None)?;
         let slot = self.pci.add_next(Arc::new(Mutex::new(VirtioFunction(function))))?;
-        self.iommu = Some(IommuSlot { iommu, faults, slot, behind: Vec::new() });
+        self.iommu = Some(Iommu::Virtio { iommu, slot, behind: Vec::new() });
+        Ok(())
+    }
+
+    fn add_vtd(&mut self) -> Result<(), MachineError> {
+        let msi = Arc::new(Msi(Arc::clone(&self.apics)));
+        let unit = Vtd::new(&self.memory, msi).map_err(|errno| MachineError::Iommu(errno.into()))?;
+        self.bus.add_mmio("VT-d", layout::VTD, vtd::SIZE, unit.registers())?;
+        self.iommu = Some(Iommu::Intel(unit));
         Ok(())
     }
 
@@ -328,13 +380,9 @@ impl Machine {
         let msi = Arc::new(Msi(Arc::clone(&self.apics)));
         let function = match &mut self.iommu {
             None => VirtioPci::new(device, DeviceMemory::whole(&self.memory), msi, None)?,
-            Some(behind) => {
-                let slot = self.pci.next_slot()?;
-                let port = lock(&behind.iommu).add_endpoint(endpoint(slot));
-                let port = port.map_err(|errno| MachineError::Iommu(errno.into()))?;
-                behind.behind.push(slot);
-                let faults = Arc::clone(&behind.faults);
-                let memory = DeviceMemory::translated(&self.memory, port, endpoint(slot), faults);
+            Some(iommu) => {
+                let (port, remapper) = iommu.add(self.pci.next_slot()?)?;
+                let memory = DeviceMemory::translated(&self.memory, port, remapper);
                 VirtioPci::new(device, memory, msi, None)?.behind_iommu()
             }
         };
@@ -365,7 +413,7 @@ impl Machine {
         initramfs: Option<&[u8]>,
         cmdline: &str,
     ) -> Result<(), MachineError> {
-        let iommu = self.iommu.as_ref().map(|it| acpi::Iommu { slot: it.slot, behind: it.behind.clone() });
+        let iommu = self.iommu.as_ref().map(Iommu::describe);
         let mmio64 = layout::mmio64_window(self.config.memory);
         let acpi_config = AcpiConfig { cpus: self.config.cpus, mmio64, iommu };
         let rsdp = acpi::write(&*self.memory, &acpi_config)?;
@@ -461,7 +509,7 @@ impl Machine {
         let ended = ended?;
         stats.unclaimed_ports = bus.unclaimed_ports();
         stats.unclaimed_mmio = bus.unclaimed_mmio();
-        stats.iommu = self.iommu.as_ref().map(|it| lock(&it.iommu).stats(&it.faults));
+        stats.iommu = self.iommu.as_ref().map(Iommu::stats);
         Ok((ended, stats))
     }
 
@@ -522,7 +570,7 @@ mod tests {
     }
 
     fn with_abi(memory: u64, cpus: u32, guest_abi: GuestAbi) -> Result<Machine, MachineError> {
-        Machine::new(MachineConfig { memory, cpus, serial: Box::new(io::sink()), guest_abi, iommu: false })
+        Machine::new(MachineConfig { memory, cpus, serial: Box::new(io::sink()), guest_abi, iommu: None })
     }
 
     #[test]

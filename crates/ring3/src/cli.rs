@@ -196,10 +196,10 @@ pub struct ShimArgs {
     /// Let /dev/iommu have the IOMMU of the kernel's selftests, with their ioctls and failure injection
     #[arg(long)]
     pub mock_iommu: bool,
-    /// Device to serve in /dev/vfio: `nvme,file=PATH[,ro][,addr=BDF]` or `ioat[,addr=BDF]`
+    /// Device to serve in /dev/vfio: `nvme,file=PATH[,ro][,addr=BDF]`, `ioat[,addr=BDF]` or `test[,addr=BDF]`
     ///
-    /// `nvme` is an NVMe controller with a file as its disk, `ioat` a DMA engine; BDF is the PCI address that the program
-    /// finds it at, like 0000:00:05.0. Can be repeated.
+    /// `nvme` is an NVMe controller with a file as its disk, `ioat` a DMA engine, `test` a device with every kind of BAR
+    /// and interrupt; BDF is the PCI address that the program finds it at, like 0000:00:05.0. Can be repeated.
     #[arg(long = "device", value_name = "SPEC", value_parser = parse_shim_device)]
     pub devices: Vec<String>,
     /// The program and its arguments
@@ -300,8 +300,9 @@ pub struct RunArgs {
     pub guest_abi: GuestAbi,
     /// Which IOMMU the guest's devices are behind
     ///
-    /// With `virtio` the guest decides what of its memory each device may reach, and --stats shows what that took. The kernel
-    /// needs the driver virtio_iommu: Debian's have it from 6.12 on.
+    /// The guest decides then what of its memory each device may reach, and --stats shows what that took. For `virtio` the
+    /// kernel needs the driver virtio_iommu: Debian's have it from 6.12 on. For `intel` it needs CONFIG_INTEL_IOMMU, as all of Debian's
+    /// have, and is told `intel_iommu=on iommu.passthrough=0`; what --append says comes later, such as iommu.strict=1.
     #[arg(long, value_name = "KIND", value_enum, default_value_t = Iommu::None)]
     pub iommu: Iommu,
     /// How the guest's processor is run
@@ -348,6 +349,8 @@ pub enum Iommu {
     None,
     /// The virtio IOMMU, and all virtio devices are behind it
     Virtio,
+    /// Intel VT-d, and all virtio devices are behind it
+    Intel,
 }
 
 /// How the guest's processor is run.
@@ -614,7 +617,7 @@ mod tests {
 
     #[test]
     fn devices_that_the_library_cannot_make_are_refused() {
-        for good in ["ioat", "ioat,addr=0000:00:05.0", "nvme,file=/dev/null,ro"] {
+        for good in ["ioat", "test", "ioat,addr=0000:00:05.0", "nvme,file=/dev/null,ro"] {
             assert_eq!(parse_shim_device(good).as_deref(), Ok(good));
         }
         for (wrong, words) in [

@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use machine::loader::{BootProtocol, ImageError, KernelImage};
 use machine::power::PowerEvent;
-use machine::{Ended, GuestAbi, Machine, MachineConfig, MachineError, MachineHandle};
+use machine::{Ended, GuestAbi, IommuKind, Machine, MachineConfig, MachineError, MachineHandle};
 use rustix::event::{PollFd, PollFlags, poll};
 use virtio::block::{Block, BlockError};
 use virtio::console::{Console, ConsoleError, ConsoleHandle, PortConfig, PortEnd};
@@ -92,7 +92,11 @@ pub fn launch(spec: VmSpec) -> Result<Outcome, VmError> {
         cpus: spec.cpus,
         serial: Box::new(File::from(spec.serial.output)),
         guest_abi,
-        iommu: spec.iommu == cli::Iommu::Virtio,
+        iommu: match spec.iommu {
+            cli::Iommu::None => None,
+            cli::Iommu::Virtio => Some(IommuKind::Virtio),
+            cli::Iommu::Intel => Some(IommuKind::Intel),
+        },
     })?;
     let mut console = None;
     if let Some(ports) = spec.ports {
