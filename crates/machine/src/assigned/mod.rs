@@ -23,6 +23,8 @@
 mod interrupts;
 mod memory;
 mod space;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 
 use std::sync::Arc;
 

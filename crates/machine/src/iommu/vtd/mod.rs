@@ -26,6 +26,8 @@ mod engine;
 mod event;
 mod faults;
 mod registers;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 #[cfg(test)]
 mod tests;
 
