@@ -223,8 +223,7 @@ fn the_guests_side() {
     let mut copied = vec![0; 0x10000];
     slice.read_slice(&mut copied, 0x10000).unwrap();
     assert!(copied == noise, "the device has copied something else");
-    assert_eq!(it.copy(at + 0x1f000, at, 0x2000), reg::STATUS_FAULT);
-    assert_eq!(it.read(reg::FAULT), (at + 0x20000) as u32);
+    assert_eq!(it.copy(at + 0x1f000, at, 0x2000), reg::STATUS_FAULT, "half of it is not mapped");
 
     // INTx: a level that signals once until it is unmasked.
     let unmask = || {
