@@ -79,7 +79,7 @@ impl Setup {
     /// The entry for the page of `iova`, below 1 GiB, in tables that begin at `root`.
     fn map(&self, root: u64, iova: u64, entry: u64) {
         for (level, shift) in [(0, 39), (1, 30), (2, 21)] {
-            self.put(root + level * PAGE + (iova >> shift & 511) * 8, root + (level + 1) * PAGE | 3);
+            self.put(root + level * PAGE + (iova >> shift & 511) * 8, (root + (level + 1) * PAGE) | 3);
         }
         self.put(root + 3 * PAGE + (iova >> 12 & 511) * 8, entry);
     }
@@ -201,7 +201,7 @@ fn what_is_known_is_used_until_it_is_invalidated() {
     setup.context(1, TABLES);
     for (page, value) in [(0x5000, 1), (0x6000, 2)] {
         setup.put(HIGH + page, value);
-        setup.map(TABLES, page, HIGH + page | 3);
+        setup.map(TABLES, page, (HIGH + page) | 3);
     }
     let both = |setup: &Setup| [setup.dma(0, 0x5000), setup.dma(0, 0x6000)];
     assert_eq!(both(&setup), [Some(1), Some(2)]);
@@ -217,7 +217,7 @@ fn what_is_known_is_used_until_it_is_invalidated() {
     assert!(setup.submit(&[(2 | 2 << 4 | 5 << 16, 0)]));
     assert_eq!(both(&setup), [None, None]);
     // All, by register, of both domains, which have one table in memory.
-    setup.map(TABLES, 0x5000, HIGH + 0x5000 | 3);
+    setup.map(TABLES, 0x5000, (HIGH + 0x5000) | 3);
     assert_eq!((setup.dma(0, 0x5000), setup.dma(1, 0x5000)), (Some(1), Some(1)));
     setup.map(TABLES, 0x5000, 0);
     setup.write64(at::IOTLB, 1 << 63 | 1 << 60);
@@ -254,7 +254,7 @@ fn a_context_entry_is_looked_at_again_when_it_is_invalidated() {
     setup.enable();
     for (table, value) in [(TABLES, 1), (TABLES + 0x8000, 2)] {
         setup.put(HIGH + value * PAGE, value);
-        setup.map(table, 0x5000, HIGH + value * PAGE | 3);
+        setup.map(table, 0x5000, (HIGH + value * PAGE) | 3);
     }
     setup.context(0, TABLES);
     assert_eq!(setup.dma(0, 0x5000), Some(1));
