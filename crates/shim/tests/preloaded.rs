@@ -423,10 +423,7 @@ fn ends(work: impl FnOnce()) -> c_int {
 #[test]
 fn a_program_catches_its_own_faults_beside_mapped_registers() {
     serving("a_program_catches_its_own_faults_beside_mapped_registers", CARD, || {
-        // Rust gives its threads a stack for signals that is too small for a library that was not optimized.
-        let mut none = unsafe { core::mem::zeroed::<libc::stack_t>() };
-        none.ss_flags = libc::SS_DISABLE;
-        assert_eq!(unsafe { libc::sigaltstack(&raw const none, ptr::null_mut()) }, 0);
+        // On Rust's stack for signals, which is small.
         let registers = registers();
         assert_eq!(version(registers), 0x33);
         let ask = || {
