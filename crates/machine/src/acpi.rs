@@ -6,7 +6,7 @@
 //! (reset register), the PCI host bridge with its windows, the serial port and pvpanic (DSDT).
 //!
 //! Everything that depends on the configuration is data in the tables; the only method is `_OSC`.
-//! Devices on PCI are found by enumeration and interrupt by MSI-X, so there is no `_PRT`.
+//! Devices on PCI are found by enumeration. Where those that have a wire interrupt is in `_PRT`: I/O APIC pins, no links.
 
 use std::ops::Range;
 
@@ -28,6 +28,7 @@ use mmu::Gpa;
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError};
 
 use crate::layout;
+use crate::pci::SLOTS;
 use crate::power::SLEEP_TYPE_S5;
 use crate::serial;
 
@@ -287,6 +288,10 @@ fn host_bridge(config: &AcpiConfig, out: &mut Vec<u8>) {
     );
     let host_bridge_osc = Uuid::new("33DB4D5B-1FF7-401C-9657-7441C03DD766");
     let (status, control) = (Path::new("CDW1"), Path::new("CDW3"));
+    let routes = interrupt_routes();
+    let routes: Vec<Package<'_>> =
+        routes.iter().map(|row| Package::new(row.iter().map(|x| x as _).collect())).collect();
+    let routes = Name::new("_PRT".into(), &Package::new(routes.iter().map(|row| row as _).collect()));
     // Offsets of the first and the third double word of the capabilities buffer, argument 3.
     let (status_at, control_at) = (ZERO, 8u8);
     let unrecognized_uuid = 4u8;
@@ -300,6 +305,7 @@ fn host_bridge(config: &AcpiConfig, out: &mut Vec<u8>) {
             &Name::new("_BBN".into(), &ZERO),
             &Name::new("_CCA".into(), &ONE),
             &resources,
+            &routes,
             &Method::new(
                 "_OSC".into(),
                 4,
@@ -320,6 +326,16 @@ fn host_bridge(config: &AcpiConfig, out: &mut Vec<u8>) {
         ],
     )
     .to_aml_bytes(out);
+}
+
+/// The rows of `_PRT` (ACPI 6.5, 6.2.13): device, pin, no link, global system interrupt.
+fn interrupt_routes() -> Vec<[u32; 4]> {
+    let any_function = 0xffff;
+    let row = |slot: usize, pin: u8| {
+        [(slot as u32) << 16 | any_function, pin.into(), 0, layout::intx_gsi(slot, pin)]
+    };
+    // Slot 0 is the bridge itself.
+    (1..SLOTS).flat_map(|slot| (0..4).map(move |pin| row(slot, pin))).collect()
 }
 
 /// Reserves the ECAM, without which Linux does not use it.
@@ -517,7 +533,7 @@ mod tests {
                 let said = String::from_utf8_lossy(&output.stdout);
                 assert!(said.contains("0 Errors, 0 Warnings"), "{said}");
                 let source = std::fs::read_to_string(directory.join("DSDT.dsl")).unwrap();
-                for part in ["_S5", "PNP0A08", "PNP0C02", "PNP0501", "QEMU0001", "ACPI0007", "_OSC"] {
+                for part in ["_S5", "PNP0A08", "PNP0C02", "PNP0501", "QEMU0001", "ACPI0007", "_OSC", "_PRT"] {
                     assert!(source.contains(part), "{part} is not in {source}");
                 }
             }

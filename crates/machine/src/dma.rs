@@ -1,4 +1,4 @@
-//! Guest memory as a virtio device reaches it: as it is, or through an IOMMU.
+//! Guest memory as a device reaches it: as it is, or through an IOMMU.
 //!
 //! # Theory of operation
 //!
@@ -246,25 +246,27 @@ impl View {
         }
     }
 
-    /// The device may access all of the range in this way. If not, it faults.
-    fn may(&self, at: GuestAddress, len: usize, access: Access) -> bool {
-        let Some((translated, _, section)) = self.translated() else { return self.check_range(at, len) };
+    /// Whether the device may access all of the range in this way. If not, it faults.
+    ///
+    /// # Errors
+    /// Why it may not, and the first address of which that is so.
+    pub fn check(&self, at: GuestAddress, len: usize, access: Access) -> Result<(), Fault> {
+        let unmapped = |at: u64| Fault { iova: Iova(at), access, reason: FaultReason::Unmapped };
+        let Some((translated, _, section)) = self.translated() else {
+            return if self.check_range(at, len) { Ok(()) } else { Err(unmapped(at.0)) };
+        };
         let (mut iova, mut rest) = (at.0, len as u64);
         while rest > 0 {
-            let found = match section.translate(Iova(iova), access) {
-                Ok(found) => found,
-                Err(fault) => {
-                    translated.remapper.report(fault);
-                    return false;
-                }
-            };
+            let found = section.translate(Iova(iova), access);
+            let found = found.inspect_err(|fault| translated.remapper.report(*fault))?;
             rest = rest.saturating_sub(found.length);
             match iova.checked_add(found.length) {
                 Some(next) => iova = next,
-                None => return rest == 0,
+                None if rest == 0 => break,
+                None => return Err(unmapped(iova)),
             }
         }
-        true
+        Ok(())
     }
 
     /// A window with `at` in it, that goes on for as long as guest RAM does in one piece if it must be `whole`.
@@ -348,11 +350,11 @@ impl GuestMemory for View {
 
 impl Reach for View {
     fn may_read(&self, at: GuestAddress, len: usize) -> bool {
-        self.may(at, len, Access::Read)
+        self.check(at, len, Access::Read).is_ok()
     }
 
     fn may_write(&self, at: GuestAddress, len: usize) -> bool {
-        self.may(at, len, Access::Write)
+        self.check(at, len, Access::Write).is_ok()
     }
 }
 

@@ -93,6 +93,10 @@ pub const MMIO64_SIZE: u64 = 16 << 30;
 pub const SERIAL_PORT: u16 = 0x3f8;
 /// The serial port's interrupt, as a global system interrupt.
 pub const SERIAL_GSI: u32 = 4;
+/// First of the global system interrupts of PCI's wires: those below are a PC's ISA interrupts.
+pub const INTX_GSI: u32 = 16;
+/// How many there are: the rest of the I/O APIC's pins.
+pub const INTX_GSIS: u32 = 8;
 /// The ACPI sleep control register (ACPI 4.8.3.7); see [`crate::power`].
 pub const SLEEP_CONTROL_PORT: u16 = 0x600;
 /// The ACPI sleep status register.
@@ -109,6 +113,11 @@ pub const PCI_CONFIG_PORT: u16 = 0xcf8;
 pub const RTC_PORT: u16 = 0x70;
 /// The keyboard controller's status and command port; see [`crate::power`].
 pub const I8042_COMMAND_PORT: u16 = 0x64;
+
+/// The global system interrupt of a wire, INTA# (0) to INTD# (3) of a slot: neighbours have different ones.
+pub fn intx_gsi(slot: usize, pin: u8) -> u32 {
+    INTX_GSI + (slot as u32).wrapping_add(pin.into()) % INTX_GSIS
+}
 
 /// Where RAM is, as address and length: one region, or two when there is more than
 /// [`LOW_RAM_END`] holds.

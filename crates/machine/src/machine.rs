@@ -20,7 +20,7 @@ use virtio::pci::VirtioPci;
 
 use crate::acpi::{self, AcpiConfig, AcpiError};
 use crate::apic::{self, ApicBus, ApicBusConfig, IOAPIC_BASE, IOAPIC_SIZE, IoApic};
-use crate::assigned::{AssignError, AssignedFunction, Reach};
+use crate::assigned::{AssignError, AssignedFunction, Reach, Seat};
 use crate::boot;
 use crate::bus::{Bus, BusError, MmioDevice, Unclaimed};
 use crate::clock::Clock;
@@ -32,6 +32,7 @@ use crate::kvm::{KvmVcpu, KvmVm};
 use crate::layout;
 use crate::loader::{self, BootProtocol, BootRequest, BootState, KernelImage, LoadError};
 use crate::memory::{self, MemoryError};
+use crate::pci::intx::Wires;
 use crate::pci::{PciError, PciRoot};
 use crate::power::{self, PowerEvent, PowerSignal, Shutdown};
 use crate::rtc::Rtc;
@@ -50,7 +51,7 @@ pub struct MachineConfig {
     pub serial: Box<dyn Write + Send>,
     /// What the kernel is offered.
     pub guest_abi: GuestAbi,
-    /// What IOMMU virtio devices are behind, which the guest drives.
+    /// What IOMMU devices are behind, which the guest drives.
     pub iommu: Option<IommuKind>,
 }
 
@@ -203,6 +204,7 @@ pub struct Machine {
     memory: Arc<GuestRam>,
     bus: Bus,
     pci: PciRoot,
+    wires: Arc<Wires>,
     apics: Arc<ApicBus>,
     signals: Arc<Signals>,
     kvm: Arc<KvmVm>,
@@ -307,6 +309,7 @@ impl Machine {
             IOAPIC_SIZE,
             Arc::new(IoApicRegisters(Arc::clone(&io_apic))),
         )?;
+        let wires = Wires::new(Arc::clone(&io_apic));
         let line = Box::new(Pin { io_apic, pin: layout::SERIAL_GSI as usize });
         let serial = Arc::new(Serial::new(line, config.serial));
         bus.add_ports("serial port", layout::SERIAL_PORT, 8, Arc::clone(&serial) as _)?;
@@ -319,6 +322,7 @@ impl Machine {
             memory,
             bus,
             pci,
+            wires,
             apics,
             signals,
             kvm,
@@ -343,7 +347,8 @@ impl Machine {
         let iommu = Arc::new(Mutex::new(iommu.map_err(|errno| MachineError::Iommu(errno.into()))?));
         let device = virtio::iommu::Iommu::new(Arc::clone(&iommu) as _, faults, PAGE_SIZES);
         let msi = Arc::new(Msi(Arc::clone(&self.apics)));
-        let function = VirtioPci::new(Box::new(device), DeviceMemory::whole(&self.memory), msi, None)?;
+        let wire = Box::new(self.wires.wire(self.pci.next_slot()?, 0));
+        let function = VirtioPci::new(Box::new(device), DeviceMemory::whole(&self.memory), msi, Some(wire))?;
         let slot = self.pci.add_next(Arc::new(Mutex::new(VirtioFunction(function))))?;
         self.iommu = Some(Iommu::Virtio { iommu, slot, behind: Vec::new() });
         Ok(())
@@ -378,27 +383,48 @@ impl Machine {
     /// When the slots are taken, or the host is out of descriptors.
     pub fn add_virtio(&mut self, device: Box<dyn VirtioDevice<DeviceMemory>>) -> Result<(), MachineError> {
         let msi = Arc::new(Msi(Arc::clone(&self.apics)));
-        let function = match &mut self.iommu {
-            None => VirtioPci::new(device, DeviceMemory::whole(&self.memory), msi, None)?,
-            Some(iommu) => {
-                let (port, remapper) = iommu.add(self.pci.next_slot()?)?;
-                let memory = DeviceMemory::translated(&self.memory, port, remapper);
-                VirtioPci::new(device, memory, msi, None)?.behind_iommu()
-            }
-        };
-        self.pci.add_next(Arc::new(Mutex::new(VirtioFunction(function))))?;
+        let slot = self.pci.next_slot()?;
+        let wire = Box::new(self.wires.wire(slot, 0));
+        let memory = self.reached_from(slot)?;
+        let mut function = VirtioPci::new(device, memory, msi, Some(wire))?;
+        if self.iommu.is_some() {
+            function = function.behind_iommu();
+        }
+        self.pci.add(slot, Arc::new(Mutex::new(VirtioFunction(function))))?;
         Ok(())
     }
 
+    /// Guest memory as a device in this slot reaches it: behind the IOMMU if there is one.
+    fn reached_from(&mut self, slot: usize) -> Result<DeviceMemory, MachineError> {
+        let Some(iommu) = &mut self.iommu else { return Ok(DeviceMemory::whole(&self.memory)) };
+        let (port, remapper) = iommu.add(slot)?;
+        Ok(DeviceMemory::translated(&self.memory, port, remapper))
+    }
+
     /// Adds a device of any other kind, which must be a PCI function, in the next free PCI slot, and opens it. `reach`
-    /// says whether it accesses guest memory by the way that it is given here, or knows another.
+    /// says whether it accesses guest memory by the way that it is given here, or knows another. By the first it is
+    /// behind the IOMMU if there is one; by the other it is outside, which VT-d does not know.
     ///
     /// # Errors
     /// When the slots are taken, or the device makes no sense as a PCI function, or fails.
     pub fn add_device(&mut self, device: Arc<dyn Device>, reach: Reach) -> Result<(), MachineError> {
-        let msi = Arc::new(Msi(Arc::clone(&self.apics)));
-        let function = AssignedFunction::new(device, Arc::clone(&self.memory), reach, msi)?;
-        self.pci.add_next(Arc::new(Mutex::new(function)))?;
+        let slot = self.pci.next_slot()?;
+        let reached = match reach {
+            Reach::Called => self.reached_from(slot)?,
+            Reach::Direct if matches!(self.iommu, Some(Iommu::Intel(_))) => {
+                return Err(AssignError::Outside.into());
+            }
+            Reach::Direct => DeviceMemory::whole(&self.memory),
+        };
+        let seat = Seat {
+            ram: Arc::clone(&self.memory),
+            reached,
+            msi: Arc::new(Msi(Arc::clone(&self.apics))),
+            wires: Arc::clone(&self.wires),
+            slot,
+        };
+        let function = AssignedFunction::new(device, reach, seat)?;
+        self.pci.add(slot, Arc::new(Mutex::new(function)))?;
         Ok(())
     }
 

@@ -14,7 +14,6 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::net::options::ports::PortSpec;
 use crate::net::options::{PasstArgs, PastaArgs};
-use crate::run::devices::{self, DeviceSpec};
 
 pub use network::{Link, Publish};
 pub use vfio::{NamedDevice, NvmeArgs, ServeArgs, ServedDevice, VfioTask};
@@ -33,6 +32,7 @@ Examples:
   ring3 run --root ~/bookworm --cpus 2 --memory 2G -- make check
   ring3 run --disk disk.img -- mkfs.ext4 /dev/vda
   ring3 run --device vfio-user=/tmp/nvme.sock -- lsblk
+  ring3 run --device vfio-pci=0000:04:00.0 -- lspci -k
   ring3 run -p 127.0.0.1:8080:80 -- python3 -m http.server 80
   ring3 run --kernel ./bzImage --append loglevel=7 -v -- true
   ring3 run --guest-abi pvm --kernel ./vmlinux.pvm --stats -- true
@@ -236,11 +236,15 @@ pub struct RunArgs {
     /// Raw disk image for the guest (/dev/vda, then vdb, ...); with :ro the guest cannot write it
     #[arg(long = "disk", value_name = "FILE[:ro]", value_parser = OsStringValueParser::new().map(parse_disk))]
     pub disks: Vec<Disk>,
-    /// Device from elsewhere: vfio-user=SOCKET, a PCI device that a vfio-user server has (`ring3 vfio serve`)
+    /// PCI device from elsewhere: a vfio-user server's (`ring3 vfio serve`), or one of the host's own
     ///
-    /// The server reaches the guest's memory only by asking ring3. Devices need MSI-X to interrupt. Can be repeated.
-    #[arg(long = "device", value_name = "vfio-user=SOCKET", value_parser = devices::parse)]
-    pub devices: Vec<DeviceSpec>,
+    /// A vfio-user server reaches the guest's memory only by asking ring3. A device of the host, by its PCI address, must be
+    /// bound to vfio-pci and be behind the host's IOMMU; it reaches all of the guest's memory, which the host locks (`ulimit
+    /// -l`), and is reset before and after. The host's VFIO has two doors to a device, its own node (cdev) and that of its
+    /// group; the first that is there is taken. Can be repeated.
+    #[arg(long = "device", value_name = "vfio-user=SOCKET|vfio-pci=ADDRESS[,door=cdev|group]",
+          value_parser = vfio::parse_named)]
+    pub devices: Vec<NamedDevice>,
     /// Kernel module for the guest to load at start, with all that it needs
     ///
     /// Drivers of ring3's own devices, and of NVMe, AHCI and xHCI devices given by --device, are loaded by themselves.
@@ -302,7 +306,8 @@ pub struct RunArgs {
     ///
     /// The guest decides then what of its memory each device may reach, and --stats shows what that took. For `virtio` the
     /// kernel needs the driver virtio_iommu: Debian's have it from 6.12 on. For `intel` it needs CONFIG_INTEL_IOMMU, as all of Debian's
-    /// have, and is told `intel_iommu=on iommu.passthrough=0`; what --append says comes later, such as iommu.strict=1.
+    /// have, and is told `intel_iommu=on iommu.passthrough=0`; what --append says comes later, such as iommu.strict=1. A device of
+    /// the host (--device vfio-pci=) is outside of the first, and cannot be had with the second.
     #[arg(long, value_name = "KIND", value_enum, default_value_t = Iommu::None)]
     pub iommu: Iommu,
     /// How the guest's processor is run
@@ -347,9 +352,9 @@ pub enum GuestAbi {
 pub enum Iommu {
     /// None: they reach all of the guest's memory
     None,
-    /// The virtio IOMMU, and all virtio devices are behind it
+    /// The virtio IOMMU, and all devices are behind it
     Virtio,
-    /// Intel VT-d, and all virtio devices are behind it
+    /// Intel VT-d, and all devices are behind it
     Intel,
 }
 

@@ -12,7 +12,7 @@
 //! table's own nodes, which the table collects until then. A section should be short: what it holds up are the calls that unmap,
 //! never another device, and never a call that maps.
 //!
-//! The price of a section is a fence and an exchange on a cache line of the reader's own, some 15 ns.
+//! The price of a section are two exchanges on a cache line of the reader's own, some 15 ns.
 //!
 //! While writes are tracked, a translation for writing sets the leaf's dirty bit by compare-exchange, unless it is set.
 //! Clearing it is followed by a sync: a section that found the bit set has ended then, and the next one sets it anew.

@@ -39,7 +39,7 @@ use crate::initramfs::{self, ModuleError};
 use crate::kernel::image::ImageError;
 use crate::kernel::{self, KernelError};
 use console::Console;
-use devices::DeviceError;
+use devices::{Connected, DeviceError};
 use isolation::{Inherited, Use, Uses};
 use network::{Network, NetworkError};
 use session::Session;
@@ -204,7 +204,8 @@ where
     let status = std::fs::File::open("/proc/self/status").ok();
     let uses = Uses {
         network: network.as_ref().map_or(Use::Nothing, Network::needs),
-        messages: !devices.is_empty(),
+        messages: !devices.iter().all(Connected::is_of_host),
+        host_devices: devices.iter().any(Connected::is_of_host),
     };
     let confined = inherited.map(|inherited| isolation::confine(inherited, shared_root.as_deref(), uses));
 

@@ -18,6 +18,7 @@ use virtio::console::{Console, ConsoleError, ConsoleHandle, PortConfig, PortEnd}
 use virtio::fs::{DEFAULT_TIMEOUT, Fs, FsConfig, FsError};
 use virtio::rng::Rng;
 
+use super::devices::{self, DeviceError};
 use super::isolation::{Confined, Measures};
 use super::network::{Network, Served};
 use super::spec::{OpenDisk, Outcome, Ports, VmSpec};
@@ -66,6 +67,9 @@ pub enum VmError {
     /// The machine.
     #[error("cannot run the machine")]
     Machine(#[from] MachineError),
+    /// A device from elsewhere.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// A thread cannot be started.
     #[error("cannot start a thread")]
     Thread(#[source] std::io::Error),
@@ -121,9 +125,7 @@ pub fn launch(spec: VmSpec) -> Result<Outcome, VmError> {
         }
         None => None,
     };
-    for device in spec.devices {
-        device.assign(&mut machine)?;
-    }
+    devices::assign(spec.devices, &mut machine)?;
     machine.load(&image, spec.boot.into(), spec.initramfs.as_deref(), &spec.command_line)?;
     drop(image);
     drop(spec.initramfs);
