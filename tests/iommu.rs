@@ -3,10 +3,13 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on is to fail")]
 
 mod support;
+#[path = "iommu/vfio.rs"]
+mod vfio;
 
 use std::fs;
 use std::io::{Read, Seek, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::path::Path;
 
 use support::kernels::kernels;
 use support::net::free_port;
@@ -15,6 +18,11 @@ use support::{Noise, temp_dir, write};
 
 /// Tells the guest's side where to listen.
 const PORT: &str = "RING3_TEST_PORT";
+/// Tells it that the IOMMU is VT-d, and the type of domains: invalidations are put off and come in batches, or each unmapping waits
+/// for its own.
+const VTD: &str = "RING3_TEST_VTD";
+const LAZY: &str = "RING3_TEST_VTD=DMA-FQ";
+const STRICT: &str = "RING3_TEST_VTD=DMA";
 
 const DISK: usize = 8 << 20;
 const TALK: usize = 1 << 20;
@@ -30,18 +38,13 @@ fn counted(stats: &str, name: &str) -> Option<u64> {
     stats.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
 }
 
-#[test]
-fn disk_network_and_files_go_through_the_guests_iommu() {
-    let Some(kernels) = kernels() else { return };
+/// A guest with this kernel and these options copies by disk, network and files: what `--stats` say at the end.
+fn disk_network_and_files(kernel: &Path, options: &[&str]) -> String {
     let dir = temp_dir();
     let disk = write(dir.path(), "disk", &noise(1, DISK));
     let port = free_port().to_string();
-    let options = [
-        "--iommu",
-        "virtio",
+    let all = [
         "--stats",
-        "--append",
-        "iommu.passthrough=0",
         "--disk",
         disk.to_str().unwrap(),
         "-p",
@@ -49,7 +52,8 @@ fn disk_network_and_files_go_through_the_guests_iommu() {
         "--env",
         &format!("{PORT}={port}"),
     ];
-    let (guest, mut output) = Running::boot_with_output(run_the_guests_side(kernels.newer(), &options));
+    let options = [options, &all].concat();
+    let (guest, mut output) = Running::boot_with_output(run_the_guests_side(kernel, &options));
     output.wait_for("the guest listens");
     let mut stream = TcpStream::connect(format!("127.0.0.1:{port}")).unwrap();
     let talk = noise(2, TALK);
@@ -67,11 +71,45 @@ fn disk_network_and_files_go_through_the_guests_iommu() {
     let end = guest.finish(PATIENCE);
     end.expect(0);
     assert!(fs::read(&disk).unwrap() == noise(3, DISK), "the disk has something else than the guest wrote");
-    let stats = &end.stderr;
-    for name in ["IOMMU: translations", "IOMMU: mappings made", "IOMMU: mappings removed"] {
+    end.stderr
+}
+
+/// None of these counts is 0, and there were no faults.
+fn check(stats: &str, counts: &[&str]) {
+    for name in counts {
         assert!(counted(stats, name).is_some_and(|count| count > 0), "{name}: {stats}");
     }
     assert_eq!(counted(stats, "IOMMU: faults"), Some(0), "{stats}");
+}
+
+#[test]
+fn disk_network_and_files_go_through_a_virtio_iommu() {
+    let Some(kernels) = kernels() else { return };
+    let options = ["--iommu", "virtio", "--append", "iommu.passthrough=0"];
+    let stats = disk_network_and_files(kernels.newer(), &options);
+    check(&stats, &["IOMMU: translations", "IOMMU: mappings made", "IOMMU: mappings removed"]);
+}
+
+const INTEL: [&str; 2] = ["IOMMU: translations", "IOMMU: attachments to the guest's tables"];
+
+#[test]
+fn disk_network_and_files_go_through_vt_d() {
+    let Some(kernels) = kernels() else { return };
+    check(&disk_network_and_files(kernels.newer(), &["--iommu", "intel", "--env", LAZY]), &INTEL);
+}
+
+#[test]
+fn vt_d_takes_an_invalidation_for_each_unmapping() {
+    let Some(kernels) = kernels() else { return };
+    let options = ["--iommu", "intel", "--cpus", "2", "--append", "iommu.strict=1", "--env", STRICT];
+    check(&disk_network_and_files(kernels.newer(), &options), &INTEL);
+}
+
+#[test]
+fn the_older_kernel_drives_vt_d() {
+    let Some(kernels) = kernels() else { return };
+    let options = ["--iommu", "intel", "--cpus", "2", "--env", LAZY];
+    check(&disk_network_and_files(kernels.older(), &options), &INTEL);
 }
 
 #[test]
@@ -84,6 +122,10 @@ fn the_guests_side() {
     for group in &groups {
         let kind = fs::read_to_string(group.join("type")).unwrap();
         assert!(kind.trim().starts_with("DMA"), "{}: {kind}", group.display());
+        if let Ok(expected) = std::env::var(VTD) {
+            assert_eq!(kind.trim(), expected, "{}", group.display());
+            assert!(fs::exists("/sys/class/iommu/dmar0/devices").unwrap());
+        }
     }
     // The file system: this program, which has run until here by page faults, in large pieces.
     let program = std::env::current_exe().unwrap();

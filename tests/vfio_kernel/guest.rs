@@ -3,9 +3,12 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use iommufd::Errno;
-use iommufd::domain::Prot;
+use iommufd::domain::{HostAddr, Prot};
+use iommufd::hardware::{Attachment, Capabilities, DomainOptions, Hardware, UserData};
 use iommufd::iova::{Iova, IovaRange};
+use iommufd::kernel::{HostHardware, HostIommu};
+use iommufd::process::{LocalProcess, Process};
+use iommufd::{Context, Errno};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::process::{Resource, Rlimit, setrlimit};
 use vfio::device::{Area, Device};
@@ -365,19 +368,36 @@ fn by_the_own_node() {
     info("cdev");
     all(Door::Device);
     all(Door::Group);
-    context_above_the_hosts();
+    context_above_the_hosts(|device, run| {
+        let message = Interrupt::new(device, MSI);
+        run(&|from, to| {
+            transfer(device, &message, from as u32, Direction::In);
+            transfer(device, &message, to as u32, Direction::Out);
+        });
+    });
 }
 
-/// A device of the host that an iommufd of ring3's own has: its address space, the host's page table.
-fn context_above_the_hosts() {
-    use iommufd::Context;
-    use iommufd::kernel::HostIommu;
-    use iommufd::process::{LocalProcess, Process};
+/// Has a device copy [`edu_register::COPIED`] bytes from one address to another, and waits until it has tried.
+type Copy<'a> = &'a dyn Fn(u64, u64);
 
+/// A device of the host that an iommufd of ring3's own has: its address space, the host's page table.
+fn context_above_the_hosts(copying: impl FnOnce(&dyn Device, &dyn Fn(Copy<'_>))) {
     let iommu = HostIommu::open().unwrap();
     let host = HostDevice::bind(edu(), &iommu).unwrap();
-    // SAFETY: what is mapped below is memory of a file, which the context pins, and which is read and written by calls only.
+    // SAFETY: what is mapped below is memory of a file, which the context pins, or of vm-memory, which stays until it is
+    // unmapped; both are read and written by calls only.
     let hardware = unsafe { host.hardware(iommu) }.unwrap();
+    let device: &dyn Device = &host;
+    device.open(Arc::new(NoDma)).unwrap();
+    enable(device);
+    copying(device, &|copy| {
+        through_a_context(&hardware, copy);
+        through_a_domain(&hardware, copy);
+    });
+    device.close();
+}
+
+fn through_a_context(hardware: &Arc<HostHardware>, copy: Copy<'_>) {
     let context = Context::new();
     let process: Arc<dyn Process> = LocalProcess::get();
     let file = rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
@@ -386,7 +406,7 @@ fn context_above_the_hosts() {
     let ioas = context.ioas_alloc().unwrap();
     let both = Prot::READ | Prot::WRITE;
     context.ioas_map_file(ioas, &process, &file, 0, 2 * 4096, Some(Iova(0x10_0000)), both).unwrap();
-    let bound = context.bind(hardware).unwrap();
+    let bound = context.bind(Arc::clone(hardware) as _).unwrap();
     bound.attach(None, ioas).unwrap();
     let at = Some(Iova(0x20_0000));
     context.ioas_map_file(ioas, &process, &file, 2 * 4096, 4096, at, both).unwrap();
@@ -394,24 +414,51 @@ fn context_above_the_hosts() {
     let refused = context.ioas_map_file(ioas, &process, &file, 0, 4096, window, both);
     assert_eq!(refused, Err(Errno::INVAL), "messages of interrupts go there");
 
-    let device: &dyn Device = &host;
-    device.open(Arc::new(NoDma)).unwrap();
-    enable(device);
-    let message = Interrupt::new(device, MSI);
-    transfer(device, &message, 0x10_0000, Direction::In);
-    transfer(device, &message, 0x20_0000, Direction::Out);
-    let mut page = [0; 4096];
-    let mut look = |at| {
+    let page = |at| {
+        let mut page = [0; 4096];
         rustix::io::pread(&file, &mut page, at).unwrap();
         page
     };
+    copy(0x10_0000, 0x20_0000);
     let arrived = [[0x5a; edu_register::COPIED], [0; edu_register::COPIED]].concat();
-    assert!(look(2 * 4096) == arrived[..], "the device's memory has not arrived");
+    assert!(page(2 * 4096) == arrived[..], "the device's memory has not arrived");
     context.ioas_unmap(ioas, range(0x10_0000, 2 * 4096)).unwrap();
-    transfer(device, &message, 0x10_1000, Direction::Out);
-    assert!(look(4096) == [0; 4096], "a page was written to that is not mapped");
-    device.close();
-    drop(bound);
+    copy(0x20_0000, 0x10_1000);
+    assert!(page(4096) == [0; 4096], "a page was written to that is not mapped");
+}
+
+/// What a context does not do by itself: a part of a mapping goes. And what it writes to is noted, where the IOMMU can.
+fn through_a_domain(hardware: &Arc<HostHardware>, copy: Copy<'_>) {
+    let tracks = hardware.capabilities().contains(Capabilities::DIRTY_TRACKING);
+    let options = DomainOptions { dirty_tracking: tracks, ..Default::default() };
+    let domain = hardware.alloc_paging(None, options, UserData::default()).unwrap();
+    let ram = memory(4);
+    fill(&ram, 0x44);
+    ram.as_volatile_slice().write_slice(&[0x99; 4096], 0).unwrap();
+    let host = |page: u64| HostAddr(ram.as_ptr() as u64 + page * 4096);
+    domain.map(Iova(0x10_0000), host(0), 4 * 4096, Prot::READ | Prot::WRITE).unwrap();
+    hardware.attach(None, Some(&Attachment::Paging(Arc::clone(&domain)))).unwrap();
+    let set = domain.set_dirty_tracking(true);
+    assert_eq!(set, if tracks { Ok(()) } else { Err(Errno::OPNOTSUPP) });
+    domain.unmap(range(0x10_1000, 4096));
+    domain.sync();
+    assert_eq!(domain.lookup(Iova(0x10_0fff)), Some(HostAddr(host(0).0 + 0xfff)));
+    assert_eq!((domain.lookup(Iova(0x10_1000)), domain.lookup(Iova(0x10_2000))), (None, Some(host(2))));
+
+    copy(0x10_0000, 0x10_3000);
+    let arrived = [[0x99; edu_register::COPIED], [0x44; edu_register::COPIED]].concat();
+    assert!(bytes(&ram, 0x3000, 4096) == arrived, "the device's memory has not arrived");
+    copy(0x10_0000, 0x10_1000);
+    assert!(bytes(&ram, 0x1000, 4096) == [0x44; 4096], "a page was written to that is not mapped");
+    let mut written = Written::default();
+    let read = domain.read_and_clear_dirty(range(0x10_2000, 2 * 4096), false, &mut written);
+    if tracks {
+        assert_eq!((read, written.0), (Ok(()), vec![(0x10_3000, 4096)]));
+    } else {
+        assert_eq!(read, Err(Errno::OPNOTSUPP));
+    }
+    hardware.attach(None, None).unwrap();
+    domain.unmap(IovaRange::ALL);
 }
 
 /// The test device of `ring3 shim`, which has what QEMU's devices have not: migration and a log of DMA.
@@ -434,14 +481,7 @@ fn the_test_device() {
         space.map(Iova(0x10_0000), &ram, Prot::READ | Prot::WRITE).unwrap();
         let log = device.dma_logging().unwrap();
         assert_eq!(log.start(4096, &[range(0x10_0000, 4 * 4096)]), Ok(4096));
-        for (register, value) in [
-            (test_device::SOURCE, 0x10_0000),
-            (test_device::TARGET, 0x10_2000),
-            (test_device::LENGTH, 4096),
-            (test_device::COMMAND, test_device::COMMAND_COPY),
-        ] {
-            write(device, 0, register, value);
-        }
+        copy(device, 0x10_0000, 0x10_2000, 4096);
         assert_eq!(read(device, 0, test_device::STATUS), test_device::STATUS_DONE);
         assert!(bytes(&ram, 0x2000, 4096) == [0xc3; 4096], "nothing has arrived");
         let mut written = Written::default();
@@ -459,6 +499,21 @@ fn the_test_device() {
         migrate(device);
         device.close();
         space.unmap(range(0x10_0000, 4 * 4096)).unwrap();
+    }
+    context_above_the_hosts(|device, run| {
+        run(&|from, to| copy(device, from as u32, to as u32, edu_register::COPIED as u32));
+    });
+}
+
+/// Has the test device copy memory.
+fn copy(device: &dyn Device, from: u32, to: u32, length: u32) {
+    for (register, value) in [
+        (test_device::SOURCE, from),
+        (test_device::TARGET, to),
+        (test_device::LENGTH, length),
+        (test_device::COMMAND, test_device::COMMAND_COPY),
+    ] {
+        write(device, 0, register, value);
     }
 }
 

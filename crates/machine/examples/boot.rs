@@ -17,7 +17,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let guest_abi = if kernel.is_pvm_guest() { GuestAbi::Pvm } else { GuestAbi::X86 };
     let serial = Box::new(std::io::stdout());
     let mut machine =
-        Machine::new(MachineConfig { memory: 512 << 20, cpus, serial, guest_abi, iommu: false })?;
+        Machine::new(MachineConfig { memory: 512 << 20, cpus, serial, guest_abi, iommu: None })?;
     machine.load(&kernel, BootProtocol::Linux64, initramfs.as_deref(), cmdline)?;
     let handle = machine.handle();
     std::thread::spawn(move || {

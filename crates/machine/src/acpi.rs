@@ -2,11 +2,11 @@
 //!
 //! The machine is "hardware-reduced" (ACPI 4.1): no PM timer, no event registers, no SCI, and by that, for
 //! Linux, no PIC and no PIT either. Kernels find here: processors and interrupt controllers (MADT), PCI
-//! configuration space (MCFG), which devices are behind an IOMMU (VIOT), how to power off (`_S5` and the sleep control register) and reset
+//! configuration space (MCFG), which devices are behind an IOMMU (VIOT, DMAR), how to power off (`_S5` and the sleep control register) and reset
 //! (reset register), the PCI host bridge with its windows, the serial port and pvpanic (DSDT).
 //!
 //! Everything that depends on the configuration is data in the tables; the only method is `_OSC`.
-//! Devices on PCI are found by enumeration and interrupt by MSI-X, so there is no `_PRT`.
+//! Devices on PCI are found by enumeration. Where those that have a wire interrupt is in `_PRT`: I/O APIC pins, no links.
 
 use std::ops::Range;
 
@@ -28,6 +28,7 @@ use mmu::Gpa;
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError};
 
 use crate::layout;
+use crate::pci::SLOTS;
 use crate::power::SLEEP_TYPE_S5;
 use crate::serial;
 
@@ -47,17 +48,22 @@ pub struct AcpiConfig {
     pub cpus: u32,
     /// The 64-bit PCI window, [`layout::mmio64_window`].
     pub mmio64: Range<u64>,
-    /// The virtio IOMMU, if there is one.
+    /// The IOMMU, if there is one.
     pub iommu: Option<Iommu>,
 }
 
-/// A virtio IOMMU on bus 0.
+/// An IOMMU.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Iommu {
-    /// Its PCI slot.
-    pub slot: usize,
-    /// The slots of the functions behind it.
-    pub behind: Vec<usize>,
+pub enum Iommu {
+    /// Virtio's, on bus 0.
+    Virtio {
+        /// Its PCI slot.
+        slot: usize,
+        /// The slots of the functions behind it.
+        behind: Vec<usize>,
+    },
+    /// Intel VT-d at [`layout::VTD`], with all of PCI behind it.
+    Intel,
 }
 
 /// Why the tables could not be made.
@@ -103,8 +109,12 @@ pub fn build(config: &AcpiConfig) -> Result<Vec<u8>, AcpiError> {
     xsdt.add_entry(append(&mut tables, &bytes(&fadt(dsdt))));
     xsdt.add_entry(append(&mut tables, &madt(config.cpus)));
     xsdt.add_entry(append(&mut tables, &bytes(&mcfg())));
-    if let Some(iommu) = &config.iommu {
-        xsdt.add_entry(append(&mut tables, &bytes(&viot(iommu))));
+    match &config.iommu {
+        None => {}
+        Some(Iommu::Virtio { slot, behind }) => {
+            xsdt.add_entry(append(&mut tables, &bytes(&viot(*slot, behind))));
+        }
+        Some(Iommu::Intel) => xsdt.add_entry(append(&mut tables, &dmar())),
     }
     let xsdt = append(&mut tables, &bytes(&xsdt));
     let rsdp = bytes(&Rsdp::new(OEM_ID, xsdt));
@@ -196,14 +206,37 @@ fn mcfg() -> MCFG {
 
 /// What is behind the virtio IOMMU (ACPI 6.5, 5.2.34). Each function is a range of its own, because others, in between,
 /// may not be behind it. The number of an endpoint is that of bus, device and function.
-fn viot(iommu: &Iommu) -> VIOT {
-    let function = |slot: &usize| PciDevice::new(0, 0, (*slot as u8) & 0x1f, 0);
+fn viot(slot: usize, behind: &[usize]) -> VIOT {
+    let function = |slot: usize| PciDevice::new(0, 0, (slot as u8) & 0x1f, 0);
     let mut viot = VIOT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-    let handle = viot.add_virtio_pci_iommu(VirtIoPciIommu::new(function(&iommu.slot)));
-    for slot in &iommu.behind {
+    let handle = viot.add_virtio_pci_iommu(VirtIoPciIommu::new(function(slot)));
+    for slot in behind.iter().copied() {
         viot.add_pci_range(PciRange::new(function(slot), function(slot), &handle));
     }
     viot
+}
+
+/// The remapping hardware (VT-d 8.1, 8.3): one unit for all of PCI, and for the I/O APIC, which has the number of a function that is
+/// not there. Interrupts are not remapped.
+fn dmar() -> Vec<u8> {
+    const DRHD: u16 = 0;
+    const INCLUDE_PCI_ALL: u8 = 1;
+    const IO_APIC: u8 = 3;
+    const IO_APIC_BUS: u8 = 0xff;
+    // Type, length, flags, reserved, identity, bus, and a path of one device and function.
+    let scope = [IO_APIC, 8, 0, 0, IO_APIC_ID, IO_APIC_BUS, 0, 0];
+    let mut unit = Vec::new();
+    unit.extend(DRHD.to_le_bytes());
+    unit.extend((16 + scope.len() as u16).to_le_bytes());
+    // Flags, size (one page), segment.
+    unit.extend([INCLUDE_PCI_ALL, 0, 0, 0]);
+    unit.extend(layout::VTD.0.to_le_bytes());
+    unit.extend(scope);
+    // Width of addresses less one, flags, reserved.
+    let mut body = vec![layout::PHYS_BITS as u8 - 1, 0];
+    body.extend([0; 10]);
+    body.extend(unit);
+    table(*b"DMAR", 1, &body)
 }
 
 /// A table of this signature and revision with this content after the header.
@@ -255,6 +288,10 @@ fn host_bridge(config: &AcpiConfig, out: &mut Vec<u8>) {
     );
     let host_bridge_osc = Uuid::new("33DB4D5B-1FF7-401C-9657-7441C03DD766");
     let (status, control) = (Path::new("CDW1"), Path::new("CDW3"));
+    let routes = interrupt_routes();
+    let routes: Vec<Package<'_>> =
+        routes.iter().map(|row| Package::new(row.iter().map(|x| x as _).collect())).collect();
+    let routes = Name::new("_PRT".into(), &Package::new(routes.iter().map(|row| row as _).collect()));
     // Offsets of the first and the third double word of the capabilities buffer, argument 3.
     let (status_at, control_at) = (ZERO, 8u8);
     let unrecognized_uuid = 4u8;
@@ -268,6 +305,7 @@ fn host_bridge(config: &AcpiConfig, out: &mut Vec<u8>) {
             &Name::new("_BBN".into(), &ZERO),
             &Name::new("_CCA".into(), &ONE),
             &resources,
+            &routes,
             &Method::new(
                 "_OSC".into(),
                 4,
@@ -288,6 +326,16 @@ fn host_bridge(config: &AcpiConfig, out: &mut Vec<u8>) {
         ],
     )
     .to_aml_bytes(out);
+}
+
+/// The rows of `_PRT` (ACPI 6.5, 6.2.13): device, pin, no link, global system interrupt.
+fn interrupt_routes() -> Vec<[u32; 4]> {
+    let any_function = 0xffff;
+    let row = |slot: usize, pin: u8| {
+        [(slot as u32) << 16 | any_function, pin.into(), 0, layout::intx_gsi(slot, pin)]
+    };
+    // Slot 0 is the bridge itself.
+    (1..SLOTS).flat_map(|slot| (0..4).map(move |pin| row(slot, pin))).collect()
 }
 
 /// Reserves the ECAM, without which Linux does not use it.
@@ -441,6 +489,20 @@ mod tests {
     }
 
     #[test]
+    fn an_iommu_is_described() {
+        let with = |iommu| build(&AcpiConfig { iommu: Some(iommu), ..config(1) }).unwrap();
+        let blob = with(Iommu::Intel);
+        let dmar = tables(&blob)[3];
+        assert_eq!((&dmar[..4], dmar.len()), (&b"DMAR"[..], 48 + 24));
+        assert_eq!(dmar[36..38], [39, 0], "40 bits, no interrupt remapping");
+        assert_eq!(dmar[48..56], [0, 0, 24, 0, 1, 0, 0, 0]);
+        assert_eq!(u64_at(dmar, 56), layout::VTD.0);
+        assert_eq!(dmar[64..], [3, 8, 0, 0, IO_APIC_ID, 0xff, 0, 0]);
+        let blob = with(Iommu::Virtio { slot: 0, behind: vec![1, 2] });
+        assert!(tables(&blob)[3].starts_with(b"VIOT"));
+    }
+
+    #[test]
     fn ecam_is_described() {
         let blob = build(&config(1)).unwrap();
         let mcfg = tables(&blob)[2];
@@ -453,7 +515,7 @@ mod tests {
     fn disassembles() {
         let directory = std::env::temp_dir().join(format!("ring3-acpi-{}", std::process::id()));
         std::fs::create_dir_all(&directory).unwrap();
-        let blob = build(&config(2)).unwrap();
+        let blob = build(&AcpiConfig { iommu: Some(Iommu::Intel), ..config(2) }).unwrap();
         let run = |args: &[&str]| {
             std::process::Command::new("iasl").args(args).current_dir(&directory).output().ok()
         };
@@ -471,7 +533,7 @@ mod tests {
                 let said = String::from_utf8_lossy(&output.stdout);
                 assert!(said.contains("0 Errors, 0 Warnings"), "{said}");
                 let source = std::fs::read_to_string(directory.join("DSDT.dsl")).unwrap();
-                for part in ["_S5", "PNP0A08", "PNP0C02", "PNP0501", "QEMU0001", "ACPI0007", "_OSC"] {
+                for part in ["_S5", "PNP0A08", "PNP0C02", "PNP0501", "QEMU0001", "ACPI0007", "_OSC", "_PRT"] {
                     assert!(source.contains(part), "{part} is not in {source}");
                 }
             }

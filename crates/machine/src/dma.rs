@@ -1,4 +1,4 @@
-//! Guest memory as a virtio device reaches it: as it is, or through an IOMMU.
+//! Guest memory as a device reaches it: as it is, or through an IOMMU.
 //!
 //! # Theory of operation
 //!
@@ -9,6 +9,9 @@
 //! A [`View`] is what [`GuestAddressSpace::memory`] gives: one section of the software IOMMU (see [`iommufd::soft`]). The
 //! windows that it has found stay good until it is dropped, so slices of them can be handed to system calls. The
 //! guest's UNMAP waits for it.
+//!
+//! What looks after the port of a device is its [`Remapper`]: it attaches the port, where the guest need not say when that is to be
+//! done, and hears of faults.
 //!
 //! What a window is used for is not known here. A piece of memory that may only be read is a window, too: who takes buffers
 //! from a guest asks [`Reach`] what the device may do with them. `virtio::queue` does, in one place.
@@ -21,7 +24,6 @@ use cpu::{GuestRam, PageStamps};
 use iommufd::iova::Iova;
 use iommufd::soft::{Access, Fault, FaultReason, Port, PortReader, PortSection, Translation};
 use virtio::device::Reach;
-use virtio::iommu::{FaultRecord, Faults};
 use vm_memory::bitmap::{BS, Bitmap};
 use vm_memory::{
     Address, GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryError, GuestMemoryRegion,
@@ -35,6 +37,16 @@ const BLOCK: usize = 64;
 const BLOCKS: usize = 64;
 /// How many windows a view looks at before it makes another: an access is often near the last one.
 const RECENT: usize = 4;
+
+/// What looks after the translations of one device. It is called by the device's threads, which may have sections open: it must
+/// not wait for who waits for sections.
+pub trait Remapper: Send + Sync + std::fmt::Debug {
+    /// A section is about to begin: the device is to be attached to what the guest wants now.
+    fn prepare(&self) {}
+
+    /// The device made an access that was not translated.
+    fn report(&self, fault: Fault);
+}
 
 /// A run of a device's addresses that lies in one piece in guest RAM.
 #[derive(Clone, Debug)]
@@ -108,18 +120,10 @@ impl DeviceMemory {
         Self(Arc::new(Way::Whole(ram.iter().map(window).collect())))
     }
 
-    /// What `port` is attached to, whose translations lead into `ram`. Faults are those of `endpoint`.
-    pub fn translated(ram: &Arc<GuestRam>, port: Arc<Port>, endpoint: u32, faults: Arc<Faults>) -> Self {
-        let idle = Mutex::default();
-        let places = places(ram);
-        Self(Arc::new(Way::Translated(Translated {
-            ram: Arc::clone(ram),
-            places,
-            port,
-            idle,
-            endpoint,
-            faults,
-        })))
+    /// What `port` is attached to, whose translations lead into `ram`, and which `remapper` looks after.
+    pub fn translated(ram: &Arc<GuestRam>, port: Arc<Port>, remapper: Arc<dyn Remapper>) -> Self {
+        let (ram, places, idle) = (Arc::clone(ram), places(ram), Mutex::default());
+        Self(Arc::new(Way::Translated(Translated { ram, places, port, idle, remapper })))
     }
 }
 
@@ -152,27 +156,18 @@ struct Translated {
     port: Arc<Port>,
     /// Readers that no view uses now.
     idle: Mutex<Vec<PortReader>>,
-    endpoint: u32,
-    faults: Arc<Faults>,
+    remapper: Arc<dyn Remapper>,
 }
 
 impl Translated {
     fn section(&self) -> PortSection<PortReader> {
+        self.remapper.prepare();
         let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
         idle.unwrap_or_else(|| self.port.reader()).into_section()
     }
 
     fn keep(&self, reader: PortReader) {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(reader);
-    }
-
-    fn report(&self, fault: Fault) {
-        self.faults.report(FaultRecord {
-            endpoint: self.endpoint,
-            address: fault.iova.0,
-            write: fault.access == Access::Write,
-            mapped_domain: fault.reason != FaultReason::Detached,
-        });
     }
 
     /// The guest-physical address of one of this process.
@@ -251,25 +246,27 @@ impl View {
         }
     }
 
-    /// The device may access all of the range in this way. If not, it faults.
-    fn may(&self, at: GuestAddress, len: usize, access: Access) -> bool {
-        let Some((translated, _, section)) = self.translated() else { return self.check_range(at, len) };
+    /// Whether the device may access all of the range in this way. If not, it faults.
+    ///
+    /// # Errors
+    /// Why it may not, and the first address of which that is so.
+    pub fn check(&self, at: GuestAddress, len: usize, access: Access) -> Result<(), Fault> {
+        let unmapped = |at: u64| Fault { iova: Iova(at), access, reason: FaultReason::Unmapped };
+        let Some((translated, _, section)) = self.translated() else {
+            return if self.check_range(at, len) { Ok(()) } else { Err(unmapped(at.0)) };
+        };
         let (mut iova, mut rest) = (at.0, len as u64);
         while rest > 0 {
-            let found = match section.translate(Iova(iova), access) {
-                Ok(found) => found,
-                Err(fault) => {
-                    translated.report(fault);
-                    return false;
-                }
-            };
+            let found = section.translate(Iova(iova), access);
+            let found = found.inspect_err(|fault| translated.remapper.report(*fault))?;
             rest = rest.saturating_sub(found.length);
             match iova.checked_add(found.length) {
                 Some(next) => iova = next,
-                None => return rest == 0,
+                None if rest == 0 => break,
+                None => return Err(unmapped(iova)),
             }
         }
-        true
+        Ok(())
     }
 
     /// A window with `at` in it, that goes on for as long as guest RAM does in one piece if it must be `whole`.
@@ -287,7 +284,7 @@ impl View {
         let found = match reachable(section, at.0) {
             Ok(found) => found,
             Err(fault) => {
-                translated.report(fault);
+                translated.remapper.report(fault);
                 return None;
             }
         };
@@ -353,11 +350,11 @@ impl GuestMemory for View {
 
 impl Reach for View {
     fn may_read(&self, at: GuestAddress, len: usize) -> bool {
-        self.may(at, len, Access::Read)
+        self.check(at, len, Access::Read).is_ok()
     }
 
     fn may_write(&self, at: GuestAddress, len: usize) -> bool {
-        self.may(at, len, Access::Write)
+        self.check(at, len, Access::Write).is_ok()
     }
 }
 

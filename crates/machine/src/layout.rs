@@ -7,6 +7,7 @@
 //! 0xc000_0000        32-bit PCI MMIO window
 //! 0xe000_0000        PCI Express configuration space (ECAM)
 //! 0xfec0_0000        I/O APIC
+//! 0xfed9_0000        Intel VT-d's registers, if there is such an IOMMU
 //! 0xfee0_0000        local APICs; message-signalled interrupts
 //! 0x1_0000_0000      the rest of RAM
 //! next GiB boundary  64-bit PCI MMIO window
@@ -74,6 +75,8 @@ pub const ECAM_SIZE: u64 = (ECAM_BUSES as u64) << 20;
 pub const IO_APIC: Gpa = Gpa(0xfec0_0000);
 /// Bytes that the I/O APIC answers.
 pub const IO_APIC_SIZE: u64 = 0x1000;
+/// The registers of Intel VT-d, where other machines have them too. One page.
+pub const VTD: Gpa = Gpa(0xfed9_0000);
 /// The local APICs' registers at reset, and the range that MSIs are written to (SDM 3A, 11.11.1).
 pub const LOCAL_APIC: Gpa = Gpa(0xfee0_0000);
 /// Bytes of the MSI address range.
@@ -90,6 +93,10 @@ pub const MMIO64_SIZE: u64 = 16 << 30;
 pub const SERIAL_PORT: u16 = 0x3f8;
 /// The serial port's interrupt, as a global system interrupt.
 pub const SERIAL_GSI: u32 = 4;
+/// First of the global system interrupts of PCI's wires: those below are a PC's ISA interrupts.
+pub const INTX_GSI: u32 = 16;
+/// How many there are: the rest of the I/O APIC's pins.
+pub const INTX_GSIS: u32 = 8;
 /// The ACPI sleep control register (ACPI 4.8.3.7); see [`crate::power`].
 pub const SLEEP_CONTROL_PORT: u16 = 0x600;
 /// The ACPI sleep status register.
@@ -106,6 +113,11 @@ pub const PCI_CONFIG_PORT: u16 = 0xcf8;
 pub const RTC_PORT: u16 = 0x70;
 /// The keyboard controller's status and command port; see [`crate::power`].
 pub const I8042_COMMAND_PORT: u16 = 0x64;
+
+/// The global system interrupt of a wire, INTA# (0) to INTD# (3) of a slot: neighbours have different ones.
+pub fn intx_gsi(slot: usize, pin: u8) -> u32 {
+    INTX_GSI + (slot as u32).wrapping_add(pin.into()) % INTX_GSIS
+}
 
 /// Where RAM is, as address and length: one region, or two when there is more than
 /// [`LOW_RAM_END`] holds.

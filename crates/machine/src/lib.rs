@@ -29,4 +29,4 @@ mod vcpu;
 mod virtio_pci;
 
 pub use guest_abi::GuestAbi;
-pub use machine::{Ended, Machine, MachineConfig, MachineError, MachineHandle, MachineStats};
+pub use machine::{Ended, IommuKind, Machine, MachineConfig, MachineError, MachineHandle, MachineStats};

@@ -20,17 +20,19 @@ use virtio::pci::VirtioPci;
 
 use crate::acpi::{self, AcpiConfig, AcpiError};
 use crate::apic::{self, ApicBus, ApicBusConfig, IOAPIC_BASE, IOAPIC_SIZE, IoApic};
-use crate::assigned::{AssignError, AssignedFunction, Reach};
+use crate::assigned::{AssignError, AssignedFunction, Reach, Seat};
 use crate::boot;
 use crate::bus::{Bus, BusError, MmioDevice, Unclaimed};
 use crate::clock::Clock;
 use crate::dma::DeviceMemory;
 use crate::guest_abi::GuestAbi;
-use crate::iommu::{GuestIommu, IommuStats, PAGE_SIZES};
+use crate::iommu::vtd::{self, Vtd};
+use crate::iommu::{Endpoint, GuestIommu, IommuStats, PAGE_SIZES};
 use crate::kvm::{KvmVcpu, KvmVm};
 use crate::layout;
 use crate::loader::{self, BootProtocol, BootRequest, BootState, KernelImage, LoadError};
 use crate::memory::{self, MemoryError};
+use crate::pci::intx::Wires;
 use crate::pci::{PciError, PciRoot};
 use crate::power::{self, PowerEvent, PowerSignal, Shutdown};
 use crate::rtc::Rtc;
@@ -49,8 +51,17 @@ pub struct MachineConfig {
     pub serial: Box<dyn Write + Send>,
     /// What the kernel is offered.
     pub guest_abi: GuestAbi,
-    /// Whether virtio devices are behind an IOMMU, which the guest drives.
-    pub iommu: bool,
+    /// What IOMMU devices are behind, which the guest drives.
+    pub iommu: Option<IommuKind>,
+}
+
+/// An IOMMU that the guest drives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IommuKind {
+    /// The virtio IOMMU.
+    Virtio,
+    /// Intel VT-d.
+    Intel,
 }
 
 /// The most vCPUs a machine can have.
@@ -193,6 +204,7 @@ pub struct Machine {
     memory: Arc<GuestRam>,
     bus: Bus,
     pci: PciRoot,
+    wires: Arc<Wires>,
     apics: Arc<ApicBus>,
     signals: Arc<Signals>,
     kvm: Arc<KvmVm>,
@@ -201,15 +213,47 @@ pub struct Machine {
     power: Arc<PowerSignal>,
     end: Arc<End>,
     boot: Option<BootState>,
-    iommu: Option<IommuSlot>,
+    iommu: Option<Iommu>,
 }
 
-/// The IOMMU, where it is, and what is behind it.
-struct IommuSlot {
-    iommu: Arc<Mutex<GuestIommu>>,
-    faults: Arc<Faults>,
-    slot: usize,
-    behind: Vec<usize>,
+/// The IOMMU.
+enum Iommu {
+    Virtio {
+        iommu: Arc<Mutex<GuestIommu>>,
+        /// Where it is.
+        slot: usize,
+        /// Who is behind it.
+        behind: Vec<usize>,
+    },
+    Intel(Vtd),
+}
+
+impl Iommu {
+    /// Puts the function in a slot behind it.
+    fn add(&mut self, slot: usize) -> Result<Endpoint, MachineError> {
+        match self {
+            Self::Virtio { iommu, behind, .. } => {
+                behind.push(slot);
+                lock(iommu).add_endpoint(endpoint(slot))
+            }
+            Self::Intel(unit) => unit.add_endpoint(endpoint(slot) as u16),
+        }
+        .map_err(|errno| MachineError::Iommu(errno.into()))
+    }
+
+    fn describe(&self) -> acpi::Iommu {
+        match self {
+            Self::Virtio { slot, behind, .. } => acpi::Iommu::Virtio { slot: *slot, behind: behind.clone() },
+            Self::Intel(_) => acpi::Iommu::Intel,
+        }
+    }
+
+    fn stats(&self) -> IommuStats {
+        match self {
+            Self::Virtio { iommu, .. } => lock(iommu).stats(),
+            Self::Intel(unit) => unit.stats(),
+        }
+    }
 }
 
 /// The number that an IOMMU knows the function in a slot by: its bus, device and function number.
@@ -265,6 +309,7 @@ impl Machine {
             IOAPIC_SIZE,
             Arc::new(IoApicRegisters(Arc::clone(&io_apic))),
         )?;
+        let wires = Wires::new(Arc::clone(&io_apic));
         let line = Box::new(Pin { io_apic, pin: layout::SERIAL_GSI as usize });
         let serial = Arc::new(Serial::new(line, config.serial));
         bus.add_ports("serial port", layout::SERIAL_PORT, 8, Arc::clone(&serial) as _)?;
@@ -277,6 +322,7 @@ impl Machine {
             memory,
             bus,
             pci,
+            wires,
             apics,
             signals,
             kvm,
@@ -287,21 +333,32 @@ impl Machine {
             boot: None,
             iommu: None,
         };
-        if config.iommu {
-            machine.add_iommu()?;
+        match config.iommu {
+            None => {}
+            Some(IommuKind::Virtio) => machine.add_virtio_iommu()?,
+            Some(IommuKind::Intel) => machine.add_vtd()?,
         }
         Ok(machine)
     }
 
-    fn add_iommu(&mut self) -> Result<(), MachineError> {
+    fn add_virtio_iommu(&mut self) -> Result<(), MachineError> {
         let faults = Faults::new().map_err(MachineError::Iommu)?;
-        let iommu = GuestIommu::new(&self.memory).map_err(|errno| MachineError::Iommu(errno.into()))?;
-        let iommu = Arc::new(Mutex::new(iommu));
-        let device = virtio::iommu::Iommu::new(Arc::clone(&iommu) as _, Arc::clone(&faults), PAGE_SIZES);
+        let iommu = GuestIommu::new(&self.memory, Arc::clone(&faults));
+        let iommu = Arc::new(Mutex::new(iommu.map_err(|errno| MachineError::Iommu(errno.into()))?));
+        let device = virtio::iommu::Iommu::new(Arc::clone(&iommu) as _, faults, PAGE_SIZES);
         let msi = Arc::new(Msi(Arc::clone(&self.apics)));
-        let function = VirtioPci::new(Box::new(device), DeviceMemory::whole(&self.memory), msi, None)?;
+        let wire = Box::new(self.wires.wire(self.pci.next_slot()?, 0));
+        let function = VirtioPci::new(Box::new(device), DeviceMemory::whole(&self.memory), msi, Some(wire))?;
         let slot = self.pci.add_next(Arc::new(Mutex::new(VirtioFunction(function))))?;
-        self.iommu = Some(IommuSlot { iommu, faults, slot, behind: Vec::new() });
+        self.iommu = Some(Iommu::Virtio { iommu, slot, behind: Vec::new() });
+        Ok(())
+    }
+
+    fn add_vtd(&mut self) -> Result<(), MachineError> {
+        let msi = Arc::new(Msi(Arc::clone(&self.apics)));
+        let unit = Vtd::new(&self.memory, msi).map_err(|errno| MachineError::Iommu(errno.into()))?;
+        self.bus.add_mmio("VT-d", layout::VTD, vtd::SIZE, unit.registers())?;
+        self.iommu = Some(Iommu::Intel(unit));
         Ok(())
     }
 
@@ -326,31 +383,48 @@ impl Machine {
     /// When the slots are taken, or the host is out of descriptors.
     pub fn add_virtio(&mut self, device: Box<dyn VirtioDevice<DeviceMemory>>) -> Result<(), MachineError> {
         let msi = Arc::new(Msi(Arc::clone(&self.apics)));
-        let function = match &mut self.iommu {
-            None => VirtioPci::new(device, DeviceMemory::whole(&self.memory), msi, None)?,
-            Some(behind) => {
-                let slot = self.pci.next_slot()?;
-                let port = lock(&behind.iommu).add_endpoint(endpoint(slot));
-                let port = port.map_err(|errno| MachineError::Iommu(errno.into()))?;
-                behind.behind.push(slot);
-                let faults = Arc::clone(&behind.faults);
-                let memory = DeviceMemory::translated(&self.memory, port, endpoint(slot), faults);
-                VirtioPci::new(device, memory, msi, None)?.behind_iommu()
-            }
-        };
-        self.pci.add_next(Arc::new(Mutex::new(VirtioFunction(function))))?;
+        let slot = self.pci.next_slot()?;
+        let wire = Box::new(self.wires.wire(slot, 0));
+        let memory = self.reached_from(slot)?;
+        let mut function = VirtioPci::new(device, memory, msi, Some(wire))?;
+        if self.iommu.is_some() {
+            function = function.behind_iommu();
+        }
+        self.pci.add(slot, Arc::new(Mutex::new(VirtioFunction(function))))?;
         Ok(())
     }
 
+    /// Guest memory as a device in this slot reaches it: behind the IOMMU if there is one.
+    fn reached_from(&mut self, slot: usize) -> Result<DeviceMemory, MachineError> {
+        let Some(iommu) = &mut self.iommu else { return Ok(DeviceMemory::whole(&self.memory)) };
+        let (port, remapper) = iommu.add(slot)?;
+        Ok(DeviceMemory::translated(&self.memory, port, remapper))
+    }
+
     /// Adds a device of any other kind, which must be a PCI function, in the next free PCI slot, and opens it. `reach`
-    /// says whether it accesses guest memory by the way that it is given here, or knows another.
+    /// says whether it accesses guest memory by the way that it is given here, or knows another. By the first it is
+    /// behind the IOMMU if there is one; by the other it is outside, which VT-d does not know.
     ///
     /// # Errors
     /// When the slots are taken, or the device makes no sense as a PCI function, or fails.
     pub fn add_device(&mut self, device: Arc<dyn Device>, reach: Reach) -> Result<(), MachineError> {
-        let msi = Arc::new(Msi(Arc::clone(&self.apics)));
-        let function = AssignedFunction::new(device, Arc::clone(&self.memory), reach, msi)?;
-        self.pci.add_next(Arc::new(Mutex::new(function)))?;
+        let slot = self.pci.next_slot()?;
+        let reached = match reach {
+            Reach::Called => self.reached_from(slot)?,
+            Reach::Direct if matches!(self.iommu, Some(Iommu::Intel(_))) => {
+                return Err(AssignError::Outside.into());
+            }
+            Reach::Direct => DeviceMemory::whole(&self.memory),
+        };
+        let seat = Seat {
+            ram: Arc::clone(&self.memory),
+            reached,
+            msi: Arc::new(Msi(Arc::clone(&self.apics))),
+            wires: Arc::clone(&self.wires),
+            slot,
+        };
+        let function = AssignedFunction::new(device, reach, seat)?;
+        self.pci.add(slot, Arc::new(Mutex::new(function)))?;
         Ok(())
     }
 
@@ -365,7 +439,7 @@ impl Machine {
         initramfs: Option<&[u8]>,
         cmdline: &str,
     ) -> Result<(), MachineError> {
-        let iommu = self.iommu.as_ref().map(|it| acpi::Iommu { slot: it.slot, behind: it.behind.clone() });
+        let iommu = self.iommu.as_ref().map(Iommu::describe);
         let mmio64 = layout::mmio64_window(self.config.memory);
         let acpi_config = AcpiConfig { cpus: self.config.cpus, mmio64, iommu };
         let rsdp = acpi::write(&*self.memory, &acpi_config)?;
@@ -461,7 +535,7 @@ impl Machine {
         let ended = ended?;
         stats.unclaimed_ports = bus.unclaimed_ports();
         stats.unclaimed_mmio = bus.unclaimed_mmio();
-        stats.iommu = self.iommu.as_ref().map(|it| lock(&it.iommu).stats(&it.faults));
+        stats.iommu = self.iommu.as_ref().map(Iommu::stats);
         Ok((ended, stats))
     }
 
@@ -522,7 +596,7 @@ mod tests {
     }
 
     fn with_abi(memory: u64, cpus: u32, guest_abi: GuestAbi) -> Result<Machine, MachineError> {
-        Machine::new(MachineConfig { memory, cpus, serial: Box::new(io::sink()), guest_abi, iommu: false })
+        Machine::new(MachineConfig { memory, cpus, serial: Box::new(io::sink()), guest_abi, iommu: None })
     }
 
     #[test]

@@ -20,9 +20,14 @@
 //! Lock order: `layout`, then one function, never two; `routes` is only held for a lookup or a
 //! store. Functions must not call into the root.
 
+pub(crate) mod intx;
+
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use ::pci::access::natural;
+use ::pci::config::{Bar, BarKind};
 
 use crate::bus::{Bus, BusError, MmioDevice, PortDevice};
 use crate::layout;
@@ -40,6 +45,9 @@ pub const BAR0: u16 = 0x10;
 /// Configuration space: what follows the last BAR.
 const BARS_END: u16 = BAR0 + 4 * BARS as u16;
 
+/// Bytes of a function's configuration space.
+const CONFIG_SIZE: u16 = 0x1000;
+
 /// A memory BAR as a function has it now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BarInfo {
@@ -53,6 +61,13 @@ pub struct BarInfo {
     pub wide: bool,
     /// Whether the function answers: memory space is on in the command register.
     pub enabled: bool,
+}
+
+impl From<Bar> for BarInfo {
+    fn from(bar: Bar) -> Self {
+        let wide = matches!(bar.kind, BarKind::Memory64 { .. });
+        Self { index: bar.index, address: bar.address, size: bar.size, wide, enabled: bar.enabled }
+    }
 }
 
 /// A function of a PCI device: configuration space and what is behind its BARs.
@@ -225,13 +240,11 @@ impl PciRoot {
             data.fill(0xff);
             return;
         };
+        data.fill(0xff);
         let mut function = lock(function);
         for (part, range) in parts(offset, data.len()) {
             if let Some(bytes) = data.get_mut(range) {
-                bytes.fill(0xff);
-                if part < 0x1000 {
-                    function.config_read(part, bytes);
-                }
+                function.config_read(part, bytes);
             }
         }
     }
@@ -242,7 +255,6 @@ impl PciRoot {
         for (part, range) in parts(offset, data.len()) {
             let Some(bytes) = data.get(range) else { continue };
             match part {
-                0x1000.. => {}
                 COMMAND..BARS_END => {
                     // Held throughout, so that two writers store what they see in the order of their writes.
                     let mut layout = lock(&self.layout);
@@ -338,22 +350,10 @@ impl std::fmt::Debug for PciRoot {
 }
 
 /// Takes an access to configuration space apart: pieces that a function takes, as offset and place in
-/// the data. A piece is 1, 2 or 4 bytes, aligned to its size.
+/// the data. A piece is 1, 2 or 4 bytes, aligned to its size. What is past the space is left out.
 fn parts(offset: u16, length: usize) -> impl Iterator<Item = (u16, Range<usize>)> {
-    let mut done = 0;
-    std::iter::from_fn(move || {
-        let left = length - done;
-        let at = offset.wrapping_add(done as u16);
-        let size = match left {
-            0 => return None,
-            4.. if at.is_multiple_of(4) => 4,
-            2.. if at.is_multiple_of(2) => 2,
-            _ => 1,
-        };
-        let range = done..done + size;
-        done += size;
-        Some((at, range))
-    })
+    let inside = |(at, range)| u16::try_from(at).ok().filter(|at| *at < CONFIG_SIZE).map(|at| (at, range));
+    natural(offset.into(), length, 4).map_while(inside)
 }
 
 /// A window of PCI memory on the bus.

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use ::pci::config::{Bar, BarKind};
 use ::pci::msix::MsiSink;
 use virtio::pci::VirtioPci;
 
@@ -23,14 +22,7 @@ impl PciFunction for VirtioFunction {
     }
 
     fn bars(&self) -> Vec<BarInfo> {
-        let info = |bar: Bar| BarInfo {
-            index: bar.index,
-            address: bar.address,
-            size: bar.size,
-            wide: matches!(bar.kind, BarKind::Memory64 { .. }),
-            enabled: bar.enabled,
-        };
-        self.0.bars().map(info).collect()
+        self.0.bars().map(BarInfo::from).collect()
     }
 
     fn bar_read(&mut self, bar: usize, offset: u64, data: &mut [u8]) {

@@ -8,13 +8,12 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use ::vfio::devices::specification::{Kind, Specification, SpecificationError};
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use vfio::devices::specification::{Kind, Specification, SpecificationError};
 
 use crate::net::options::ports::PortSpec;
 use crate::net::options::{PasstArgs, PastaArgs};
-use crate::run::devices::{self, DeviceSpec};
 
 pub use network::{Link, Publish};
 pub use vfio::{NamedDevice, NvmeArgs, ServeArgs, ServedDevice, VfioTask};
@@ -33,6 +32,7 @@ Examples:
   ring3 run --root ~/bookworm --cpus 2 --memory 2G -- make check
   ring3 run --disk disk.img -- mkfs.ext4 /dev/vda
   ring3 run --device vfio-user=/tmp/nvme.sock -- lsblk
+  ring3 run --device vfio-pci=0000:04:00.0 -- lspci -k
   ring3 run -p 127.0.0.1:8080:80 -- python3 -m http.server 80
   ring3 run --kernel ./bzImage --append loglevel=7 -v -- true
   ring3 run --guest-abi pvm --kernel ./vmlinux.pvm --stats -- true
@@ -196,10 +196,10 @@ pub struct ShimArgs {
     /// Let /dev/iommu have the IOMMU of the kernel's selftests, with their ioctls and failure injection
     #[arg(long)]
     pub mock_iommu: bool,
-    /// Device to serve in /dev/vfio: `nvme,file=PATH[,ro][,addr=BDF]` or `ioat[,addr=BDF]`
+    /// Device to serve in /dev/vfio: `nvme,file=PATH[,ro][,addr=BDF]`, `ioat[,addr=BDF]` or `test[,addr=BDF]`
     ///
-    /// `nvme` is an NVMe controller with a file as its disk, `ioat` a DMA engine; BDF is the PCI address that the program
-    /// finds it at, like 0000:00:05.0. Can be repeated.
+    /// `nvme` is an NVMe controller with a file as its disk, `ioat` a DMA engine, `test` a device with every kind of BAR
+    /// and interrupt; BDF is the PCI address that the program finds it at, like 0000:00:05.0. Can be repeated.
     #[arg(long = "device", value_name = "SPEC", value_parser = parse_shim_device)]
     pub devices: Vec<String>,
     /// The program and its arguments
@@ -236,11 +236,15 @@ pub struct RunArgs {
     /// Raw disk image for the guest (/dev/vda, then vdb, ...); with :ro the guest cannot write it
     #[arg(long = "disk", value_name = "FILE[:ro]", value_parser = OsStringValueParser::new().map(parse_disk))]
     pub disks: Vec<Disk>,
-    /// Device from elsewhere: vfio-user=SOCKET, a PCI device that a vfio-user server has (`ring3 vfio serve`)
+    /// PCI device from elsewhere: a vfio-user server's (`ring3 vfio serve`), or one of the host's own
     ///
-    /// The server reaches the guest's memory only by asking ring3. Devices need MSI-X to interrupt. Can be repeated.
-    #[arg(long = "device", value_name = "vfio-user=SOCKET", value_parser = devices::parse)]
-    pub devices: Vec<DeviceSpec>,
+    /// A vfio-user server reaches the guest's memory only by asking ring3. A device of the host, by its PCI address, must be
+    /// bound to vfio-pci and be behind the host's IOMMU; it reaches all of the guest's memory, which the host locks (`ulimit
+    /// -l`), and is reset before and after. The host's VFIO has two doors to a device, its own node (cdev) and that of its
+    /// group; the first that is there is taken. Can be repeated.
+    #[arg(long = "device", value_name = "vfio-user=SOCKET|vfio-pci=ADDRESS[,door=cdev|group]",
+          value_parser = vfio::parse_named)]
+    pub devices: Vec<NamedDevice>,
     /// Kernel module for the guest to load at start, with all that it needs
     ///
     /// Drivers of ring3's own devices, and of NVMe, AHCI and xHCI devices given by --device, are loaded by themselves.
@@ -300,8 +304,10 @@ pub struct RunArgs {
     pub guest_abi: GuestAbi,
     /// Which IOMMU the guest's devices are behind
     ///
-    /// With `virtio` the guest decides what of its memory each device may reach, and --stats shows what that took. The kernel
-    /// needs the driver virtio_iommu: Debian's have it from 6.12 on.
+    /// The guest decides then what of its memory each device may reach, and --stats shows what that took. For `virtio` the
+    /// kernel needs the driver virtio_iommu: Debian's have it from 6.12 on. For `intel` it needs CONFIG_INTEL_IOMMU, as all of Debian's
+    /// have, and is told `intel_iommu=on iommu.passthrough=0`; what --append says comes later, such as iommu.strict=1. A device of
+    /// the host (--device vfio-pci=) is outside of the first, and cannot be had with the second.
     #[arg(long, value_name = "KIND", value_enum, default_value_t = Iommu::None)]
     pub iommu: Iommu,
     /// How the guest's processor is run
@@ -346,8 +352,10 @@ pub enum GuestAbi {
 pub enum Iommu {
     /// None: they reach all of the guest's memory
     None,
-    /// The virtio IOMMU, and all virtio devices are behind it
+    /// The virtio IOMMU, and all devices are behind it
     Virtio,
+    /// Intel VT-d, and all devices are behind it
+    Intel,
 }
 
 /// How the guest's processor is run.
@@ -614,7 +622,7 @@ mod tests {
 
     #[test]
     fn devices_that_the_library_cannot_make_are_refused() {
-        for good in ["ioat", "ioat,addr=0000:00:05.0", "nvme,file=/dev/null,ro"] {
+        for good in ["ioat", "test", "ioat,addr=0000:00:05.0", "nvme,file=/dev/null,ro"] {
             assert_eq!(parse_shim_device(good).as_deref(), Ok(good));
         }
         for (wrong, words) in [

@@ -6,7 +6,11 @@ use std::{
     sync::Arc,
 };
 
-use iommufd::{Errno, Result, caller::File, process::UserAddr};
+use iommufd::{
+    Errno, Result,
+    caller::{Deliver, File},
+    process::UserAddr,
+};
 use rustix::{
     fs::{MemfdFlags, OFlags},
     io::FdFlags,
@@ -15,7 +19,7 @@ use vfio::doors::{Caller, DeviceFile, MigrationFile};
 
 use crate::{
     caller::ShimCaller,
-    node::{Node, Opened, ServedFile},
+    node::{Node, Opened, ServedFile, with_buffer},
     nodes, process,
     table::{self, Description},
     user,
@@ -23,9 +27,6 @@ use crate::{
 
 /// The most that one call reads or writes: as Linux does, more is done in part.
 const LARGEST: usize = 1 << 20;
-
-/// Transfers up to this size need no allocation.
-const SMALL: usize = 256;
 
 /// Opens `node`: the new descriptor.
 pub(crate) fn open(node: &dyn Node, flags: c_int) -> Result<c_int> {
@@ -128,12 +129,14 @@ pub(crate) fn read(
     count: usize,
     position: Position,
 ) -> Result<usize> {
-    let offset = position.offset()?;
+    let count = count.min(LARGEST);
+    let Some(offset) = position.offset()? else {
+        let mut deliver =
+            |at: usize, bytes: &[u8]| user::write(UserAddr(to.0.wrapping_add(at as u64)), bytes);
+        return description.file.read_to(count, &mut deliver);
+    };
     with_buffer(count, |buffer| {
-        let done = match offset {
-            None => description.file.read(buffer)?,
-            Some(offset) => description.file.read_at(offset, buffer)?,
-        };
+        let done = description.file.read_at(offset, buffer)?;
         user::write(to, buffer.get(..done).ok_or(Errno::IO)?)?;
         Ok(done)
     })
@@ -147,7 +150,7 @@ pub(crate) fn write(
     position: Position,
 ) -> Result<usize> {
     let offset = position.offset()?;
-    with_buffer(count, |buffer| {
+    with_buffer(count.min(LARGEST), |buffer| {
         user::read(from, buffer)?;
         match offset {
             None => description.file.write(buffer),
@@ -205,15 +208,6 @@ pub(crate) fn pieces(at: *const libc::iovec, count: c_int) -> Result<Vec<Piece>>
         .collect()
 }
 
-fn with_buffer<T>(count: usize, work: impl FnOnce(&mut [u8]) -> Result<T>) -> Result<T> {
-    let count = count.min(LARGEST);
-    let mut small = [0; SMALL];
-    match small.get_mut(..count) {
-        Some(buffer) => work(buffer),
-        None => work(&mut vec![0; count]),
-    }
-}
-
 /// A file that an ioctl gave out.
 struct Given(Arc<dyn File>);
 
@@ -227,6 +221,10 @@ impl ServedFile for Given {
 
     fn read(&self, to: &mut [u8]) -> Result<usize> {
         self.0.read(to)
+    }
+
+    fn read_to(&self, room: usize, to: Deliver<'_>) -> Result<usize> {
+        self.0.read_to(room, to)
     }
 
     fn write(&self, from: &[u8]) -> Result<usize> {

@@ -3,8 +3,20 @@
 use std::{any::Any, os::fd::OwnedFd, sync::Arc};
 
 use crate::share::Link;
-use iommufd::{Errno, Result, process::UserAddr};
+use iommufd::{Errno, Result, caller::Deliver, process::UserAddr};
 use vfio::doors::{Caller, DeviceFile, Opened as VfioOpened};
+
+/// Transfers up to this size need no allocation.
+const SMALL: usize = 256;
+
+/// Work with a buffer of `count` bytes.
+pub(crate) fn with_buffer<T>(count: usize, work: impl FnOnce(&mut [u8]) -> Result<T>) -> Result<T> {
+    let mut small = [0; SMALL];
+    match small.get_mut(..count) {
+        Some(buffer) => work(buffer),
+        None => work(&mut vec![0; count]),
+    }
+}
 
 /// A path that can be opened.
 pub(crate) trait Node: Send + Sync {
@@ -59,6 +71,16 @@ pub(crate) trait ServedFile: Send + Sync {
     fn read(&self, to: &mut [u8]) -> Result<usize> {
         let _ = to;
         Err(Errno::INVAL)
+    }
+
+    /// As `read` with room for so many bytes, which the program may have no memory for: what it does not take stays to be read,
+    /// where the file can keep it.
+    fn read_to(&self, room: usize, to: Deliver<'_>) -> Result<usize> {
+        with_buffer(room, |buffer| {
+            let done = self.read(buffer)?;
+            to(0, buffer.get(..done).ok_or(Errno::IO)?)?;
+            Ok(done)
+        })
     }
 
     /// `write`.

@@ -114,6 +114,13 @@ functions! {
     mremap: fn(*mut c_void, size_t, size_t, c_int; ..) -> *mut c_void;
     madvise: fn(*mut c_void, size_t, c_int) -> c_int;
 
+    sigaction: fn(c_int, *const libc::sigaction, *mut libc::sigaction) -> c_int;
+    __sigaction: fn(c_int, *const libc::sigaction, *mut libc::sigaction) -> c_int;
+    signal: fn(c_int, libc::sighandler_t) -> libc::sighandler_t;
+    bsd_signal: fn(c_int, libc::sighandler_t) -> libc::sighandler_t;
+    sysv_signal: fn(c_int, libc::sighandler_t) -> libc::sighandler_t;
+    __sysv_signal: fn(c_int, libc::sighandler_t) -> libc::sighandler_t;
+
     access: fn(*const c_char, c_int) -> c_int;
     faccessat: fn(c_int, *const c_char, c_int, c_int) -> c_int;
     opendir: fn(*const c_char) -> *mut DIR;

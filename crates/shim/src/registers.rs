@@ -2,7 +2,8 @@
 //!
 //! The kernel says where it faulted by SIGSEGV. The instruction is done on the device's file instead (`vfio::doors::registers`), and
 //! the program goes on behind it. It was in its own code, so no lock of ours or of its allocator's is held by this thread.
-//! What is not ours goes to the handler that was there before.
+//! What is not ours goes to the program's handler ([`wanted`]), whether it was there before or came later: `sigaction` and
+//! `signal` tell it to us instead of the kernel from then on.
 
 #![allow(unsafe_code, reason = "a signal handler: what it is told are pointers")]
 
@@ -10,14 +11,15 @@ use core::{
     ffi::{c_int, c_void},
     mem::MaybeUninit,
     slice,
-    sync::atomic::{AtomicBool, Ordering},
 };
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use iommufd::process::UserAddr;
 use vfio::doors::{DeviceFile, registers};
 
-use crate::{errno, inside, mapped};
+use crate::{errno, inside, mapped, real};
+
+pub(crate) mod wanted;
 
 /// What a mapping of registers holds.
 #[derive(Debug)]
@@ -54,14 +56,13 @@ const GENERAL: [c_int; 16] = [
 const LONGEST: usize = 15;
 const PAGE: usize = 4096;
 
-static CAUGHT: AtomicBool = AtomicBool::new(false);
-static BEFORE: OnceLock<libc::sigaction> = OnceLock::new();
-
 /// Catches accesses from now on.
 pub(crate) fn catch() {
-    if CAUGHT.swap(true, Ordering::AcqRel) {
-        return;
-    }
+    wanted::catch(install);
+}
+
+/// Puts our handler in its place: what was there before.
+fn install() -> Option<wanted::Action> {
     let mut before = MaybeUninit::<libc::sigaction>::zeroed();
     // SAFETY: needed because accesses of what is not there are only told by a signal. Both structures are whole (of zeroes, but
     // for the fields that are set), and the handler is a function of this library, which is never unloaded.
@@ -70,9 +71,8 @@ pub(crate) fn catch() {
         let handler: extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void) = fault;
         action.sa_sigaction = handler as usize;
         action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
-        if libc::sigaction(libc::SIGSEGV, &raw const action, before.as_mut_ptr()) == 0 {
-            let _ = BEFORE.set(before.assume_init());
-        }
+        let done = real::sigaction()(libc::SIGSEGV, &raw const action, before.as_mut_ptr());
+        (done == 0).then(|| wanted::Action::from(&before.assume_init()))
     }
 }
 
@@ -90,16 +90,19 @@ pub(crate) fn are(at: UserAddr, length: u64) -> bool {
 
 extern "C" fn fault(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
     // SAFETY: the kernel gives both, and they are this handler's until it returns.
-    let (address, context) =
-        unsafe { ((*info).si_addr() as usize, &mut *context.cast::<libc::ucontext_t>()) };
+    let (address, sent) = unsafe { ((*info).si_addr() as usize, (*info).si_code <= 0) };
+    // Not while this thread is in the library, which accesses no registers, and may hold a lock that would be asked for.
+    let ours = !sent && !inside::is();
     let done = errno::preserved(|| {
-        let (_, held) = mapped::at(address)?;
+        let (_, held) = ours.then(|| mapped::at(address))??;
         let mapping = held.downcast_ref::<Mapped>()?;
         let offset = mapping.offset.checked_add((address - mapping.base) as u64)?;
-        inside::run(|| instead(mapping, offset, &mut context.uc_mcontext.gregs))
+        // SAFETY: as above.
+        let registers = unsafe { &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
+        inside::run(|| instead(mapping, offset, registers))
     });
     if done.is_none() {
-        pass_on(signal, info, context);
+        pass_on(signal, info, context.cast(), sent);
     }
 }
 
@@ -128,27 +131,57 @@ fn instead(mapping: &Mapped, offset: u64, gregs: &mut [i64; 23]) -> Option<()> {
     Some(())
 }
 
-/// To who caught the signal before. Without one the access is made again, with what the signal does by itself.
-fn pass_on(signal: c_int, info: *mut libc::siginfo_t, context: &mut libc::ucontext_t) {
-    let before = BEFORE.get();
-    match before.map(|before| (before.sa_sigaction, before.sa_flags)) {
-        Some((handler, flags)) if handler != libc::SIG_DFL && handler != libc::SIG_IGN => {
-            // SAFETY: needed because the program had a handler; it is called with what the kernel gave, as it asked for.
-            unsafe {
-                if flags & libc::SA_SIGINFO != 0 {
-                    let handler = core::mem::transmute::<
-                        usize,
-                        extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void),
-                    >(handler);
-                    handler(signal, info, core::ptr::from_mut(context).cast());
-                } else {
-                    core::mem::transmute::<usize, extern "C" fn(c_int)>(handler)(signal);
-                }
-            }
+/// What is not ours is the program's: it has what it asked for, and without a handler the end that the signal is by itself.
+fn pass_on(signal: c_int, info: *mut libc::siginfo_t, context: *mut libc::ucontext_t, sent: bool) {
+    let action = wanted::now();
+    if matches!(action.handler, libc::SIG_DFL | libc::SIG_IGN) {
+        if sent && action.handler == libc::SIG_IGN {
+            return;
         }
-        // SAFETY: needed so that a mistake of the program ends it as ever.
-        _ => unsafe {
-            libc::signal(signal, libc::SIG_DFL);
-        },
+        end(signal, sent);
+        return;
+    }
+    if action.flags & libc::SA_RESETHAND != 0 {
+        wanted::exchange(Some(wanted::Action { handler: libc::SIG_DFL, ..action }));
+    }
+    let itself = if action.flags & libc::SA_NODEFER == 0 { wanted::bit(signal) } else { 0 };
+    block(action.mask | itself);
+    // SAFETY: needed because the program had a handler; it is called with what the kernel gave, as it asked for, and with the
+    // signals blocked that it named. Returning from our own handler gives the thread its mask again.
+    unsafe {
+        if action.flags & libc::SA_SIGINFO != 0 {
+            let handler = core::mem::transmute::<
+                usize,
+                extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void),
+            >(action.handler);
+            handler(signal, info, context.cast());
+        } else {
+            core::mem::transmute::<usize, extern "C" fn(c_int)>(action.handler)(signal);
+        }
+    }
+}
+
+/// Blocks the signals of a mask of the kernel's.
+fn block(mask: u64) {
+    for signal in (1..=64).filter(|signal| mask & wanted::bit(*signal) != 0) {
+        let mut set = MaybeUninit::<libc::sigset_t>::zeroed();
+        // SAFETY: needed because masks are C structures. The set is whole, of zeroes, which the first call makes an empty set.
+        unsafe {
+            libc::sigemptyset(set.as_mut_ptr());
+            libc::sigaddset(set.as_mut_ptr(), signal);
+            libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), core::ptr::null_mut());
+        }
+    }
+}
+
+/// What the signal does by itself: the access is made again without a handler, or the signal is sent once more.
+fn end(signal: c_int, sent: bool) {
+    // SAFETY: needed so that a mistake of the program ends it as ever. The structure is whole: zeroes are the default action.
+    unsafe {
+        let action = MaybeUninit::<libc::sigaction>::zeroed().assume_init();
+        real::sigaction()(signal, &raw const action, core::ptr::null_mut());
+        if sent {
+            libc::raise(signal);
+        }
     }
 }

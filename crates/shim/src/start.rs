@@ -33,5 +33,6 @@ extern "C" fn parent() {
 }
 
 extern "C" fn child() {
+    crate::registers::wanted::child();
     crate::share::child();
 }

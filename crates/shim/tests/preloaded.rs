@@ -14,6 +14,7 @@ use std::{
     path::PathBuf,
     process::Command,
     ptr,
+    sync::atomic::{AtomicUsize, Ordering},
 };
 
 const INSIDE: &str = "RING3_SHIM_TEST";
@@ -372,4 +373,95 @@ fn a_tree_goes_with_its_process() {
         assert!(String::from_utf8_lossy(&output.stdout).contains("0x8086"), "{output:?}");
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0, "{script}");
     }
+}
+
+/// The registers of the card's first BAR, mapped.
+fn registers() -> *mut u8 {
+    const BIND_IOMMUFD: libc::c_ulong = 0x3b76;
+    let device = open(c"/dev/vfio/devices/vfio0", libc::O_RDWR);
+    let iommu = open(IOMMU, libc::O_RDWR);
+    assert!(device >= 0 && iommu >= 0, "{}", errno());
+    let mut bind = [16_u32, 0, u32::try_from(iommu).unwrap(), 0];
+    assert_eq!(unsafe { libc::ioctl(device, BIND_IOMMUFD, bind.as_mut_ptr()) }, 0, "{}", errno());
+    let prot = libc::PROT_READ | libc::PROT_WRITE;
+    let there = unsafe { libc::mmap(ptr::null_mut(), 4096, prot, libc::MAP_SHARED, device, 0) };
+    assert_ne!(there, libc::MAP_FAILED, "{}", errno());
+    there.cast()
+}
+
+/// The engine's version, which is what its register at 8 says.
+fn version(registers: *mut u8) -> u8 {
+    unsafe { registers.add(8).read_volatile() }
+}
+
+static CAUGHT: AtomicUsize = AtomicUsize::new(0);
+
+/// Puts a page where there is none.
+extern "C" fn put_a_page(_signal: c_int, info: *mut libc::siginfo_t, _context: *mut c_void) {
+    CAUGHT.fetch_add(1, Ordering::Relaxed);
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+    let prot = libc::PROT_READ | libc::PROT_WRITE;
+    unsafe {
+        let at = (*info).si_addr() as usize & !4095;
+        libc::mmap(at as *mut c_void, 4096, prot, flags, -1, 0);
+    }
+}
+
+/// How a child ends that does `work`.
+fn ends(work: impl FnOnce()) -> c_int {
+    let child = unsafe { libc::fork() };
+    assert!(child >= 0);
+    if child == 0 {
+        work();
+        unsafe { libc::_exit(0) };
+    }
+    let mut status = 0;
+    assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+    status
+}
+
+#[test]
+fn a_program_catches_its_own_faults_beside_mapped_registers() {
+    serving("a_program_catches_its_own_faults_beside_mapped_registers", CARD, || {
+        // Rust gives its threads a stack for signals that is too small for a library that was not optimized.
+        let mut none = unsafe { core::mem::zeroed::<libc::stack_t>() };
+        none.ss_flags = libc::SS_DISABLE;
+        assert_eq!(unsafe { libc::sigaltstack(&raw const none, ptr::null_mut()) }, 0);
+        let registers = registers();
+        assert_eq!(version(registers), 0x33);
+        let ask = || {
+            let mut now = unsafe { core::mem::zeroed::<libc::sigaction>() };
+            assert_eq!(unsafe { libc::sigaction(libc::SIGSEGV, ptr::null(), &raw mut now) }, 0);
+            now
+        };
+        // Rust's own, for overflows of the stack, was there before.
+        let first = ask();
+        let mut action = unsafe { core::mem::zeroed::<libc::sigaction>() };
+        let handler: extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void) = put_a_page;
+        action.sa_sigaction = handler as usize;
+        action.sa_flags = libc::SA_SIGINFO;
+        unsafe { libc::sigaddset(&raw mut action.sa_mask, libc::SIGUSR1) };
+        let mut old = first;
+        assert_eq!(unsafe { libc::sigaction(libc::SIGSEGV, &raw const action, &raw mut old) }, 0);
+        assert_eq!(old.sa_sigaction, first.sa_sigaction);
+        let now = ask();
+        assert_eq!(now.sa_sigaction, action.sa_sigaction);
+        assert_eq!(unsafe { libc::sigismember(&raw const now.sa_mask, libc::SIGUSR1) }, 1);
+        // A page of nothing is the program's affair, registers are the library's.
+        let (flags, none) = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, libc::PROT_NONE);
+        let page = unsafe { libc::mmap(ptr::null_mut(), 4096, none, flags, -1, 0) }.cast::<u8>();
+        assert_eq!(unsafe { page.read_volatile() }, 0);
+        assert_eq!(version(registers), 0x33);
+        assert_eq!(CAUGHT.load(Ordering::Relaxed), 1);
+        // One that was sent, to a handler of the old kind and to none.
+        assert_eq!(unsafe { libc::signal(libc::SIGSEGV, libc::SIG_IGN) }, action.sa_sigaction);
+        assert_eq!(unsafe { libc::raise(libc::SIGSEGV) }, 0);
+        assert_eq!(version(registers), 0x33);
+        assert_eq!(unsafe { libc::signal(libc::SIGSEGV, libc::SIG_DFL) }, libc::SIG_IGN);
+        let sent = ends(|| assert_eq!(unsafe { libc::raise(libc::SIGSEGV) }, 0));
+        assert_eq!(libc::WTERMSIG(sent), libc::SIGSEGV);
+        let faulted = ends(|| _ = unsafe { ptr::without_provenance::<u8>(8).read_volatile() });
+        assert_eq!(libc::WTERMSIG(faulted), libc::SIGSEGV);
+        assert_eq!(version(registers), 0x33);
+    });
 }

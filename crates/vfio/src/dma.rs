@@ -123,15 +123,11 @@ mod bounce {
         file: BorrowedFd<'_>,
         at: u64,
     ) -> Result<(), DmaFault> {
-        let mut buffer = vec![0; chunk(length)];
-        let mut done = 0;
-        while done < length {
-            let take = chunk(length - done).min(buffer.len());
-            let part = buffer.get_mut(..take).unwrap_or_default();
-            let place = at.checked_add(done).ok_or(DmaFault::File(Errno::OVERFLOW))?;
+        each_chunk(iova, length, at, |iova, place, chunk| {
             let mut filled = 0;
-            while filled < take {
-                let rest = part.get_mut(filled..).unwrap_or_default();
+            while let rest = chunk.get_mut(filled..).unwrap_or_default()
+                && !rest.is_empty()
+            {
                 match pread(file, &mut *rest, place.saturating_add(filled as u64)) {
                     Ok(0) => {
                         rest.fill(0);
@@ -142,10 +138,8 @@ mod bounce {
                     Err(errno) => return Err(DmaFault::File(errno)),
                 }
             }
-            dma.write(after(iova, done)?, part)?;
-            done += take as u64;
-        }
-        Ok(())
+            dma.write(iova, chunk)
+        })
     }
 
     pub(super) fn drain<D: Dma + ?Sized>(
@@ -155,16 +149,12 @@ mod bounce {
         file: BorrowedFd<'_>,
         at: u64,
     ) -> Result<(), DmaFault> {
-        let mut buffer = vec![0; chunk(length)];
-        let mut done = 0;
-        while done < length {
-            let take = chunk(length - done).min(buffer.len());
-            let part = buffer.get_mut(..take).unwrap_or_default();
-            dma.read(after(iova, done)?, part)?;
-            let place = at.checked_add(done).ok_or(DmaFault::File(Errno::OVERFLOW))?;
+        each_chunk(iova, length, at, |iova, place, chunk| {
+            dma.read(iova, chunk)?;
             let mut written = 0;
-            while written < take {
-                let rest = part.get(written..).unwrap_or_default();
+            while let rest = chunk.get(written..).unwrap_or_default()
+                && !rest.is_empty()
+            {
                 match pwrite(file, rest, place.saturating_add(written as u64)) {
                     Ok(0) => return Err(DmaFault::File(Errno::IO)),
                     Ok(count) => written += count,
@@ -172,6 +162,23 @@ mod bounce {
                     Err(errno) => return Err(DmaFault::File(errno)),
                 }
             }
+            Ok(())
+        })
+    }
+
+    /// Calls `copy` for one buffer after the other, with its place in memory and in the file.
+    fn each_chunk(
+        iova: Iova,
+        length: u64,
+        at: u64,
+        mut copy: impl FnMut(Iova, u64, &mut [u8]) -> Result<(), DmaFault>,
+    ) -> Result<(), DmaFault> {
+        let mut buffer = vec![0; chunk(length)];
+        let mut done = 0;
+        while done < length {
+            let take = chunk(length - done).min(buffer.len());
+            let place = at.checked_add(done).ok_or(DmaFault::File(Errno::OVERFLOW))?;
+            copy(after(iova, done)?, place, buffer.get_mut(..take).unwrap_or_default())?;
             done += take as u64;
         }
         Ok(())

@@ -23,6 +23,9 @@ pub mod migration;
 pub mod pci;
 pub mod user;
 
+#[cfg(test)]
+mod documentation;
+
 pub use iommufd::Errno;
 
 /// What most calls return: the errno is the one that the kernel's interface documents, or that it was seen to give.

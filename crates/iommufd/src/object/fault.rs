@@ -24,7 +24,12 @@ use uapi::iommufd::{
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::{Pending, readiness::Readiness, table::Use};
-use crate::{Context, Errno, Result, caller::File, hardware::Hardware, inject};
+use crate::{
+    Context, Errno, Result,
+    caller::{self, Deliver, File},
+    hardware::Hardware,
+    inject,
+};
 
 /// How many groups of page requests may wait in one queue; devices whose groups find no room get "invalid".
 const QUEUE_LIMIT: usize = 1 << 16;
@@ -192,26 +197,35 @@ pub(crate) struct FaultFile {
 }
 
 impl File for FaultFile {
-    /// Reads whole groups, as many as fit: 0 bytes when there is none, or the first does not fit. ESPIPE when `to` is not
-    /// made of whole records.
     fn read(&self, to: &mut [u8]) -> Result<usize> {
+        self.read_to(to.len(), &mut caller::fill(to))
+    }
+
+    /// Reads whole groups, as many as fit: 0 bytes when there is none, or the first does not fit. ESPIPE when `room` is not
+    /// for whole records. Faults that come meanwhile wait until what was read is delivered.
+    fn read_to(&self, room: usize, to: Deliver<'_>) -> Result<usize> {
         let size = size_of::<iommu_hwpt_pgfault>();
-        if !to.len().is_multiple_of(size) {
+        if !room.is_multiple_of(size) {
             return Err(Errno::SPIPE);
         }
         let mut done = 0;
         let mut state = self.queue.lock();
         while let Some(group) = state.waiting.front() {
             let length = group.requests.len() * size;
-            let Some(records) = to.get_mut(done..done + length) else { break };
+            if room - done < length {
+                break;
+            }
             let cookie = (1..=u32::MAX)
                 .map(|step| state.cookie.wrapping_add(step))
                 .find(|cookie| *cookie != 0 && !state.read.contains_key(cookie))
                 .ok_or(Errno::NOSPC)?;
-            for (record, to) in group.records(cookie).zip(records.chunks_exact_mut(size)) {
-                to.copy_from_slice(record.as_bytes());
+            let records: Vec<u8> =
+                group.records(cookie).flat_map(|record| record.as_bytes().to_vec()).collect();
+            match to(done, &records) {
+                Ok(()) => done += length,
+                Err(error) if done == 0 => return Err(error),
+                Err(_) => break,
             }
-            done += length;
             state.cookie = cookie;
             if let Some(group) = state.waiting.pop_front() {
                 state.read.insert(cookie, group);

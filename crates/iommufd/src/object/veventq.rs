@@ -15,7 +15,11 @@ use uapi::iommufd::{IOMMU_VEVENTQ_FLAG_LOST_EVENTS, iommufd_vevent_header};
 use zerocopy::IntoBytes;
 
 use super::{Pending, readiness::Readiness, table::Use, viommu::Viommu};
-use crate::{Context, Errno, Result, caller::File, inject};
+use crate::{
+    Context, Errno, Result,
+    caller::{self, Deliver, File},
+    inject,
+};
 
 /// How many events a queue may be asked to hold.
 const MAX_DEPTH: u32 = 1 << 19;
@@ -97,46 +101,51 @@ pub(crate) struct EventFile {
 }
 
 impl File for EventFile {
-    /// Reads whole events, as many as fit: 0 bytes when there is none. EINVAL when not even a header fits, or not the first
-    /// event.
     fn read(&self, to: &mut [u8]) -> Result<usize> {
-        let header_size = size_of::<iommufd_vevent_header>();
-        if to.len() < header_size {
+        self.read_to(to.len(), &mut caller::fill(to))
+    }
+
+    /// Reads whole events, as many as fit: 0 bytes when there is none. EINVAL when not even a header fits, or not the first
+    /// event. Events that come meanwhile wait until what was read is delivered.
+    fn read_to(&self, room: usize, to: Deliver<'_>) -> Result<usize> {
+        if room < size_of::<iommufd_vevent_header>() {
             return Err(Errno::INVAL);
         }
         let mut done = 0;
-        let mut put = |header: iommufd_vevent_header, data: &[u8]| -> bool {
-            let length = header_size + data.len();
-            let Some((head, tail)) =
-                to.get_mut(done..done + length).and_then(|record| record.split_at_mut_checked(header_size))
-            else {
-                return false;
-            };
-            head.copy_from_slice(header.as_bytes());
-            tail.copy_from_slice(data);
-            done += length;
-            true
+        let mut put = |header: iommufd_vevent_header, data: &[u8]| {
+            let record = [header.as_bytes(), data].concat();
+            if room - done < record.len() {
+                return Err(Errno::INVAL);
+            }
+            to(done, &record)?;
+            done += record.len();
+            Ok(())
         };
         let mut state = self.queue.lock();
         let was_empty = state.is_empty();
-        let mut full = false;
+        let mut stopped = Ok(());
         while let Some((sequence, data)) = state.events.front() {
-            full = !put(iommufd_vevent_header { flags: 0, sequence: *sequence }, data);
-            if full {
+            stopped = put(iommufd_vevent_header { flags: 0, sequence: *sequence }, data);
+            if stopped.is_err() {
                 break;
             }
             state.events.pop_front();
         }
-        if !full
+        if stopped.is_ok()
             && let Some(sequence) = state.lost
-            && put(iommufd_vevent_header { flags: IOMMU_VEVENTQ_FLAG_LOST_EVENTS, sequence }, &[])
         {
-            state.lost = None;
+            stopped = put(iommufd_vevent_header { flags: IOMMU_VEVENTQ_FLAG_LOST_EVENTS, sequence }, &[]);
+            if stopped.is_ok() {
+                state.lost = None;
+            }
         }
         if !was_empty && state.is_empty() {
             self.queue.readiness.set(false);
         }
-        if done == 0 && full { Err(Errno::INVAL) } else { Ok(done) }
+        match stopped {
+            Err(error) if done == 0 => Err(error),
+            _ => Ok(done),
+        }
     }
 
     fn write(&self, _from: &[u8]) -> Result<usize> {

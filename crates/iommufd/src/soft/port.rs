@@ -70,8 +70,10 @@ impl Port {
             self.generation.fetch_add(1, Ordering::Release);
             core::mem::replace(&mut *current, attached)
         };
-        self.epoch.synchronize();
-        drop(before);
+        // A section that began with nothing accesses nothing. So who has only such ones open may attach.
+        if before.is_some() {
+            self.epoch.synchronize();
+        }
     }
 
     /// Whether it is attached to anything.

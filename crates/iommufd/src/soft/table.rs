@@ -416,10 +416,14 @@ impl Table {
         }
     }
 
-    /// Takes out what is cached between `start` and `last`, and keeps out what was read until now. Readers may use it until
-    /// [`Self::sync`] has returned, which the caller calls next.
+    /// Takes out what is cached between `start` and `last`, with all of a leaf that is partly there, as a processor forgets a large
+    /// page by any address in it; and keeps out what was read until now. Readers may use it until [`Self::sync`] has returned,
+    /// which the caller calls next.
     pub(super) fn invalidate(&self, start: u64, last: u64) {
         let mut writer = self.write();
+        // SAFETY: the mutex is held.
+        let within = |iova| unsafe { self.find(iova) }.map_or(0, |(_, level, _)| span(level) - 1);
+        let (start, last) = (start & !within(start), last | within(last));
         self.generation.fetch_add(1, Ordering::Release);
         self.clear(&mut writer, &self.root, TOP, start, last);
     }

@@ -3,11 +3,12 @@
 //!
 //! An edge pin sends when its line goes up, unless masked: then the edge is lost. A level pin sends when
 //! its line is up, it is not masked, and no earlier message of it is still in service (remote IRR); EOI
-//! of its vector ends the service, and if the line is still up it sends again.
+//! of its vector ends the service, and if the line is still up it sends again. Between the two, who drives the line may
+//! look whether it is still to be up ([`EoiListener`]): a device that only tells when its interrupt begins.
 
 use super::bus::ApicBus;
 use super::message::{DeliveryMode, Destination, Message, TriggerMode};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 /// Where the I/O APIC is, by convention.
 pub const IOAPIC_BASE: u64 = 0xfec0_0000;
@@ -44,10 +45,18 @@ struct State {
     pins: [Pin; IOAPIC_PINS],
 }
 
+/// Hears when interrupts of level pins have been served.
+pub trait EoiListener: Send + Sync {
+    /// The interrupt of `pin` has been served. The line may be driven from here; it is looked at afterwards. Called from
+    /// a vCPU's thread, which should not be kept.
+    fn served(&self, pin: usize);
+}
+
 /// The I/O APIC.
 pub struct IoApic {
     bus: Arc<ApicBus>,
     state: Mutex<State>,
+    listener: OnceLock<Weak<dyn EoiListener>>,
 }
 
 impl IoApic {
@@ -55,9 +64,14 @@ impl IoApic {
     pub fn new(bus: &Arc<ApicBus>) -> Arc<Self> {
         let pins = [Pin { entry: MASKED, line: false }; IOAPIC_PINS];
         let state = Mutex::new(State { id: 0, select: 0, pins });
-        let io_apic = Arc::new(Self { bus: bus.clone(), state });
+        let io_apic = Arc::new(Self { bus: bus.clone(), state, listener: OnceLock::new() });
         bus.attach(Arc::downgrade(&io_apic));
         io_apic
+    }
+
+    /// Who is told of interrupts that have been served; the first one stays.
+    pub fn set_listener(&self, listener: Weak<dyn EoiListener>) {
+        let _ = self.listener.set(listener);
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -104,11 +118,15 @@ impl IoApic {
 
     /// EOI of `vector`: over the bus, or by the EOI register.
     pub(crate) fn eoi(&self, vector: u8) {
-        for pin in &mut self.lock().pins {
-            if pin.is_level() && pin.entry & REMOTE_IRR != 0 && pin.entry as u8 == vector {
-                pin.entry &= !REMOTE_IRR;
-                self.send(pin);
-            }
+        let served = |pin: &Pin| pin.is_level() && pin.entry & REMOTE_IRR != 0 && pin.entry as u8 == vector;
+        if let Some(listener) = self.listener.get().and_then(Weak::upgrade) {
+            // Their own state is not locked while others are called.
+            let pins = self.lock().pins;
+            (0..).zip(&pins).filter(|(_, pin)| served(pin)).for_each(|(pin, _)| listener.served(pin));
+        }
+        for pin in self.lock().pins.iter_mut().filter(|pin| served(pin)) {
+            pin.entry &= !REMOTE_IRR;
+            self.send(pin);
         }
     }
 

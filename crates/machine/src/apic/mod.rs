@@ -31,7 +31,7 @@
 //!
 //! I/O APIC, then one local APIC. No lock of a local APIC is held while another lock is taken or while
 //! [`VcpuSignals`] is called; the I/O APIC's lock may be held then. So `VcpuSignals` must not call the
-//! I/O APIC.
+//! I/O APIC. An [`EoiListener`] is called without a lock.
 
 mod bus;
 mod io;
@@ -45,7 +45,7 @@ mod timer;
 mod vectors;
 
 pub use bus::{ApicBus, ApicBusConfig, BusCounters, VcpuSignals};
-pub use io::{IOAPIC_BASE, IOAPIC_PINS, IOAPIC_SIZE, IoApic};
+pub use io::{EoiListener, IOAPIC_BASE, IOAPIC_PINS, IOAPIC_SIZE, IoApic};
 pub use local::LocalApic;
 pub use message::{DeliveryMode, Destination, Message, TriggerMode};
 pub use registers::{ApicMode, LAPIC_BASE, LAPIC_SIZE};

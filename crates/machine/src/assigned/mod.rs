@@ -9,14 +9,14 @@
 //!   interrupts: BARs and the command register are the guest's here, and capabilities that need something of the
 //!   machine that is not there are left out.
 //! - **BARs** are the device's regions, except for MSI-X's table and pending bits, which are kept here.
-//! - **Interrupts** (`interrupts`): all vectors of MSI-X are set up with the device once, before the guest runs. A
-//!   thread waits for their eventfds and sends the guest's messages. There is no INTx, and no MSI: drivers of devices that
-//!   have MSI-X use that.
-//! - **Memory** (`memory`): the guest's RAM, its physical addresses as I/O virtual ones. A device that accesses it by
+//! - **Interrupts** (`interrupts`): MSI-X, MSI or INTx, whichever the guest turns on, is set up with the device then. A
+//!   thread waits for the device's eventfds and sends the guest's messages, or drives the function's wire.
+//! - **Memory** (`memory`): the guest's RAM, its physical addresses as I/O virtual ones, or what the guest maps when the
+//!   device is behind its IOMMU. A device that accesses it by
 //!   itself, in another process or in hardware, writes unseen by the vCPUs, which keep decoded code: so whatever tells the
 //!   guest that data has come (an interrupt, or a register that it reads) first makes them look at their code again.
 //!   Data that the guest finds by polling memory alone may be code that a vCPU has in an older version: say so
-//!   where such devices are offered.
+//!   where such devices are offered. Such a device is never behind the guest's IOMMU.
 //!
 //! A device that does not answer reads as all ones, as a real one that has gone does.
 
@@ -27,13 +27,14 @@ mod space;
 use std::sync::Arc;
 
 use cpu::GuestRam;
-use pci::config::{Bar, BarKind, ConfigError};
+use pci::config::ConfigError;
 use pci::msix::MsiSink;
 use uapi::vfio::VFIO_PCI_CONFIG_REGION_INDEX;
 use vfio::Errno;
 use vfio::device::{Device, DeviceFlags};
-use vfio::irq::{IrqAction, IrqData, IrqSet};
 
+use crate::dma::DeviceMemory;
+use crate::pci::intx::Wires;
 use crate::pci::{BarInfo, PciFunction};
 use interrupts::Interrupts;
 pub use memory::GuestDma;
@@ -45,6 +46,9 @@ pub enum AssignError {
     /// It is something else.
     #[error("the device is no PCI function")]
     NotPci,
+    /// It accesses memory by itself, and the guest's IOMMU is in charge of all devices.
+    #[error("it reaches memory by itself, and cannot be behind this IOMMU: there is --iommu none, or virtio")]
+    Outside,
     /// The device failed.
     #[error("the device does not answer: {what}")]
     Device {
@@ -74,11 +78,25 @@ pub enum Reach {
     Direct,
 }
 
+/// What the machine has for a device.
+pub(crate) struct Seat {
+    /// Guest RAM.
+    pub(crate) ram: Arc<GuestRam>,
+    /// What of it the device reaches when it asks.
+    pub(crate) reached: DeviceMemory,
+    /// Takes its messages.
+    pub(crate) msi: Arc<dyn MsiSink>,
+    /// Where its wire is.
+    pub(crate) wires: Arc<Wires>,
+    /// The slot that the guest will find it in.
+    pub(crate) slot: usize,
+}
+
 /// An assigned device as a function on the bus.
 pub(crate) struct AssignedFunction {
     device: Opened,
     space: Space,
-    interrupts: Option<Interrupts>,
+    interrupts: Interrupts,
     memory: Arc<GuestRam>,
     reach: Reach,
 }
@@ -88,36 +106,28 @@ impl AssignedFunction {
     ///
     /// # Errors
     /// It is no PCI function, or makes no sense, or fails.
-    pub(crate) fn new(
-        device: Arc<dyn Device>,
-        memory: Arc<GuestRam>,
-        reach: Reach,
-        sink: Arc<dyn MsiSink>,
-    ) -> Result<Self, AssignError> {
+    pub(crate) fn new(device: Arc<dyn Device>, reach: Reach, seat: Seat) -> Result<Self, AssignError> {
         let failed = |what| move |source| AssignError::Device { what, source };
         if !device.info().map_err(failed("what it is"))?.flags.contains(DeviceFlags::PCI) {
             return Err(AssignError::NotPci);
         }
-        device.open(Arc::new(GuestDma::new(Arc::clone(&memory)))).map_err(failed("to open"))?;
+        device.open(Arc::new(GuestDma::new(seat.reached))).map_err(failed("to open"))?;
         let device = Opened(device);
         let space = Space::new(&*device.0)?;
-        let interrupts = space.msix().map(|layout| {
-            let memory = (reach == Reach::Direct).then(|| Arc::clone(&memory));
-            Interrupts::start(layout.vectors, sink, memory).map_err(AssignError::Interrupts)
-        });
-        let interrupts = interrupts.transpose()?;
-        if let Some(interrupts) = &interrupts {
-            let eventfds = interrupts.eventfds().map_err(AssignError::Interrupts)?;
-            let set = IrqSet {
-                index: uapi::vfio::VFIO_PCI_MSIX_IRQ_INDEX,
-                start: 0,
-                count: eventfds.len() as u32,
-                action: IrqAction::Trigger,
-                data: IrqData::EventFd(eventfds.into_iter().map(Some).collect()),
-            };
-            device.0.set_irqs(set).map_err(failed("for its interrupts"))?;
+        let wire = space.intx().map(|pin| seat.wires.wire(seat.slot, pin));
+        let interrupts = Interrupts::start(
+            Arc::clone(&device.0),
+            space.interrupts(),
+            seat.msi,
+            wire.as_ref().map(|wire| Box::new(wire.clone()) as _),
+            (reach == Reach::Direct).then(|| Arc::clone(&seat.ram)),
+        )
+        .map_err(AssignError::Interrupts)?;
+        if let Some(wire) = wire {
+            wire.listen(Arc::downgrade(&interrupts.served()));
         }
-        Ok(Self { device, space, interrupts, memory, reach })
+        interrupts.set_control(space.control());
+        Ok(Self { device, space, interrupts, memory: seat.ram, reach })
     }
 
     /// Before the guest learns that data has come.
@@ -140,30 +150,30 @@ impl Drop for Opened {
 impl PciFunction for AssignedFunction {
     fn config_read(&mut self, offset: u16, data: &mut [u8]) {
         self.space.read(&*self.device.0, offset, data);
+        for (at, byte) in (offset..).zip(data) {
+            // The header is in the list.
+            if let Some(within @ 2..) = self.space.msi_part(at) {
+                self.interrupts.msi_read(within, std::slice::from_mut(byte));
+            }
+        }
     }
 
     fn config_write(&mut self, offset: u16, data: &[u8]) {
         self.space.write(&*self.device.0, offset, data);
-        if let Some(interrupts) = &self.interrupts {
-            interrupts.set_state(self.space.msix_control(), self.space.bus_master());
+        if let Some(within) = self.space.msi_part(offset) {
+            self.interrupts.msi_write(within, data);
         }
+        self.interrupts.set_control(self.space.control());
     }
 
     fn bars(&self) -> Vec<BarInfo> {
-        let info = |bar: Bar| BarInfo {
-            index: bar.index,
-            address: bar.address,
-            size: bar.size,
-            wide: matches!(bar.kind, BarKind::Memory64 { .. }),
-            enabled: bar.enabled,
-        };
-        self.space.bars().map(info).collect()
+        self.space.bars().map(BarInfo::from).collect()
     }
 
     fn bar_read(&mut self, bar: usize, offset: u64, data: &mut [u8]) {
-        match (self.space.msix_part(bar, offset), &self.interrupts) {
-            (Some(part), Some(interrupts)) => interrupts.read(part, data),
-            _ => {
+        match self.space.msix_part(bar, offset) {
+            Some(part) => self.interrupts.read(part, data),
+            None => {
                 if self.device.0.read(bar as u32, offset, data) != Ok(data.len()) {
                     data.fill(0xff);
                 }
@@ -173,9 +183,9 @@ impl PciFunction for AssignedFunction {
     }
 
     fn bar_write(&mut self, bar: usize, offset: u64, data: &[u8]) {
-        match (self.space.msix_part(bar, offset), &self.interrupts) {
-            (Some(part), Some(interrupts)) => interrupts.write(part, data),
-            _ => {
+        match self.space.msix_part(bar, offset) {
+            Some(part) => self.interrupts.write(part, data),
+            None => {
                 if let Err(errno) = self.device.0.write(bar as u32, offset, data) {
                     tracing::debug!(bar, offset, %errno, "the assigned device does not take a write");
                 }

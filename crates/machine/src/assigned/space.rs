@@ -6,10 +6,13 @@
 use std::collections::BTreeMap;
 
 use pci::config::{Bar, BarKind, PciConfig, PciIds};
-use uapi::vfio::{VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_MSIX_IRQ_INDEX};
+use pci::msi::{self, MsiLayout};
+use uapi::vfio::{
+    VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_INTX_IRQ_INDEX, VFIO_PCI_MSI_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX,
+};
 use vfio::device::Device;
 
-use super::interrupts::MsixPart;
+use super::interrupts::{Control, Kinds, MsixPart};
 use super::{AssignError, device_config};
 
 /// Registers of the header (PCI Local Bus 3.0, figure 6-1).
@@ -20,12 +23,13 @@ const BAR0: u16 = 0x10;
 const BARS_END: u16 = 0x28;
 const ROM: u16 = 0x30;
 const CAPABILITIES: u16 = 0x34;
+const INTERRUPT_LINE: u16 = 0x3c;
 const INTERRUPT_PIN: u16 = 0x3d;
 /// What PCI Express adds: no such capability is shown.
 const EXTENDED: u16 = 0x100;
 
-/// Capabilities that mean the same in the guest (PCI 3.0, appendix H): power management, vendor's own, PCI Express, MSI-X.
-const SHOWN: [u8; 4] = [0x01, 0x09, 0x10, MSIX];
+/// Capabilities that mean the same in the guest (PCI 3.0, appendix H): power management, MSI, vendor's own, PCI Express, MSI-X.
+const SHOWN: [u8; 5] = [0x01, msi::CAPABILITY_ID, 0x09, 0x10, MSIX];
 const MSIX: u8 = 0x11;
 /// MSI-X's control word: enable, mask, and how many vectors less one.
 const MSIX_KEPT: u16 = 0xc000;
@@ -60,8 +64,11 @@ pub(super) struct Space {
     /// BARs and command register.
     header: PciConfig,
     /// Bytes that the guest sees in place of the device's: the list of capabilities without those that are left out,
-    /// and no interrupt pin.
+    /// and no interrupt pin where VFIO has none.
     instead: BTreeMap<u16, u8>,
+    intx: Option<u8>,
+    /// MSI's capability and its form.
+    msi: Option<(u16, MsiLayout)>,
     msix: Option<MsixPlace>,
     msix_control: u16,
 }
@@ -88,14 +95,20 @@ impl Space {
         let mut header = PciConfig::new(PciIds::default());
         add_bars(&mut header, device, &bytes)?;
         let mut space =
-            Self { header, instead: BTreeMap::from([(INTERRUPT_PIN, 0)]), msix: None, msix_control: 0 };
+            Self { header, instead: BTreeMap::new(), intx: None, msi: None, msix: None, msix_control: 0 };
+        // INTA# is 1.
+        space.intx = byte(&bytes, INTERRUPT_PIN).checked_sub(1).filter(|pin| *pin < 4);
+        if vectors(device, VFIO_PCI_INTX_IRQ_INDEX)? == 0 || space.intx.is_none() {
+            space.intx = None;
+            space.instead.insert(INTERRUPT_PIN, 0);
+        }
         if word(STATUS) & 1 << 4 != 0 {
             space.list_capabilities(device, &bytes)?;
         }
         Ok(space)
     }
 
-    /// Finds MSI-X, and leaves out what is not [`SHOWN`].
+    /// Finds MSI and MSI-X, and leaves out what is not [`SHOWN`].
     fn list_capabilities(&mut self, device: &dyn Device, bytes: &[u8]) -> Result<(), AssignError> {
         let (mut at, mut link) = (u16::from(byte(bytes, CAPABILITIES) & !3), CAPABILITIES);
         // The list cannot be longer, unless it is a ring.
@@ -108,7 +121,12 @@ impl Space {
             if id == MSIX {
                 self.msix = Some(msix_place(device, bytes, at)?);
             }
-            if SHOWN.contains(&id) {
+            let mut shown = SHOWN.contains(&id);
+            if id == msi::CAPABILITY_ID {
+                self.msi = msi_place(device, bytes, at)?;
+                shown = self.msi.is_some();
+            }
+            if shown {
                 self.instead.insert(link, at as u8);
                 link = at + 1;
             }
@@ -117,19 +135,33 @@ impl Space {
         Err(AssignError::Space("its list of capabilities has no end"))
     }
 
-    /// MSI-X, if the device has it.
-    pub(super) fn msix(&self) -> Option<MsixPlace> {
-        self.msix
+    /// Which interrupts the device has.
+    pub(super) fn interrupts(&self) -> Kinds {
+        Kinds {
+            intx: self.intx.is_some(),
+            msi: self.msi.map(|(_, layout)| layout),
+            msix: self.msix.map_or(0, |place| place.vectors),
+        }
     }
 
-    /// MSI-X's control word as the guest has it.
-    pub(super) fn msix_control(&self) -> u16 {
-        self.msix_control
+    /// The device's wire, INTA# (0) to INTD# (3).
+    pub(super) fn intx(&self) -> Option<u8> {
+        self.intx
     }
 
-    /// Whether the function may access memory and interrupt.
-    pub(super) fn bus_master(&self) -> bool {
-        self.header.bus_master()
+    /// How the guest wants to be interrupted.
+    pub(super) fn control(&self) -> Control {
+        Control {
+            msix: self.msix_control,
+            bus_master: self.header.bus_master(),
+            intx_disabled: self.header.intx_disabled(),
+        }
+    }
+
+    /// Where an access begins in MSI's capability.
+    pub(super) fn msi_part(&self, offset: u16) -> Option<u16> {
+        let (capability, layout) = self.msi?;
+        offset.checked_sub(capability).filter(|within| *within < layout.size())
     }
 
     /// The memory BARs.
@@ -156,7 +188,7 @@ impl Space {
         for (at, byte) in (offset..).zip(data) {
             let mut kept = [0];
             match at {
-                COMMAND..STATUS | BAR0..BARS_END => {
+                COMMAND..STATUS | BAR0..BARS_END | INTERRUPT_LINE => {
                     self.header.read(at, &mut kept);
                     [*byte] = kept;
                 }
@@ -181,7 +213,7 @@ impl Space {
     /// A write by the guest.
     pub(super) fn write(&mut self, device: &dyn Device, offset: u16, data: &[u8]) {
         for (at, byte) in (offset..).zip(data) {
-            if matches!(at, COMMAND..STATUS | BAR0..BARS_END) {
+            if matches!(at, COMMAND..STATUS | BAR0..BARS_END | INTERRUPT_LINE) {
                 self.header.write(at, &[*byte]);
             }
             if self.msix.is_some_and(|place| at == place.capability + 3) {
@@ -223,6 +255,28 @@ fn add_bars(header: &mut PciConfig, device: &dyn Device, bytes: &[u8]) -> Result
     Ok(())
 }
 
+/// How many vectors of a kind VFIO says that there are.
+fn vectors(device: &dyn Device, index: u32) -> Result<u32, AssignError> {
+    let irq = device.irq(index).map_err(|source| AssignError::Device { what: "for its vectors", source })?;
+    Ok(irq.count)
+}
+
+/// Takes MSI's capability apart (PCI 3.0, section 6.8.1). None when VFIO does not offer it.
+fn msi_place(
+    device: &dyn Device,
+    bytes: &[u8],
+    capability: u16,
+) -> Result<Option<(u16, MsiLayout)>, AssignError> {
+    let control = dword(bytes, capability) >> 16;
+    let layout = MsiLayout::from_control(control as u16);
+    let layout = layout.ok_or(AssignError::Space("MSI has a number of vectors that there is not"))?;
+    if capability + layout.size() > EXTENDED {
+        return Err(AssignError::Space("MSI's capability does not fit"));
+    }
+    let offered = vectors(device, VFIO_PCI_MSI_IRQ_INDEX)?;
+    Ok((offered >= layout.vectors.into()).then_some((capability, layout)))
+}
+
 /// Takes MSI-X's capability apart (PCI 3.0, section 6.8.2).
 fn msix_place(device: &dyn Device, bytes: &[u8], capability: u16) -> Result<MsixPlace, AssignError> {
     let control = dword(bytes, capability) >> 16;
@@ -230,8 +284,7 @@ fn msix_place(device: &dyn Device, bytes: &[u8], capability: u16) -> Result<Msix
         let register = dword(bytes, at);
         ((register & 7) as usize, u64::from(register & !7))
     };
-    let count = device.irq(VFIO_PCI_MSIX_IRQ_INDEX);
-    let count = count.map_err(|source| AssignError::Device { what: "for its vectors", source })?.count;
+    let count = vectors(device, VFIO_PCI_MSIX_IRQ_INDEX)?;
     let found = MsixPlace {
         capability,
         vectors: (control as u16 & MSIX_VECTORS) + 1,

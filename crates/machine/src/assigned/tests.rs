@@ -1,31 +1,55 @@
+mod direct;
+
+use std::collections::BTreeMap;
+use std::fmt;
 use std::os::fd::OwnedFd;
 use std::sync::Mutex;
 use std::sync::mpsc;
 
+use iommufd::domain::Prot;
 use iommufd::iova::{Iova, IovaRange};
 use mmu::Gpa;
+use uapi::vfio::{
+    VFIO_PCI_INTX_IRQ_INDEX as INTX, VFIO_PCI_MSI_IRQ_INDEX as MSI, VFIO_PCI_MSIX_IRQ_INDEX as MSIX,
+};
 use vfio::Result;
 use vfio::device::{DeviceInfo, RegionFlags, RegionInfo};
 use vfio::dma::{Dma, DmaFault};
-use vfio::irq::{IrqFlags, IrqInfo};
+use vfio::irq::{IrqAction, IrqData, IrqFlags, IrqInfo, IrqSet};
+use virtio::iommu::{Faults, MapFlags, Translator};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
+use crate::apic::IoApic;
+use crate::apic::testing::Rig;
+use crate::iommu::GuestIommu;
 use crate::memory;
 
-/// A function with a 64-bit BAR 0 of 16 KiB, an I/O BAR 2, MSI-X with 3 vectors (table at 0x1000, pending bits at 0x2000)
-/// between an MSI capability and a vendor's own.
-#[derive(Debug, Default)]
+/// A function with a 64-bit BAR 0 of 16 KiB, an I/O BAR 2, INTB#, and MSI-X with 3 vectors (table at 0x1000, pending bits at
+/// 0x2000) between MSI with 2 vectors and a vendor's own capability.
+#[derive(Default)]
 struct Model {
     state: Mutex<State>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct State {
     config: Vec<u8>,
     registers: Vec<(u64, Vec<u8>)>,
     dma: Option<Arc<dyn Dma>>,
-    eventfds: Vec<OwnedFd>,
+    /// What is set up, by kind.
+    eventfds: BTreeMap<u32, Vec<OwnedFd>>,
+    unmasked: Option<mpsc::Sender<()>>,
+    no_msi: bool,
     closed: bool,
+    /// What it does when the register at 0x20 is read.
+    on_register: Option<Box<dyn Fn() + Send>>,
+}
+
+impl fmt::Debug for Model {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Model").finish_non_exhaustive()
+    }
 }
 
 impl Model {
@@ -36,8 +60,8 @@ impl Model {
         config[0x10] = 0x0c;
         config[0x18] = 0x01;
         config[0x34] = 0x40;
-        config[0x3d] = 1;
-        config[0x40..0x42].copy_from_slice(&[0x05, 0x50]);
+        config[0x3d] = 2;
+        config[0x40..0x44].copy_from_slice(&[0x05, 0x50, 0x82, 0x00]);
         config[0x50..0x5c].copy_from_slice(&[0x11, 0x60, 2, 0, 0, 0x10, 0, 0, 0, 0x20, 0, 0]);
         config[0x60..0x64].copy_from_slice(&[0x09, 0x00, 4, 0x77]);
         Arc::new(Self { state: Mutex::new(State { config, ..State::default() }) })
@@ -69,6 +93,10 @@ impl Device for Model {
                 self.with(|s| to.copy_from_slice(&s.config[offset as usize..][..to.len()]));
             }
             0 if offset == 0xffc => return Err(Errno::IO),
+            0 if offset == 0x20 => {
+                self.with(|s| s.on_register.iter().for_each(|act| act()));
+                to.fill(0);
+            }
             0 => to.fill(offset as u8),
             _ => return Err(Errno::INVAL),
         }
@@ -87,15 +115,32 @@ impl Device for Model {
     }
 
     fn irq(&self, index: u32) -> Result<IrqInfo> {
-        let count = if index == uapi::vfio::VFIO_PCI_MSIX_IRQ_INDEX { 3 } else { 0 };
+        let count = match index {
+            INTX => 1,
+            MSI if self.with(|s| s.no_msi) => 0,
+            MSI => 2,
+            MSIX => 3,
+            _ => 0,
+        };
         Ok(IrqInfo { flags: IrqFlags::EVENTFD, count })
     }
 
+    /// One kind at a time, as VFIO has it.
     fn set_irqs(&self, set: IrqSet) -> Result<()> {
-        if let IrqData::EventFd(eventfds) = set.data {
-            self.with(|s| s.eventfds = eventfds.into_iter().flatten().collect());
-        }
-        Ok(())
+        self.with(|s| match (set.action, set.data) {
+            (IrqAction::Trigger, IrqData::None) => {
+                s.eventfds.remove(&set.index).map(drop).ok_or(Errno::INVAL)
+            }
+            (IrqAction::Trigger, IrqData::EventFd(fds)) if s.eventfds.is_empty() => {
+                s.eventfds.insert(set.index, fds.into_iter().flatten().collect());
+                Ok(())
+            }
+            (IrqAction::Unmask, IrqData::None) if s.eventfds.contains_key(&INTX) => {
+                s.unmasked.iter().for_each(|unmasked| unmasked.send(()).unwrap());
+                Ok(())
+            }
+            _ => Err(Errno::INVAL),
+        })
     }
 
     fn reset(&self) -> Result<()> {
@@ -124,15 +169,37 @@ struct Assigned {
     model: Arc<Model>,
     function: AssignedFunction,
     messages: mpsc::Receiver<(u64, u32)>,
+    unmasked: mpsc::Receiver<()>,
+    rig: Rig,
+    io_apic: Arc<IoApic>,
 }
 
+/// The slot that it is in.
+const SLOT: usize = 4;
+
 fn assigned() -> Assigned {
+    assigned_with(Reach::Called, |_| ())
+}
+
+fn assigned_with(reach: Reach, change: impl FnOnce(&mut State)) -> Assigned {
     let model = Model::new();
+    let (unmask, unmasked) = mpsc::channel();
+    model.with(|s| s.unmasked = Some(unmask));
+    model.with(change);
     let memory = Arc::new(memory::create(&[(Gpa(0), 1 << 20)]).unwrap());
     let (sender, messages) = mpsc::channel();
+    let rig = Rig::new(&[0], false);
+    let io_apic = IoApic::new(&rig.bus);
     let device = Arc::clone(&model) as Arc<dyn Device>;
-    let function = AssignedFunction::new(device, memory, Reach::Called, Arc::new(Sink(sender))).unwrap();
-    Assigned { model, function, messages }
+    let seat = Seat {
+        reached: DeviceMemory::whole(&memory),
+        ram: memory,
+        msi: Arc::new(Sink(sender)),
+        wires: Wires::new(Arc::clone(&io_apic)),
+        slot: SLOT,
+    };
+    let function = AssignedFunction::new(device, reach, seat).unwrap();
+    Assigned { model, function, messages, unmasked, rig, io_apic }
 }
 
 impl Assigned {
@@ -142,8 +209,34 @@ impl Assigned {
         data
     }
 
-    fn signal(&self, vector: usize) {
-        self.model.with(|s| rustix::io::write(&s.eventfds[vector], &1u64.to_ne_bytes())).unwrap();
+    fn signal(&self, kind: u32, vector: usize) {
+        self.model.with(|s| rustix::io::write(&s.eventfds[&kind][vector], &1u64.to_ne_bytes())).unwrap();
+    }
+
+    /// The kinds that are set up with the device, with their vectors.
+    fn set_up(&self) -> Vec<(u32, usize)> {
+        self.model.with(|s| s.eventfds.iter().map(|(kind, fds)| (*kind, fds.len())).collect())
+    }
+
+    /// Waits for the function's wire.
+    fn interrupted(&self) -> u8 {
+        loop {
+            match self.rig.bus.local(0).unwrap().acknowledge() {
+                Some(vector) => return vector,
+                None => std::thread::yield_now(),
+            }
+        }
+    }
+
+    fn eoi(&self) {
+        self.rig.bus.local(0).unwrap().eoi();
+    }
+
+    /// What the driver of an interrupt controller does: a level-triggered pin with this vector.
+    fn program_pin(&self, vector: u32) {
+        let pin = crate::layout::intx_gsi(SLOT, 1);
+        self.io_apic.mmio_write(0, 0x10 + 2 * pin);
+        self.io_apic.mmio_write(0x10, 1 << 15 | vector);
     }
 }
 
@@ -151,13 +244,20 @@ impl Assigned {
 fn the_guest_sees_the_device_but_for_what_the_machine_lacks() {
     let mut it = assigned();
     assert_eq!(it.config(0), [0xf4, 0x1a, 0x34, 0x12]);
-    assert_eq!(it.config(0x3d), [0], "no interrupt pin");
-    assert_eq!(it.config(0x34), [0x50], "no MSI");
+    assert_eq!(it.config(0x3d), [2], "INTB#");
+    assert_eq!(it.config(0x34), [0x40]);
+    assert_eq!(it.config(0x40), [0x05, 0x50, 0x82, 0x00]);
     assert_eq!(it.config(0x50), [0x11, 0x60]);
     assert_eq!(it.config(0x60), [0x09, 0x00, 4, 0x77]);
     assert_eq!(it.config(0x100), [0; 4], "no extended capability");
+    it.function.config_write(0x3c, &[11]);
+    assert_eq!((it.config(0x3c), it.model.with(|s| s.config[0x3d])), ([11], 2));
     let bar = BarInfo { index: 0, address: 0, size: 0x4000, wide: true, enabled: false };
     assert_eq!(it.function.bars(), [bar], "no I/O BAR");
+    let mut it = assigned_with(Reach::Called, |s| s.no_msi = true);
+    assert_eq!(it.config(0x34), [0x50], "VFIO does not offer MSI");
+    let mut it = assigned_with(Reach::Called, |s| s.config[0x3d] = 0);
+    assert_eq!((it.config(0x3d), it.set_up()), ([0], vec![]), "no wire");
 }
 
 #[test]
@@ -198,8 +298,9 @@ fn an_eventfd_becomes_a_message() {
     it.function.config_write(0x04, &[6, 0]);
     it.function.config_write(0x52, &[0, 0x80]);
     assert_eq!(it.config(0x52), [2, 0x80]);
+    assert_eq!(it.set_up(), [(MSIX, 3)]);
     // Masked: it is pending, and goes when it is unmasked. Vector 0 follows only to know that 1 was seen.
-    it.signal(1);
+    it.signal(MSIX, 1);
     let mut pending = [0];
     while pending == [0] {
         it.function.bar_read(0, 0x2000, &mut pending);
@@ -209,8 +310,88 @@ fn an_eventfd_becomes_a_message() {
     assert_eq!(it.messages.try_recv(), Err(mpsc::TryRecvError::Empty));
     it.function.bar_write(0, 0x101c, &[0; 4]);
     assert_eq!(it.messages.recv(), Ok((0xfee0_1000, 0x41)));
-    it.signal(1);
+    it.signal(MSIX, 1);
     assert_eq!(it.messages.recv(), Ok((0xfee0_1000, 0x41)));
+}
+
+#[test]
+fn msi_is_set_up_with_as_many_vectors_as_the_driver_uses() {
+    let mut it = assigned();
+    it.function.config_write(0x04, &[6, 0]);
+    it.function.config_write(0x44, &0xfee0_1000u32.to_le_bytes());
+    it.function.config_write(0x4c, &[0x41, 0]);
+    assert_eq!(it.config(0x44), 0xfee0_1000u32.to_le_bytes());
+    it.function.config_write(0x42, &[0x83, 0]);
+    assert_eq!((it.config(0x42), it.set_up()), ([0x83, 0], vec![(MSI, 1)]));
+    it.signal(MSI, 0);
+    assert_eq!(it.messages.recv(), Ok((0xfee0_1000, 0x41)));
+    it.function.config_write(0x42, &[0x93, 0]);
+    assert_eq!(it.set_up(), [(MSI, 2)]);
+    it.signal(MSI, 1);
+    assert_eq!(it.messages.recv(), Ok((0xfee0_1000, 0x41)));
+    it.signal(MSI, 0);
+    assert_eq!(it.messages.recv(), Ok((0xfee0_1000, 0x40)));
+    it.function.config_write(0x42, &[0x82, 0]);
+    assert_eq!(it.set_up(), [(INTX, 1)]);
+}
+
+#[test]
+fn the_wire_is_up_until_the_guest_has_served_it() {
+    let it = assigned();
+    it.program_pin(0x41);
+    assert_eq!(it.set_up(), [(INTX, 1)]);
+    it.signal(INTX, 0);
+    assert_eq!(it.interrupted(), 0x41);
+    assert_eq!(it.unmasked.try_recv(), Err(mpsc::TryRecvError::Empty));
+    it.eoi();
+    it.unmasked.recv().unwrap();
+    // The device still wants something: VFIO signals again.
+    it.signal(INTX, 0);
+    assert_eq!(it.interrupted(), 0x41);
+    it.eoi();
+    it.unmasked.recv().unwrap();
+    assert_eq!(it.rig.bus.local(0).unwrap().acknowledge(), None);
+}
+
+#[test]
+fn a_disabled_wire_is_down_and_enabled_asks_anew() {
+    let mut it = assigned();
+    it.program_pin(0x41);
+    it.function.config_write(0x04, &[0, 4]);
+    it.signal(INTX, 0);
+    // Until it was seen.
+    while it.model.with(|s| {
+        let mut fds = [rustix::event::PollFd::new(&s.eventfds[&INTX][0], rustix::event::PollFlags::IN)];
+        rustix::event::poll(&mut fds, Some(&rustix::event::Timespec::default())).unwrap() > 0
+    }) {
+        std::thread::yield_now();
+    }
+    assert_eq!(it.rig.bus.local(0).unwrap().acknowledge(), None);
+    it.function.config_write(0x04, &[0, 0]);
+    loop {
+        // The signal may have been taken, and not yet noted.
+        match it.unmasked.try_recv() {
+            Ok(()) => break,
+            Err(_) if it.rig.bus.local(0).unwrap().acknowledge() == Some(0x41) => it.eoi(),
+            Err(_) => std::thread::yield_now(),
+        }
+    }
+}
+
+#[test]
+fn messages_take_the_wires_place() {
+    let mut it = assigned();
+    it.program_pin(0x41);
+    it.signal(INTX, 0);
+    assert_eq!(it.interrupted(), 0x41);
+    it.function.config_write(0x52, &[0, 0x80]);
+    assert_eq!(it.set_up(), [(MSIX, 3)]);
+    it.eoi();
+    assert_eq!(it.rig.bus.local(0).unwrap().acknowledge(), None, "the wire is down");
+    it.function.config_write(0x52, &[0, 0]);
+    assert_eq!(it.set_up(), [(INTX, 1)]);
+    it.signal(INTX, 0);
+    assert_eq!(it.interrupted(), 0x41);
 }
 
 #[test]
@@ -224,7 +405,41 @@ fn guest_memory_is_reached_by_its_physical_addresses() {
     let outside = Iova((1 << 20) - 1);
     assert_eq!(dma.write(outside, &[0; 2]), Err(DmaFault::Unmapped(outside)));
     let all = IovaRange::ALL;
-    assert_eq!(dma.translate(all, iommufd::domain::Prot::READ), Err(DmaFault::Overflow(Iova(0))));
+    assert_eq!(dma.translate(all, Prot::READ), Err(DmaFault::Overflow(Iova(0))));
+}
+
+#[test]
+fn behind_an_iommu_memory_is_what_the_guest_maps() {
+    const ENDPOINT: u32 = 8;
+    let rw = MapFlags { read: true, write: true };
+    let ram = Arc::new(memory::create(&[(Gpa(0), 1 << 20)]).unwrap());
+    let faults = Faults::new().unwrap();
+    let mut iommu = GuestIommu::new(&ram, Arc::clone(&faults)).unwrap();
+    let (port, remapper) = iommu.add_endpoint(ENDPOINT).unwrap();
+    let dma = GuestDma::new(DeviceMemory::translated(&ram, port, remapper));
+    let at = Iova(0x7_0000_0000);
+    assert_eq!(dma.read(at, &mut [0]), Err(DmaFault::Unmapped(at)));
+    iommu.attach(1, ENDPOINT, false).unwrap();
+    iommu.map(1, at.0, at.0 + 0xfff, 0x8000, rw).unwrap();
+    iommu.map(1, at.0 + 0x1000, at.0 + 0x1fff, 0x3000, MapFlags { read: true, write: false }).unwrap();
+    // Across two pages that are apart in memory, the second of which can only be read.
+    ram.write_slice(&[1, 2], GuestAddress(0x8ffe)).unwrap();
+    ram.write_slice(&[3, 4], GuestAddress(0x3000)).unwrap();
+    let mut data = [0; 4];
+    dma.read(Iova(at.0 + 0xffe), &mut data).unwrap();
+    assert_eq!(data, [1, 2, 3, 4]);
+    let second = Iova(at.0 + 0x1000);
+    assert_eq!(dma.write(Iova(at.0 + 0xffe), &[9; 4]), Err(DmaFault::Forbidden(second)));
+    dma.write(at, &[7]).unwrap();
+    assert_eq!(ram.read_obj::<u8>(GuestAddress(0x8000)).unwrap(), 7);
+    let both = IovaRange::with_length(at, 0x2000).unwrap();
+    assert_eq!(dma.translate(both, Prot::READ), Ok(()));
+    assert_eq!(dma.translate(both, Prot::READ | Prot::WRITE), Err(DmaFault::Forbidden(second)));
+    let before = faults.count();
+    iommu.unmap(1, at.0, at.0 + 0xfff).unwrap();
+    assert_eq!(dma.write(at, &[8]), Err(DmaFault::Unmapped(at)));
+    assert_eq!(faults.count(), before + 1, "the guest is told");
+    assert_eq!(dma.read(Iova(u64::MAX), &mut [0; 2]), Err(DmaFault::Unmapped(Iova(u64::MAX))));
 }
 
 #[test]
@@ -233,9 +448,15 @@ fn a_device_that_makes_no_sense_is_refused_and_closed() {
         let model = Model::new();
         model.with(spoil);
         let memory = Arc::new(memory::create(&[(Gpa(0), 1 << 20)]).unwrap());
-        let sink = Arc::new(Sink(mpsc::channel().0));
         let device = Arc::clone(&model) as Arc<dyn Device>;
-        let error = AssignedFunction::new(device, memory, Reach::Called, sink).map(drop).unwrap_err();
+        let seat = Seat {
+            reached: DeviceMemory::whole(&memory),
+            ram: memory,
+            msi: Arc::new(Sink(mpsc::channel().0)),
+            wires: Wires::new(IoApic::new(&Rig::new(&[0], false).bus)),
+            slot: SLOT,
+        };
+        let error = AssignedFunction::new(device, Reach::Called, seat).map(drop).unwrap_err();
         assert!(model.with(|s| s.closed));
         error.to_string()
     };
@@ -243,4 +464,5 @@ fn a_device_that_makes_no_sense_is_refused_and_closed() {
     assert!(refused(|s| s.config[0x0e] = 1).contains("bridge"));
     assert!(refused(|s| s.config[0x61] = 0x40).contains("no end"));
     assert!(refused(|s| s.config[0x52] = 7).contains("number of vectors"));
+    assert!(refused(|s| s.config[0x42] = 0x8c).contains("MSI has a number of vectors"));
 }

@@ -1,10 +1,11 @@
-//! The guest's own IOMMU: what a virtio IOMMU's requests mean, in terms of crate `iommufd`.
+//! The guest's own IOMMU: either [Intel's](vtd), or virtio's, whose requests mean this in terms of crate `iommufd`.
 //!
 //! Each PCI function behind it is a device that is bound to one context. Each domain of the guest's is an IOAS
 //! over guest RAM (`ram`), which the device is attached to: the HWPT is made, and goes, with that. A domain that does
 //! not translate, and "no domain" while the guest allows it, is one IOAS in which RAM lies at its physical addresses.
 
 mod ram;
+pub mod vtd;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -14,11 +15,11 @@ use iommufd::account::Accounting;
 use iommufd::domain::Prot;
 use iommufd::iova::{Iova, IovaRange, PAGE_SIZE};
 use iommufd::process::{Process, UserAddr};
-use iommufd::soft::{Port, SoftDevice};
+use iommufd::soft::{Access, Fault, FaultReason, Port, SoftDevice};
 use iommufd::{BoundDevice, Context, Errno};
-use virtio::iommu::{Faults, MapFlags, Refusal, Reserved, Translator};
+use virtio::iommu::{FaultRecord, Faults, MapFlags, Refusal, Reserved, Translator};
 
-use crate::dma::{self, Place};
+use crate::dma::{self, Place, Remapper};
 use crate::layout;
 use ram::GuestProcess;
 
@@ -28,16 +29,52 @@ pub(crate) const PAGE_SIZES: u64 = !(PAGE_SIZE - 1);
 const ADDRESS_BITS: u32 = 48;
 
 /// What a guest's IOMMU counted.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IommuStats {
     /// Translations of devices' addresses.
     pub translations: u64,
     /// Accesses that were not translated.
     pub faults: u64,
-    /// Mappings that the guest made.
-    pub maps: u64,
-    /// Mappings that it removed.
-    pub unmaps: u64,
+    /// What was done for that.
+    pub work: Work,
+}
+
+/// What it took to have translations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// The guest asks for each mapping, as of a virtio IOMMU.
+    Requests {
+        /// Mappings that the guest made.
+        maps: u64,
+        /// Mappings that it removed.
+        unmaps: u64,
+    },
+    /// The guest has page tables in its memory, as for VT-d.
+    Tables {
+        /// How often a device was attached to one.
+        attached: u64,
+    },
+}
+
+/// How a device is translated: the port that it goes through, and what looks after that.
+pub type Endpoint = (Arc<Port>, Arc<dyn Remapper>);
+
+/// Where faults of an endpoint of a virtio IOMMU go.
+#[derive(Debug)]
+struct Reporter {
+    endpoint: u32,
+    faults: Arc<Faults>,
+}
+
+impl Remapper for Reporter {
+    fn report(&self, fault: Fault) {
+        self.faults.report(FaultRecord {
+            endpoint: self.endpoint,
+            address: fault.iova.0,
+            write: fault.access == Access::Write,
+            mapped_domain: fault.reason != FaultReason::Detached,
+        });
+    }
 }
 
 /// The IOMMU's side that does the work.
@@ -49,13 +86,15 @@ pub struct GuestIommu {
     /// The IOAS in which RAM lies at its physical addresses.
     whole: u32,
     bypass: bool,
-    endpoints: BTreeMap<u32, Endpoint>,
+    endpoints: BTreeMap<u32, Attached>,
     domains: BTreeMap<u32, Domain>,
-    counted: IommuStats,
+    faults: Arc<Faults>,
+    maps: u64,
+    unmaps: u64,
 }
 
 #[derive(Debug)]
-struct Endpoint {
+struct Attached {
     device: BoundDevice,
     port: Arc<Port>,
     domain: Option<u32>,
@@ -81,11 +120,11 @@ fn refusal(errno: Errno) -> Refusal {
 }
 
 impl GuestIommu {
-    /// One without endpoints.
+    /// One without endpoints, whose faults go to `faults`.
     ///
     /// # Errors
     /// ENOMEM.
-    pub fn new(ram: &Arc<GuestRam>) -> Result<Self, Errno> {
+    pub fn new(ram: &Arc<GuestRam>, faults: Arc<Faults>) -> Result<Self, Errno> {
         let context = Context::new();
         context.set_accounting(Accounting::None)?;
         let process: Arc<dyn Process> = Arc::new(GuestProcess::new(Arc::clone(ram)));
@@ -103,7 +142,9 @@ impl GuestIommu {
             bypass: false,
             endpoints: BTreeMap::new(),
             domains: BTreeMap::new(),
-            counted: IommuStats::default(),
+            faults,
+            maps: 0,
+            unmaps: 0,
         })
     }
 
@@ -111,21 +152,21 @@ impl GuestIommu {
     ///
     /// # Errors
     /// ENOMEM.
-    pub fn add_endpoint(&mut self, endpoint: u32) -> Result<Arc<Port>, Errno> {
+    pub fn add_endpoint(&mut self, endpoint: u32) -> Result<Endpoint, Errno> {
         let device = SoftDevice::new(endpoint.into(), vec![interrupts()?]);
         let port = device.port(None);
         let device = self.context.bind(device)?;
-        let made = Endpoint { device, port: Arc::clone(&port), domain: None, attached: None };
+        let made = Attached { device, port: Arc::clone(&port), domain: None, attached: None };
         self.endpoints.insert(endpoint, made);
         self.apply(endpoint).map_err(|_| Errno::NOMEM)?;
-        Ok(port)
+        Ok((port, Arc::new(Reporter { endpoint, faults: Arc::clone(&self.faults) })))
     }
 
-    /// What it counted until now, with the faults that were reported to `faults`. (Translations that a device only tries,
-    /// to see what it may do, are not among these.)
-    pub fn stats(&self, faults: &Faults) -> IommuStats {
+    /// What it counted until now. (Translations that a device only tries, to see what it may do, are not among the faults.)
+    pub fn stats(&self) -> IommuStats {
         let translations = self.endpoints.values().map(|it| it.port.counters().translations).sum();
-        IommuStats { translations, faults: faults.count(), ..self.counted }
+        let work = Work::Requests { maps: self.maps, unmaps: self.unmaps };
+        IommuStats { translations, faults: self.faults.count(), work }
     }
 
     /// Attaches an endpoint to what it is to be attached to now.
@@ -238,7 +279,7 @@ impl Translator for GuestIommu {
         prot.set(Prot::WRITE, flags.write);
         context.ioas_map(ioas, &process, from, length, Some(Iova(start)), prot).map_err(refusal)?;
         mappings.insert(start, last);
-        self.counted.maps += 1;
+        self.maps += 1;
         Ok(())
     }
 
@@ -260,7 +301,7 @@ impl Translator for GuestIommu {
         for (from, _) in &inside {
             mappings.remove(from);
         }
-        self.counted.unmaps += inside.len() as u64;
+        self.unmaps += inside.len() as u64;
         Ok(())
     }
 

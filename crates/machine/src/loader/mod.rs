@@ -22,7 +22,7 @@ mod image;
 pub mod linux64;
 pub mod pvh;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 

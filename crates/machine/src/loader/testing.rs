@@ -5,11 +5,11 @@ use std::io::Write;
 use super::Compression;
 
 /// A program header of a made-up ELF file.
-pub(super) struct Part {
-    pub(super) kind: u32,
-    pub(super) address: u64,
-    pub(super) content: Vec<u8>,
-    pub(super) memory_size: u64,
+pub(crate) struct Part {
+    pub(crate) kind: u32,
+    pub(crate) address: u64,
+    pub(crate) content: Vec<u8>,
+    pub(crate) memory_size: u64,
 }
 
 /// Where the made-up kernel is loaded and entered.
@@ -20,7 +20,7 @@ pub(super) const PVH_AT: u32 = 0x20_0040;
 pub(super) const RELEASE: &str = "6.99.0-made-up";
 
 /// An x86-64 executable with these parts.
-pub(super) fn elf(entry: u64, parts: &[Part]) -> Vec<u8> {
+pub(crate) fn elf(entry: u64, parts: &[Part]) -> Vec<u8> {
     let mut file = Vec::new();
     file.extend(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
     file.extend(2u16.to_le_bytes());

@@ -47,7 +47,7 @@ pub enum VfioTask {
     },
 }
 
-/// What `ring3 vfio info` describes.
+/// A device from elsewhere: what `ring3 vfio info` describes, and `ring3 run --device` gives to a guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NamedDevice {
     /// That of a vfio-user server, by its socket.
@@ -56,13 +56,16 @@ pub enum NamedDevice {
     VfioPci(HostDeviceName),
 }
 
-fn parse_named(text: &str) -> Result<NamedDevice, String> {
+/// Parses one.
+pub(super) fn parse_named(text: &str) -> Result<NamedDevice, String> {
     match text.split_once('=') {
         Some(("vfio-user", path)) if !path.is_empty() => Ok(NamedDevice::VfioUser(path.into())),
         Some(("vfio-pci", name)) => {
             name.parse().map(NamedDevice::VfioPci).map_err(|error: NoHostDeviceName| error.to_string())
         }
-        _ => Err(format!("`{text}` is no device: write vfio-user=SOCKET or vfio-pci=ADDRESS")),
+        _ => Err(format!(
+            "`{text}` is no device: write vfio-user=SOCKET or vfio-pci=ADDRESS[,door=cdev|group]"
+        )),
     }
 }
 
@@ -132,8 +135,14 @@ mod tests {
         );
         for (wrong, says) in [
             ("nvme.sock", "vfio-pci=ADDRESS"),
+            ("", "vfio-user=SOCKET"),
+            ("vfio-user", "vfio-user=SOCKET"),
             ("vfio-user=", "vfio-user=SOCKET"),
-            ("vfio-pci=4", "0000:00:04.0"),
+            ("vfio-pci", "vfio-pci=ADDRESS"),
+            ("vfio-pci=", "no PCI address"),
+            ("vfio-pci=00:04.0,door=back", "`door=back` is no option"),
+            ("vfio-pci=00:04.0,", "`` is no option"),
+            ("vfio-pci=4", "no PCI address"),
         ] {
             assert!(parse_named(wrong).unwrap_err().contains(says), "{wrong}");
         }

@@ -179,7 +179,7 @@ fn boot(
         cpus: variant.cpus,
         serial: Box::new(SerialEnd(sender.clone())),
         guest_abi: GuestAbi::Pvm,
-        iommu: false,
+        iommu: None,
     })?;
     let only = args.only.as_ref().map_or_else(String::new, |only| format!("only={only}"));
     machine.load(image, BootProtocol::from(variant.boot), None, &only)?;

@@ -1,11 +1,15 @@
 //! Devices from elsewhere: `--device`.
 //!
 //! A device is connected before the process gives up its rights, asked for what the guest needs to drive it, and handed to
-//! the machine. It reaches guest memory by asking for each access: so the processor sees what it writes.
+//! the machine. There are two kinds:
+//!
+//! - A vfio-user server's reaches guest memory by asking for each access: so the processor sees what it writes.
+//! - One of the host's own, which the kernel's VFIO gives away, reaches guest memory by itself, through the host's IOMMU: all of
+//!   it is mapped there and locked, and the processor looks at its code again whenever the device may have written.
 
 use std::io;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use machine::assigned::Reach;
@@ -13,25 +17,10 @@ use machine::{Machine, MachineError};
 use uapi::vfio::VFIO_PCI_CONFIG_REGION_INDEX;
 use vfio::Errno;
 use vfio::device::Device;
+use vfio::kernel::{AddressSpace, HostDevice, HostDeviceName, KernelError, MapError, PciAddress};
 use vfio::user::client::{Options, RemoteDevice};
 
-/// What `--device` names.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum DeviceSpec {
-    /// A vfio-user server, by its socket.
-    VfioUser(PathBuf),
-}
-
-/// Parses `--device`.
-///
-/// # Errors
-/// Words for the user.
-pub fn parse(text: &str) -> Result<DeviceSpec, String> {
-    match text.split_once('=') {
-        Some(("vfio-user", path)) if !path.is_empty() => Ok(DeviceSpec::VfioUser(path.into())),
-        _ => Err(format!("`{text}` is no device: write vfio-user=SOCKET")),
-    }
-}
+use crate::cli::NamedDevice;
 
 /// Why a device cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +41,28 @@ pub enum DeviceError {
         /// Its answer, or what became of the connection.
         source: Errno,
     },
+    /// The host does not give its device away.
+    #[error("cannot give the guest the host's device {address}")]
+    Host {
+        /// The device.
+        address: PciAddress,
+        /// Why not.
+        source: KernelError,
+    },
+    /// It does, and the device does not answer.
+    #[error("the host's device {address} does not tell what it is")]
+    Silent {
+        /// The device.
+        address: PciAddress,
+        /// The answer.
+        source: Errno,
+    },
+    /// Its memory cannot be locked, or not be reached by the host's IOMMU.
+    #[error("the host's devices cannot be given the guest's memory")]
+    Memory(#[from] MapError),
+    /// The machine cannot have it.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
 }
 
 /// A device that is connected.
@@ -59,28 +70,63 @@ pub enum DeviceError {
 pub struct Connected {
     device: Arc<dyn Device>,
     class: [u8; 3],
+    /// What it reaches by itself; none for one that asks.
+    space: Option<Arc<AddressSpace>>,
 }
 
 /// Connects to all of them. Starts no thread.
 ///
 /// # Errors
 /// A [`DeviceError`].
-pub fn connect(specs: &[DeviceSpec]) -> Result<Vec<Connected>, DeviceError> {
-    specs.iter().map(|DeviceSpec::VfioUser(path)| connect_one(path)).collect()
+pub fn connect(names: &[NamedDevice]) -> Result<Vec<Connected>, DeviceError> {
+    // One for each door: the host's devices share what they reach.
+    let mut spaces: Vec<Arc<AddressSpace>> = Vec::new();
+    let connect = |name: &NamedDevice| match name {
+        NamedDevice::VfioUser(path) => connect_server(path),
+        NamedDevice::VfioPci(name) => connect_host(*name, &mut spaces),
+    };
+    names.iter().map(connect).collect()
 }
 
-fn connect_one(path: &PathBuf) -> Result<Connected, DeviceError> {
-    let refused = |source| DeviceError::Refused { path: path.clone(), source };
+fn connect_server(path: &Path) -> Result<Connected, DeviceError> {
+    let path = || path.to_path_buf();
+    let refused = |source| DeviceError::Refused { path: path(), source };
     let socket =
-        UnixStream::connect(path).map_err(|source| DeviceError::Connect { path: path.clone(), source })?;
+        UnixStream::connect(path()).map_err(|source| DeviceError::Connect { path: path(), source })?;
     let device = RemoteDevice::connect(socket.into(), Options::default()).map_err(refused)?;
-    let mut class = [0; 3];
-    device.read(VFIO_PCI_CONFIG_REGION_INDEX, CLASS, &mut class).map_err(refused)?;
-    Ok(Connected { device: Arc::new(device), class })
+    let class = class(&device).map_err(refused)?;
+    Ok(Connected { device: Arc::new(device), class, space: None })
+}
+
+fn connect_host(
+    HostDeviceName { address, door }: HostDeviceName,
+    spaces: &mut Vec<Arc<AddressSpace>>,
+) -> Result<Connected, DeviceError> {
+    let failed = |source| DeviceError::Host { address, source };
+    let door = HostDevice::door(address, door).map_err(failed)?;
+    let space = match spaces.iter().find(|space| space.door() == door) {
+        Some(space) => Arc::clone(space),
+        None => {
+            let space = AddressSpace::new(door).map_err(failed)?;
+            spaces.push(Arc::clone(&space));
+            space
+        }
+    };
+    let device = HostDevice::open_in(address, &space).map_err(failed)?;
+    let class = class(&device).map_err(|source| DeviceError::Silent { address, source })?;
+    Ok(Connected { device: Arc::new(device), class, space: Some(space) })
 }
 
 /// The class code's place in configuration space, interface first (PCI Local Bus 3.0, section 6.2.1).
 const CLASS: u64 = 0x09;
+
+fn class(device: &dyn Device) -> Result<[u8; 3], Errno> {
+    let mut class = [0; 3];
+    match device.read(VFIO_PCI_CONFIG_REGION_INDEX, CLASS, &mut class)? {
+        3 => Ok(class),
+        _ => Err(Errno::IO),
+    }
+}
 
 impl Connected {
     /// The kernel's driver for this kind of device, where the kind alone tells (PCI Code and ID Assignment, 1).
@@ -94,13 +140,30 @@ impl Connected {
         }
     }
 
-    /// Gives it to the guest.
-    ///
-    /// # Errors
-    /// The machine's, when the device makes no sense.
-    pub fn assign(self, machine: &mut Machine) -> Result<(), MachineError> {
-        machine.add_device(self.device, Reach::Called)
+    /// Whether the host's own VFIO gives it.
+    #[must_use]
+    pub fn is_of_host(&self) -> bool {
+        self.space.is_some()
     }
+}
+
+/// Gives all of them to the guest.
+///
+/// # Errors
+/// The machine's, when a device makes no sense, and what the host says about memory.
+pub fn assign(devices: Vec<Connected>, machine: &mut Machine) -> Result<(), DeviceError> {
+    let mut mapped: Vec<Arc<AddressSpace>> = Vec::new();
+    for Connected { device, space, .. } in devices {
+        let reach = if space.is_some() { Reach::Direct } else { Reach::Called };
+        if let Some(space) = space
+            && !mapped.iter().any(|known| Arc::ptr_eq(known, &space))
+        {
+            space.map_guest(machine.memory())?;
+            mapped.push(space);
+        }
+        machine.add_device(device, reach)?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -108,18 +171,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn devices_are_named_by_kind_and_place() {
-        assert_eq!(parse("vfio-user=/run/nvme"), Ok(DeviceSpec::VfioUser("/run/nvme".into())));
-        assert_eq!(parse("vfio-user=a=b"), Ok(DeviceSpec::VfioUser("a=b".into())));
-        for wrong in ["", "vfio-user", "vfio-user=", "/run/nvme"] {
-            assert!(parse(wrong).unwrap_err().contains("vfio-user=SOCKET"), "{wrong}");
-        }
+    fn a_server_that_is_not_there_is_named() {
+        let name = NamedDevice::VfioUser("/nonexistent/socket".into());
+        let error = connect(&[name]).unwrap_err();
+        assert!(error.to_string().contains("/nonexistent/socket"), "{error}");
     }
 
     #[test]
-    fn a_server_that_is_not_there_is_named() {
-        let spec = DeviceSpec::VfioUser("/nonexistent/socket".into());
-        let error = connect(&[spec]).unwrap_err();
-        assert!(error.to_string().contains("/nonexistent/socket"), "{error}");
+    fn a_device_that_the_host_has_not_is_named() {
+        // No host has so many domains.
+        let name = NamedDevice::VfioPci("fffffffe:1f:1f.7".parse().unwrap());
+        let error = connect(&[name]).unwrap_err();
+        assert!(error.to_string().contains("fffffffe:1f:1f.7"), "{error}");
+        let reason = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
+        assert!(reason.contains("lspci -D"), "{reason}");
     }
 }

@@ -39,7 +39,7 @@ use crate::initramfs::{self, ModuleError};
 use crate::kernel::image::ImageError;
 use crate::kernel::{self, KernelError};
 use console::Console;
-use devices::DeviceError;
+use devices::{Connected, DeviceError};
 use isolation::{Inherited, Use, Uses};
 use network::{Network, NetworkError};
 use session::Session;
@@ -69,6 +69,16 @@ pub enum RunError {
         kernel: PathBuf,
         /// The driver.
         driver: String,
+    },
+    /// The kernel was configured without what an option needs.
+    #[error("{} has no {option}, which {wanted_by} needs: choose another kernel", kernel.display())]
+    NotConfigured {
+        /// The kernel.
+        kernel: PathBuf,
+        /// The option of the kernel's configuration.
+        option: &'static str,
+        /// The option of ours.
+        wanted_by: &'static str,
     },
     /// The user's initramfs cannot be read.
     #[error("cannot read initramfs {}", path.display())]
@@ -171,7 +181,7 @@ where
     let is_terminal = [io::stdin().is_terminal(), io::stdout().is_terminal(), io::stderr().is_terminal()];
     let streams = plan::streams(is_terminal)?;
     let own_initramfs = args.initramfs.is_none();
-    let command_line = plan::command_line(args.verbose || !own_initramfs, args.append.as_deref());
+    let command_line = plan::command_line(args.verbose || !own_initramfs, args.iommu, args.append.as_deref());
     let initramfs = match &args.initramfs {
         Some(cli::Initramfs::None) => None,
         Some(cli::Initramfs::File(path)) => {
@@ -180,6 +190,7 @@ where
         None => {
             let network = network.as_ref().map(|network| network.guest().clone());
             let spec = guest_init::spec::Spec { network, ..plan::guest_spec(args, &kernel, streams)? };
+            plan::check_iommu(&kernel, args.iommu)?;
             let modules =
                 plan::modules(&kernel, &kernel_bytes, &plan::drivers(args, &devices), &command_line)?;
             Some(initramfs::build(&spec, &modules)?.finish())
@@ -193,7 +204,8 @@ where
     let status = std::fs::File::open("/proc/self/status").ok();
     let uses = Uses {
         network: network.as_ref().map_or(Use::Nothing, Network::needs),
-        messages: !devices.is_empty(),
+        messages: !devices.iter().all(Connected::is_of_host),
+        host_devices: devices.iter().any(Connected::is_of_host),
     };
     let confined = inherited.map(|inherited| isolation::confine(inherited, shared_root.as_deref(), uses));
 

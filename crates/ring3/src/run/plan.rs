@@ -43,8 +43,12 @@ const KERNEL_LINE: &str = "console=ttyS0 panic=-1 tsc=reliable no_timer_check ra
 
 /// The kernel's command line.
 #[must_use]
-pub fn command_line(verbose: bool, append: Option<&str>) -> String {
+pub fn command_line(verbose: bool, iommu: Iommu, append: Option<&str>) -> String {
     let mut line = KERNEL_LINE.to_owned();
+    if iommu == Iommu::Intel {
+        // Debian's kernels have the driver, but use it only when they are told to.
+        line.push_str(" intel_iommu=on iommu.passthrough=0");
+    }
     if !verbose {
         line.push_str(" quiet");
     }
@@ -237,7 +241,7 @@ pub fn drivers<'a>(args: &'a RunArgs, devices: &[Connected]) -> Drivers<'a> {
         _ => (&[NET], &[BLOCK]),
     };
     let first = match args.iommu {
-        Iommu::None => vec![],
+        Iommu::None | Iommu::Intel => vec![],
         Iommu::Virtio => vec!["virtio_iommu"],
     };
     let named = args.modules.iter().map(String::as_str);
@@ -276,14 +280,33 @@ pub fn modules(
     }
 }
 
-/// Whether this kernel refuses unsigned modules, by its configuration or its command line.
-fn wants_signatures(kernel: &Kernel, command_line: &str) -> bool {
+/// A driver that is never a module is built in, as far as the kernel's configuration is known.
+///
+/// # Errors
+/// [`RunError::NotConfigured`] when it is not.
+pub fn check_iommu(kernel: &Kernel, iommu: Iommu) -> Result<(), RunError> {
+    const OPTION: &str = "CONFIG_INTEL_IOMMU";
+    let config = configuration(kernel);
+    let has = config.lines().any(|line| line.strip_prefix(OPTION) == Some("=y"));
+    if iommu != Iommu::Intel || config.is_empty() || has {
+        return Ok(());
+    }
+    Err(RunError::NotConfigured { kernel: kernel.image.clone(), option: OPTION, wanted_by: "--iommu intel" })
+}
+
+/// The kernel's configuration, if it is kept beside the kernel; else nothing.
+fn configuration(kernel: &Kernel) -> String {
     let beside = |name: &str| kernel.image.parent().map(|dir| dir.join(name));
-    let config = [beside("config"), beside(&format!("config-{}", kernel.release))]
+    [beside("config"), beside(&format!("config-{}", kernel.release))]
         .into_iter()
         .flatten()
         .find_map(|path| fs::read_to_string(path).ok())
-        .unwrap_or_default();
+        .unwrap_or_default()
+}
+
+/// Whether this kernel refuses unsigned modules, by its configuration or its command line.
+fn wants_signatures(kernel: &Kernel, command_line: &str) -> bool {
+    let config = configuration(kernel);
     let forced = ["CONFIG_MODULE_SIG_FORCE=y", "CONFIG_LOCK_DOWN_KERNEL_FORCE_INTEGRITY=y"];
     config.lines().any(|line| forced.contains(&line))
         || command_line.contains("sig_enforce")
@@ -372,8 +395,28 @@ mod tests {
     }
 
     #[test]
+    fn a_kernel_must_have_the_driver_of_the_iommu() {
+        let dir = tempfile::tempdir().unwrap();
+        let kernel = Kernel {
+            release: "1".into(),
+            image: dir.path().join("vmlinuz"),
+            modules: None,
+            source: crate::kernel::Source::File,
+        };
+        let check = |config: &str| {
+            fs::write(dir.path().join("config-1"), config).unwrap();
+            check_iommu(&kernel, Iommu::Intel)
+        };
+        assert!(check("CONFIG_INTEL_IOMMU=y\n").is_ok() && check("").is_ok());
+        let error = check("# CONFIG_INTEL_IOMMU is not set\nCONFIG_INTEL_IOMMU_SVM=y\n").unwrap_err();
+        assert!(error.to_string().contains("vmlinuz has no CONFIG_INTEL_IOMMU"), "{error}");
+        assert!(check_iommu(&kernel, Iommu::None).is_ok());
+    }
+
+    #[test]
     fn the_users_text_ends_the_kernel_line() {
-        assert!(command_line(false, Some("a=b")).ends_with(" quiet a=b"));
-        assert!(!command_line(true, None).contains("quiet"));
+        assert!(command_line(false, Iommu::Intel, Some("a=b")).ends_with("=0 quiet a=b"));
+        assert!(command_line(false, Iommu::None, Some("a=b")).ends_with(" quiet a=b"));
+        assert!(!command_line(true, Iommu::None, None).contains("quiet"));
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use cpu::state::reg;
 use cpu::{Exits, GuestRam, VcpuStats};
-use machine::iommu::IommuStats;
+use machine::iommu::{IommuStats, Work};
 use machine::{GuestAbi, MachineStats};
 use pvm::abi::hypercall;
 use vm_memory::{GuestMemory, GuestMemoryRegion};
@@ -90,13 +90,15 @@ pub(super) fn report(run: &Run<'_>) -> String {
     ] {
         line(name, count.to_string());
     }
-    if let Some(IommuStats { translations, faults, maps, unmaps }) = run.counted.iommu {
-        for (name, count) in [
-            ("IOMMU: translations", translations),
-            ("IOMMU: faults", faults),
-            ("IOMMU: mappings made", maps),
-            ("IOMMU: mappings removed", unmaps),
-        ] {
+    if let Some(IommuStats { translations, faults, work }) = run.counted.iommu {
+        let work = match work {
+            Work::Requests { maps, unmaps } => {
+                vec![("IOMMU: mappings made", maps), ("IOMMU: mappings removed", unmaps)]
+            }
+            Work::Tables { attached } => vec![("IOMMU: attachments to the guest's tables", attached)],
+        };
+        let common = [("IOMMU: translations", translations), ("IOMMU: faults", faults)];
+        for (name, count) in common.into_iter().chain(work) {
             line(name, count.to_string());
         }
     }

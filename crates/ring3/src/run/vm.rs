@@ -11,13 +11,14 @@ use std::time::Instant;
 
 use machine::loader::{BootProtocol, ImageError, KernelImage};
 use machine::power::PowerEvent;
-use machine::{Ended, GuestAbi, Machine, MachineConfig, MachineError, MachineHandle};
+use machine::{Ended, GuestAbi, IommuKind, Machine, MachineConfig, MachineError, MachineHandle};
 use rustix::event::{PollFd, PollFlags, poll};
 use virtio::block::{Block, BlockError};
 use virtio::console::{Console, ConsoleError, ConsoleHandle, PortConfig, PortEnd};
 use virtio::fs::{DEFAULT_TIMEOUT, Fs, FsConfig, FsError};
 use virtio::rng::Rng;
 
+use super::devices::{self, DeviceError};
 use super::isolation::{Confined, Measures};
 use super::network::{Network, Served};
 use super::spec::{OpenDisk, Outcome, Ports, VmSpec};
@@ -66,6 +67,9 @@ pub enum VmError {
     /// The machine.
     #[error("cannot run the machine")]
     Machine(#[from] MachineError),
+    /// A device from elsewhere.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// A thread cannot be started.
     #[error("cannot start a thread")]
     Thread(#[source] std::io::Error),
@@ -92,7 +96,11 @@ pub fn launch(spec: VmSpec) -> Result<Outcome, VmError> {
         cpus: spec.cpus,
         serial: Box::new(File::from(spec.serial.output)),
         guest_abi,
-        iommu: spec.iommu == cli::Iommu::Virtio,
+        iommu: match spec.iommu {
+            cli::Iommu::None => None,
+            cli::Iommu::Virtio => Some(IommuKind::Virtio),
+            cli::Iommu::Intel => Some(IommuKind::Intel),
+        },
     })?;
     let mut console = None;
     if let Some(ports) = spec.ports {
@@ -117,9 +125,7 @@ pub fn launch(spec: VmSpec) -> Result<Outcome, VmError> {
         }
         None => None,
     };
-    for device in spec.devices {
-        device.assign(&mut machine)?;
-    }
+    devices::assign(spec.devices, &mut machine)?;
     machine.load(&image, spec.boot.into(), spec.initramfs.as_deref(), &spec.command_line)?;
     drop(image);
     drop(spec.initramfs);

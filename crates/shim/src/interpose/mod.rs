@@ -17,6 +17,7 @@ mod descriptors;
 mod memory;
 mod open;
 mod paths;
+mod signals;
 mod transfer;
 
 use core::ffi::c_void;

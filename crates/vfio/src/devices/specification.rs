@@ -6,9 +6,9 @@ use std::path::PathBuf;
 use crate::pci::address::{Address, AddressError};
 
 /// What can be named.
-const FORMS: &str = "nvme,file=PATH[,ro][,addr=BDF] or ioat[,addr=BDF]";
+const FORMS: &str = "nvme,file=PATH[,ro][,addr=BDF], ioat[,addr=BDF] or test[,addr=BDF]";
 
-/// A device: `nvme,file=PATH[,ro][,addr=BDF]` or `ioat[,addr=BDF]`.
+/// A device: `nvme,file=PATH[,ro][,addr=BDF]`, `ioat[,addr=BDF]` or `test[,addr=BDF]`.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Specification {
     /// What it is.
@@ -29,6 +29,8 @@ pub enum Kind {
     },
     /// A DMA engine.
     Ioat,
+    /// One with every kind of BAR and interrupt.
+    Test,
 }
 
 /// Why something names no device.
@@ -58,7 +60,7 @@ impl FromStr for Specification {
 
     fn from_str(text: &str) -> Result<Self, SpecificationError> {
         let (kind, options) = text.split_once(',').unwrap_or((text, ""));
-        if !["nvme", "ioat"].contains(&kind) {
+        if !["nvme", "ioat", "test"].contains(&kind) {
             return Err(SpecificationError::Kind(kind.to_owned()));
         }
         let (mut file, mut read_only, mut address) = (None, false, None);
@@ -76,7 +78,8 @@ impl FromStr for Specification {
         let kind = match (kind, file) {
             ("nvme", Some(file)) => Kind::Nvme { file, read_only },
             ("nvme", None) => return Err(SpecificationError::File),
-            _ => Kind::Ioat,
+            ("ioat", _) => Kind::Ioat,
+            _ => Kind::Test,
         };
         Ok(Self { kind, address })
     }
@@ -92,6 +95,7 @@ mod tests {
         assert_eq!(nvme.kind, Kind::Nvme { file: "/a b".into(), read_only: true });
         assert_eq!(nvme.address, Some(Address { segment: 0, bus: 0, devfn: 0x28 }));
         assert_eq!("ioat".parse(), Ok(Specification { kind: Kind::Ioat, address: None }));
+        assert_eq!("test".parse(), Ok(Specification { kind: Kind::Test, address: None }));
     }
 
     #[test]

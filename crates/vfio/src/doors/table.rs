@@ -146,26 +146,13 @@ fn rows<F>(table: &mut String, on: &str, ioctls: &[Ioctl<F>]) {
 
 #[cfg(all(test, feature = "container", feature = "device-cdev"))]
 mod tests {
-    use std::path::Path;
-
     use super::*;
+    use crate::documentation;
 
     #[test]
     fn the_documentation_is_up_to_date() {
-        const MARKS: [&str; 2] = [
-            "<!-- generated: RING3_REGENERATE=1 cargo test -p vfio --features device-cdev doors::table -->\n",
-            "<!-- end -->",
-        ];
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/vfio.md");
-        let text = std::fs::read_to_string(&path).unwrap();
-        let (before, rest) = text.split_once(MARKS[0]).expect("the mark before the table");
-        let (_, after) = rest.split_once(MARKS[1]).expect("the mark behind the table");
-        let wanted = format!("{before}{}{}{}{after}", MARKS[0], support_table(), MARKS[1]);
-        if std::env::var_os("RING3_REGENERATE").is_some() {
-            std::fs::write(&path, wanted).unwrap();
-        } else {
-            assert!(text == wanted, "docs/vfio.md is old: run this test with RING3_REGENERATE=1");
-        }
+        let command = "cargo test -p vfio --features device-cdev doors::table";
+        documentation::check("vfio.md", command, &support_table());
     }
 
     #[test]

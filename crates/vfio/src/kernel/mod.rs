@@ -44,11 +44,11 @@
 //! Contents: `host`, what sysfs tells; `space`, address spaces and the ways through both doors; `info`, `features`;
 //! `registers`, mapped ones. The system calls are in [`iommufd::kernel::calls`].
 
-mod address;
 mod error;
 mod features;
 mod host;
 mod info;
+mod name;
 mod registers;
 mod space;
 
@@ -73,9 +73,11 @@ use uapi::vfio::{
 };
 use zerocopy::IntoBytes;
 
+pub use crate::pci::address::Address as PciAddress;
+
 pub use self::{
-    address::{HostDeviceName, NoHostDeviceName, NoPciAddress, PciAddress},
     error::{KernelError, MapError},
+    name::{HostDeviceName, NoHostDeviceName},
     registers::{Register, Registers},
     space::AddressSpace,
 };

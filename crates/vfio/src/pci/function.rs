@@ -13,7 +13,10 @@ use iommufd::{
     domain::Prot,
     iova::{Iova, IovaRange},
 };
-use pci::config::{BarKind, ConfigError, PciConfig};
+use pci::{
+    access::natural,
+    config::{BarKind, ConfigError, PciConfig},
+};
 use uapi::vfio::{
     VFIO_PCI_BAR5_REGION_INDEX, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_NUM_IRQS, VFIO_PCI_NUM_REGIONS,
     VFIO_PCI_ROM_REGION_INDEX,
@@ -361,10 +364,8 @@ enum Place {
     Registers,
 }
 
-/// How many bytes a register access at `offset` has, when `left` are still to be done.
-fn natural(offset: u64, left: usize) -> usize {
-    [8, 4, 2].into_iter().find(|width| left >= *width && offset.is_multiple_of(*width as u64)).unwrap_or(1)
-}
+/// The widest access of a register, in bytes.
+const WIDEST: usize = 8;
 
 impl<M: Model + 'static> Device for Function<M> {
     fn info(&self) -> Result<DeviceInfo> {
@@ -404,8 +405,9 @@ impl<M: Model + 'static> Device for Function<M> {
         self.wake();
         match index {
             VFIO_PCI_CONFIG_REGION_INDEX => {
-                let config = lock(&self.core.config);
+                let mut config = lock(&self.core.config);
                 let at = config_offset(&config, offset, to.len())?;
+                config.set_interrupt_status(self.core.link.interrupts.intx());
                 config.read(at, to);
                 Ok(to.len())
             }
@@ -420,12 +422,8 @@ impl<M: Model + 'static> Device for Function<M> {
             _ => {
                 let bar = self.core.bar(index).ok_or(Errno::INVAL)?;
                 let count = self.core.check(index, offset, to.len())?;
-                let mut done = 0;
-                while done < count {
-                    let at = offset + done as u64;
-                    let width = natural(at, count - done);
-                    self.core.bar_read(bar, at, to.get_mut(done..done + width).unwrap_or_default());
-                    done += width;
+                for (at, range) in natural(offset, count, WIDEST) {
+                    self.core.bar_read(bar, at, to.get_mut(range).unwrap_or_default());
                 }
                 Ok(count)
             }
@@ -449,12 +447,8 @@ impl<M: Model + 'static> Device for Function<M> {
         }
         let bar = self.core.bar(index).ok_or(Errno::INVAL)?;
         let count = self.core.check(index, offset, from.len())?;
-        let mut done = 0;
-        while done < count {
-            let at = offset + done as u64;
-            let width = natural(at, count - done);
-            self.core.bar_write(bar, at, from.get(done..done + width).unwrap_or_default());
-            done += width;
+        for (at, range) in natural(offset, count, WIDEST) {
+            self.core.bar_write(bar, at, from.get(range).unwrap_or_default());
         }
         Ok(count)
     }
@@ -522,12 +516,10 @@ impl<M: Model + 'static> Device for Function<M> {
         let (index, offset) = (ioeventfd.region, ioeventfd.offset);
         self.ioeventfds.set(ioeventfd, move |bytes| {
             let Some(bar) = core.bar(index) else { return };
-            let mut done = 0;
-            while done < bytes.len() && core.check(index, offset, bytes.len()).is_ok() {
-                let at = offset + done as u64;
-                let width = natural(at, bytes.len() - done);
-                core.bar_write(bar, at, bytes.get(done..done + width).unwrap_or_default());
-                done += width;
+            for (at, range) in natural(offset, bytes.len(), WIDEST) {
+                if core.check(index, offset, bytes.len()).is_ok() {
+                    core.bar_write(bar, at, bytes.get(range).unwrap_or_default());
+                }
             }
         })
     }

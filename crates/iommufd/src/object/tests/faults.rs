@@ -59,6 +59,21 @@ fn a_fault_is_read_once_and_answered_once() {
 }
 
 #[test]
+fn what_cannot_be_delivered_stays() {
+    let (world, _, device, fd, ..) = with_queue();
+    fault(&world, device, 7);
+    fault(&world, device, 8);
+    let file = world.program.installed(fd).unwrap();
+    let refuse = |from: usize| move |at: usize, _: &[u8]| if at < from { Ok(()) } else { Err(Errno::FAULT) };
+    assert_eq!(file.read_to(80, &mut refuse(0)), Err(Errno::FAULT));
+    assert!(readable(&world, fd));
+    assert_eq!(file.read_to(80, &mut refuse(40)), Ok(40), "the first was delivered");
+    let second = read(&world, fd, 4);
+    assert_eq!((second.len(), second[0].grpid, second[0].cookie), (1, 8, 2));
+    assert!(!readable(&world, fd));
+}
+
+#[test]
 fn records_are_whole() {
     let (world, _, device, fd, ..) = with_queue();
     fault(&world, device, 1);

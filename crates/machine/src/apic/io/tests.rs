@@ -199,6 +199,39 @@ fn other_modes_and_pins_that_do_not_exist() {
 }
 
 #[test]
+fn a_listener_may_lower_the_line_before_it_is_looked_at() {
+    struct Line(Arc<IoApic>, std::sync::Mutex<Vec<usize>>);
+
+    impl EoiListener for Line {
+        fn served(&self, pin: usize) {
+            self.1.lock().unwrap().push(pin);
+            self.0.set_irq(pin, false);
+        }
+    }
+
+    let io = Io::new();
+    let line = Arc::new(Line(Arc::clone(&io.io), std::sync::Mutex::default()));
+    let listener: Arc<dyn EoiListener> = line.clone();
+    io.io.set_listener(Arc::downgrade(&listener));
+    io.program(17, 1, 0x41 | LEVEL_PIN);
+    io.program(3, 1, 0x52);
+    io.io.set_irq(17, true);
+    io.io.pulse(3);
+    assert_eq!(io.take(), Some(0x52));
+    io.eoi();
+    assert_eq!(io.take(), Some(0x41));
+    io.eoi();
+    assert_eq!(*line.1.lock().unwrap(), [17], "level pins only");
+    assert!(!io.remote_irr(17));
+    assert_eq!(io.take(), None);
+    drop((line, listener));
+    io.io.set_irq(17, true);
+    assert_eq!(io.take(), Some(0x41));
+    io.eoi();
+    assert_eq!(io.take(), Some(0x41), "nobody listens, and the line is up");
+}
+
+#[test]
 fn extended_destination_is_bits_55_to_49() {
     let rig = Rig::new(&[0, 0x1201], true).x2apic(0..2);
     let io = IoApic::new(&rig.bus);

@@ -20,6 +20,9 @@ use seccompiler::{
     SeccompRule, TargetArch, apply_filter_all_threads,
 };
 
+use uapi::iommufd::{IOMMU_DESTROY, IOMMU_IOAS_UNMAP};
+use uapi::vfio::{VFIO_DEVICE_RESET, VFIO_DEVICE_SET_IRQS, VFIO_IOMMU_UNMAP_DMA};
+
 use super::{Use, Uses};
 
 /// A condition on one argument: its bits under `mask` are `value`.
@@ -114,6 +117,14 @@ fn messages() -> Vec<Call> {
     all(&[libc::SYS_sendmsg, libc::SYS_recvmsg])
 }
 
+/// What the host's devices need while the guest runs, and when they are given back: crate `vfio`, on the threads of vCPUs
+/// and devices.
+fn host_devices() -> Vec<Call> {
+    let calls =
+        [VFIO_DEVICE_SET_IRQS, VFIO_DEVICE_RESET, VFIO_IOMMU_UNMAP_DMA, IOMMU_IOAS_UNMAP, IOMMU_DESTROY];
+    one_of(libc::SYS_ioctl, 1, &calls.map(u64::from))
+}
+
 /// What the process `pid` may call, and why.
 fn allowed(pid: u32, uses: Uses) -> Vec<Call> {
     const EXEC: u64 = libc::PROT_EXEC as u64;
@@ -191,6 +202,7 @@ fn allowed(pid: u32, uses: Uses) -> Vec<Call> {
             Use::Sockets => network(),
             Use::Ports => network().into_iter().chain(all(&[libc::SYS_listen])).collect(),
         },
+        if uses.host_devices { host_devices() } else { Vec::new() },
     ]
     .into_iter()
     .flatten()
@@ -327,15 +339,16 @@ mod tests {
     use super::*;
 
     const fn plain(network: Use) -> Uses {
-        Uses { network, messages: false }
+        Uses { network, messages: false, host_devices: false }
     }
 
-    const USES: [Uses; 5] = [
+    const USES: [Uses; 6] = [
         plain(Use::Nothing),
         plain(Use::Clients),
         plain(Use::Sockets),
         plain(Use::Ports),
-        Uses { network: Use::Nothing, messages: true },
+        Uses { network: Use::Nothing, messages: true, host_devices: false },
+        Uses { network: Use::Sockets, messages: false, host_devices: true },
     ];
 
     #[test]

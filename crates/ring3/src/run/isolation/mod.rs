@@ -52,11 +52,13 @@ pub struct Uses {
     pub network: Use,
     /// Messages with whoever has the guest's devices, over sockets that are open.
     pub messages: bool,
+    /// Devices of the host, which are open.
+    pub host_devices: bool,
 }
 
 impl From<Use> for Uses {
     fn from(network: Use) -> Self {
-        Self { network, messages: false }
+        Self { network, messages: false, host_devices: false }
     }
 }
 

@@ -21,6 +21,7 @@ use vfio::{
     devices::{
         ioat, nvme,
         specification::{Kind, Specification},
+        test,
     },
     doors::{Registration, System, Token, VirtualFunctions},
     pci::address::Address,
@@ -150,6 +151,7 @@ impl Functions {
                 (Arc::new(nvme::new(disk, &nvme::Options::default()).map_err(words)?), Token::none())
             }
             Kind::Ioat => (Arc::new(ioat::physical().map_err(words)?), Token::physical()),
+            Kind::Test => (Arc::new(test::function().map_err(words)?), Token::none()),
         };
         let functions = token.is_physical().then(|| virtual_functions(&self.system, at, first, &token));
         let made = registration(at, number, Arc::clone(&device), token.clone())?;
