@@ -444,7 +444,7 @@ fn any_writes_to_registers_are_harmless() {
                     random ^= random << 17;
                     let known = [ROOT, QUEUE, 0x20, 7 << 26, 1 << 31, 5 << 29, 0, random >> 32];
                     let value = known[(random >> 8 & 7) as usize];
-                    setup.write((random >> 16) % 0x2b0 & !3, value as u32);
+                    setup.write(((random >> 16) % 0x2b0) & !3, value as u32);
                 }
                 writing.fetch_sub(1, Ordering::Relaxed);
             });
