@@ -38,6 +38,13 @@ const MACHINE: [&str; 14] = [
     "none",
 ];
 
+/// The kernel uses the IOMMU, does not find that a timer of a busy host's machine does not work, and is quiet about the accesses
+/// that are meant to fail.
+const WORDS: &str = "intel_iommu=on no_timer_check loglevel=1";
+
+/// VFIO, where it is in modules.
+const MODULES: [&str; 2] = ["vfio_pci", "vfio_iommu_type1"];
+
 /// Gives the devices to vfio-pci, as a user would.
 const HAND_OVER: &str = "mount -t tmpfs tmp /tmp
 for card in 0000:00:05.0 0000:00:06.0; do
@@ -79,11 +86,10 @@ fn has(text: &str, lines: &[&str]) {
 #[test]
 fn devices_by_their_group() {
     let Some(kernels) = kernels() else { return };
-    let guests =
-        match Guests::of(kernels.newer(), &["vfio_pci", "vfio_iommu_type1"], "intel_iommu=on loglevel=1") {
-            Ok(guests) => guests,
-            Err(why) => return skip(&why),
-        };
+    let guests = match Guests::of(kernels.newer(), &MODULES, WORDS) {
+        Ok(guests) => guests,
+        Err(why) => return skip(&why),
+    };
     let said = in_a_guest(&guests, "by_the_group");
     // As `ring3 vfio info` prints it.
     has(
@@ -104,7 +110,7 @@ fn devices_by_their_own_nodes() {
     let Some(kernel) = std::env::var_os("RING3_ORACLE_KERNEL").map(PathBuf::from) else {
         return skip("no kernel with iommufd: Debian has none, and RING3_ORACLE_KERNEL names none");
     };
-    let guests = match Guests::of(&kernel, &[], "intel_iommu=on no_timer_check loglevel=1") {
+    let guests = match Guests::of(&kernel, &[], WORDS) {
         Ok(guests) => guests,
         Err(why) => return skip(&why),
     };
@@ -129,8 +135,7 @@ fn tree(from: &Path, to: &str, into: &mut Vec<(String, PathBuf)>) {
 #[test]
 fn a_guest_of_ring3_has_a_device_of_the_host() {
     let Some(kernels) = kernels() else { return };
-    let words = "intel_iommu=on loglevel=1";
-    let guests = match Guests::of(kernels.newer(), &["vfio_pci", "vfio_iommu_type1"], words) {
+    let guests = match Guests::of(kernels.newer(), &MODULES, WORDS) {
         Ok(guests) => guests,
         Err(why) => return skip(&why),
     };
