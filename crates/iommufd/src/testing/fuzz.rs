@@ -4,17 +4,17 @@ use super::{ARGUMENTS, LENGTH, MEMORY, MEMORY_FD, Program};
 use crate::{caller::Caller, mock, process::UserAddr};
 
 /// Takes numbers from the bytes of a fuzzer, which end some time.
-struct Bytes<'a>(&'a [u8]);
+pub(super) struct Bytes<'a>(pub(super) &'a [u8]);
 
 impl Bytes<'_> {
-    fn byte(&mut self) -> Option<u8> {
+    pub(super) fn byte(&mut self) -> Option<u8> {
         let (first, rest) = self.0.split_first()?;
         self.0 = rest;
         Some(*first)
     }
 
     /// A number that is likely to mean something: small, near a boundary, an address of the program, or anything.
-    fn number(&mut self) -> Option<u64> {
+    pub(super) fn number(&mut self) -> Option<u64> {
         const NEAR: [u64; 8] = [0, 0x1000, 0x800, MEMORY, 0x100_0000, 0x8000_0000, u64::MAX, MEMORY + LENGTH];
         let choice = self.byte()?;
         let next = u64::from(self.byte()?);
@@ -54,10 +54,7 @@ pub fn run_ioctls(data: &[u8]) {
     for fd in 0..256 {
         let _ = program.close(fd);
     }
-    for page in 0..LENGTH / 4096 {
-        let pins = program.process().pin_count(UserAddr(MEMORY + page * 4096));
-        assert_eq!(pins, Ok(0), "page {page} stays pinned");
-    }
+    program.assert_unpinned();
 }
 
 fn close(bytes: &mut Bytes<'_>, program: &Program) -> Option<()> {
@@ -127,30 +124,34 @@ fn ioctl(
     Some(())
 }
 
+/// Runs a target for about a second, from a fixed seed.
+#[cfg(test)]
+pub(super) fn for_a_second(target: fn(&[u8])) {
+    use std::time::{Duration, Instant};
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut next = move || {
+        // xorshift64*
+        state ^= state >> 12;
+        state ^= state << 25;
+        state ^= state >> 27;
+        state.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    };
+    let end = Instant::now() + Duration::from_secs(1);
+    for round in 0.. {
+        let data: Vec<u8> = (0..600).flat_map(|_| next().to_ne_bytes()).collect();
+        target(&data);
+        if round > 20 && Instant::now() > end {
+            break;
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use std::time::{Duration, Instant};
-
     use super::*;
 
-    /// The fuzz target for about a second, from a fixed seed.
     #[test]
     fn any_ioctls_do_no_harm() {
-        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-        let mut next = move || {
-            // xorshift64*
-            state ^= state >> 12;
-            state ^= state << 25;
-            state ^= state >> 27;
-            state.wrapping_mul(0x2545_f491_4f6c_dd1d)
-        };
-        let end = Instant::now() + Duration::from_secs(1);
-        for round in 0.. {
-            let data: Vec<u8> = (0..600).flat_map(|_| next().to_ne_bytes()).collect();
-            run_ioctls(&data);
-            if round > 20 && Instant::now() > end {
-                break;
-            }
-        }
+        for_a_second(run_ioctls);
     }
 }

@@ -2,6 +2,7 @@
 //! makes up means anything in this process. The bodies of the fuzz targets are here too.
 
 mod fuzz;
+mod vtd;
 
 use std::{
     collections::BTreeMap,
@@ -13,6 +14,7 @@ use rustix::fs::{MemfdFlags, fstat, ftruncate, memfd_create};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 pub use fuzz::run_ioctls;
+pub use vtd::run_vtd;
 
 use crate::{
     Context, Errno, Result,
@@ -160,6 +162,15 @@ impl Program {
     pub fn close(&self, fd: i32) -> Result<()> {
         let file = self.files().remove(&fd);
         file.map(drop).ok_or(Errno::BADF)
+    }
+
+    /// # Panics
+    /// A page of its memory is pinned.
+    fn assert_unpinned(&self) {
+        for page in 0..LENGTH / PAGE_SIZE {
+            let pins = self.process.pin_count(UserAddr(MEMORY + page * PAGE_SIZE));
+            assert_eq!(pins, Ok(0), "page {page} stays pinned");
+        }
     }
 
     /// Puts bytes into its memory.

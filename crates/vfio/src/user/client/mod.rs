@@ -120,7 +120,7 @@ impl RemoteDevice {
     pub fn connect(socket: OwnedFd, options: Options) -> Result<Self> {
         // Where commands of the server come is settled by its first reply, before which it may send none.
         let main = Arc::new(Connection::new(socket, true, options.patience));
-        let (server, twin) = greet(&main, &options)?;
+        let (minor, server, twin) = greet(&main, &options)?;
         let channel = match twin {
             Some(socket) => Arc::new(Connection::new(socket, true, options.patience)),
             None => Arc::clone(&main),
@@ -154,8 +154,11 @@ impl RemoteDevice {
         for index in 0..device.info.irqs {
             device.irqs.push(info::irq(&device.main, index)?);
         }
-        device.migration = RemoteMigration::probe(&device.main, server.max_transfer)?;
-        device.logging = RemoteLogging::probe(&device.main, server.max_transfer)?;
+        // Servers of version 0.0 do not know the command, and those of crate vfio_user lose track of the stream over it.
+        if minor > 0 {
+            device.migration = RemoteMigration::probe(&device.main, server.max_transfer)?;
+            device.logging = RemoteLogging::probe(&device.main, server.max_transfer)?;
+        }
         Ok(device)
     }
 
@@ -279,8 +282,8 @@ impl RemoteDevice {
     }
 }
 
-/// The first exchange: what the server can do, and the socket for its commands if there is one.
-fn greet(main: &Connection, options: &Options) -> Result<(Capabilities, Option<OwnedFd>)> {
+/// The first exchange: the minor version, what the server can do, and the socket for its commands if there is one.
+fn greet(main: &Connection, options: &Options) -> Result<(u16, Capabilities, Option<OwnedFd>)> {
     let proposed = wire::Version { major: version::MAJOR, minor: version::MINOR };
     let payload = version::encode(proposed, options.capabilities);
     let reply = main.request(Command::Version, &[&payload], &[])?;
@@ -296,7 +299,7 @@ fn greet(main: &Connection, options: &Options) -> Result<(Capabilities, Option<O
         (true, _) => return Err(Errno::PROTO),
     };
     server.write_multiple &= options.capabilities.write_multiple;
-    Ok((server, twin))
+    Ok((agreed.minor, server, twin))
 }
 
 /// Lengths of what is sent, which are small.

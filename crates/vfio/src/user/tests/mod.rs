@@ -1,6 +1,7 @@
 //! Client against server.
 
 mod hostile;
+mod peer;
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
