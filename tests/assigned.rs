@@ -84,6 +84,12 @@ fn a_disk_interrupts_by_its_wire() {
 #[test]
 fn a_disk_is_behind_the_guests_iommu() {
     let Some(kernels) = kernels() else { return };
+    for (kind, kernel) in [("virtio", kernels.newer()), ("intel", kernels.older())] {
+        copies_a_disk_behind(kind, kernel);
+    }
+}
+
+fn copies_a_disk_behind(kind: &str, kernel: &Path) {
     let dir = temp_dir();
     let (server, device) = serve_disk(dir.path());
     let script = format!(
@@ -91,18 +97,9 @@ fn a_disk_is_behind_the_guests_iommu() {
 device=$(readlink -f /sys/class/nvme/nvme0/device)
 echo TYPE $(cat $device/iommu_group/type)"
     );
-    let options = [
-        "--cpus",
-        "2",
-        "--iommu",
-        "virtio",
-        "--append",
-        "iommu.passthrough=0",
-        "--stats",
-        "--device",
-        &device,
-    ];
-    let end = boot(run(kernels.newer(), &options, &["sh", "-c", &script]));
+    let options =
+        ["--cpus", "2", "--iommu", kind, "--append", "iommu.passthrough=0", "--stats", "--device", &device];
+    let end = boot(run(kernel, &options, &["sh", "-c", &script]));
     end.expect(0);
     server.finish(PATIENCE).expect(0);
     copied(dir.path());
@@ -223,8 +220,7 @@ fn the_guests_side() {
     let mut copied = vec![0; 0x10000];
     slice.read_slice(&mut copied, 0x10000).unwrap();
     assert!(copied == noise, "the device has copied something else");
-    assert_eq!(it.copy(at + 0x1f000, at, 0x2000), reg::STATUS_FAULT);
-    assert_eq!(it.read(reg::FAULT), (at + 0x20000) as u32);
+    assert_eq!(it.copy(at + 0x1f000, at, 0x2000), reg::STATUS_FAULT, "half of it is not mapped");
 
     // INTx: a level that signals once until it is unmasked.
     let unmask = || {

@@ -139,19 +139,40 @@ impl Guests {
 
     /// The same, with programs of the host's and the libraries that they need, where these are on the host.
     pub fn command_with(&self, dir: &Path, script: &str, programs: &[&Path]) -> Command {
-        self.booted_by(Command::new("qemu-system-x86_64"), dir, script, programs)
+        self.command_with_files(dir, script, programs, &[])
+    }
+
+    /// The same, with other files of the host's as well: their names in the guest, and where they are.
+    pub fn command_with_files(
+        &self,
+        dir: &Path,
+        script: &str,
+        programs: &[&Path],
+        files: &[(String, PathBuf)],
+    ) -> Command {
+        self.booted_by(Command::new("qemu-system-x86_64"), dir, script, programs, files)
     }
 
     /// The same under another QEMU.
     pub fn command_of(&self, qemu: Command, dir: &Path, script: &str) -> Command {
-        self.booted_by(qemu, dir, script, &[])
+        self.booted_by(qemu, dir, script, &[], &[])
     }
 
-    fn booted_by(&self, mut qemu: Command, dir: &Path, script: &str, programs: &[&Path]) -> Command {
+    fn booted_by(
+        &self,
+        mut qemu: Command,
+        dir: &Path,
+        script: &str,
+        programs: &[&Path],
+        files: &[(String, PathBuf)],
+    ) -> Command {
         let mut archive = Archive::new();
         for file in programs.iter().flat_map(|program| stripped(dir, program)) {
             let (name, path) = file;
             archive.file(name, 0o755, &std::fs::read(path).unwrap());
+        }
+        for (name, path) in files {
+            archive.file(name, 0o644, &std::fs::read(path).unwrap());
         }
         archive.character_device("/dev/console", 0o600, 5, 1);
         archive.file("/bin/busybox", 0o755, &self.busybox);

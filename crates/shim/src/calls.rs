@@ -1,6 +1,9 @@
 //! What a call on a served descriptor does: the safe half of the exported functions.
 
-use core::ffi::{c_int, c_void};
+use core::{
+    ffi::{c_int, c_void},
+    sync::atomic::{AtomicBool, Ordering},
+};
 use std::{
     os::fd::{IntoRawFd, OwnedFd},
     sync::Arc,
@@ -102,6 +105,24 @@ pub(crate) fn ioctl(description: &Description, request: u64, argument: *mut c_vo
         return Ok(None);
     }
     description.file.ioctl(&*ShimCaller::get(), request, UserAddr(argument as u64)).map(Some)
+}
+
+/// The real `ioctl` of a descriptor that is not served did not know `request`. If it is one of the calls that are served, and the
+/// descriptor one that another process was given, the user is told why that cannot work.
+pub(crate) fn explain_unknown(fd: c_int, request: u64) {
+    /// The letter of the calls of iommufd and VFIO.
+    const LETTER: u64 = b';' as u64;
+    static SAID: AtomicBool = AtomicBool::new(false);
+    if request >> 8 & 0xff != LETTER || SAID.load(Ordering::Relaxed) {
+        return;
+    }
+    let is_stand_in = rustix::fs::readlink(format!("/proc/self/fd/{fd}"), Vec::new())
+        .is_ok_and(|name| name.as_bytes().starts_with(b"/memfd:ring3 "));
+    if is_stand_in && !SAID.swap(true, Ordering::Relaxed) {
+        crate::complain(&format!(
+            "descriptor {fd} is of a device that was opened before exec, or by another process: it is served there only"
+        ));
+    }
 }
 
 /// Where a `read` or `write` takes place.

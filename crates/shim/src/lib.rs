@@ -18,7 +18,7 @@
 //! - A child after a fork uses its parent's files by a socket (`share`).
 //! - Files in sysfs and debugfs are real files elsewhere (`tree`).
 //!
-//! `unsafe` is in what touches C: `interpose`, `real`, `errno`, `user`, `start`, and the signal mask in `share`.
+//! `unsafe` is in what touches C: `interpose`, `real`, `errno`, `user`, `start`, `registers`, and the signal mask in `share`.
 
 #![deny(unsafe_code)]
 #![cfg_attr(

@@ -19,6 +19,7 @@ use vfio::doors::{DeviceFile, registers};
 
 use crate::{errno, inside, mapped, real};
 
+mod stack;
 pub(crate) mod wanted;
 
 /// What a mapping of registers holds.
@@ -93,14 +94,15 @@ extern "C" fn fault(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_v
     let (address, sent) = unsafe { ((*info).si_addr() as usize, (*info).si_code <= 0) };
     // Not while this thread is in the library, which accesses no registers, and may hold a lock that would be asked for.
     let ours = !sent && !inside::is();
-    let done = errno::preserved(|| {
-        let (_, held) = ours.then(|| mapped::at(address))??;
+    let access = || {
+        let (_, held) = mapped::at(address)?;
         let mapping = held.downcast_ref::<Mapped>()?;
         let offset = mapping.offset.checked_add((address - mapping.base) as u64)?;
         // SAFETY: as above.
         let registers = unsafe { &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
         inside::run(|| instead(mapping, offset, registers))
-    });
+    };
+    let done = if ours { errno::preserved(|| stack::on_another(access)) } else { None };
     if done.is_none() {
         pass_on(signal, info, context.cast(), sent);
     }

@@ -254,7 +254,11 @@ impl Locked {
                 file.set_len(contents.len() as u64)?;
                 file.set_permissions(fs::Permissions::from_mode(*mode))
             }
-            Entry::Link(target) => symlink(target, there),
+            Entry::Link(target) => match symlink(target, there) {
+                // Who began to make the tree may have ended in the middle.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+                done => done,
+            },
         }
     }
 

@@ -423,10 +423,7 @@ fn ends(work: impl FnOnce()) -> c_int {
 #[test]
 fn a_program_catches_its_own_faults_beside_mapped_registers() {
     serving("a_program_catches_its_own_faults_beside_mapped_registers", CARD, || {
-        // Rust gives its threads a stack for signals that is too small for a library that was not optimized.
-        let mut none = unsafe { core::mem::zeroed::<libc::stack_t>() };
-        none.ss_flags = libc::SS_DISABLE;
-        assert_eq!(unsafe { libc::sigaltstack(&raw const none, ptr::null_mut()) }, 0);
+        // On Rust's stack for signals, which is small.
         let registers = registers();
         assert_eq!(version(registers), 0x33);
         let ask = || {
@@ -464,4 +461,22 @@ fn a_program_catches_its_own_faults_beside_mapped_registers() {
         assert_eq!(libc::WTERMSIG(faulted), libc::SIGSEGV);
         assert_eq!(version(registers), 0x33);
     });
+}
+
+#[test]
+fn a_descriptor_that_did_not_survive_exec_is_explained() {
+    const NAME: &str = "a_descriptor_that_did_not_survive_exec_is_explained";
+    if env::var_os(INSIDE).is_some() {
+        for _ in 0..2 {
+            assert_eq!(ioas_alloc(5), Err(libc::ENOTTY));
+        }
+        return;
+    }
+    let mut shell = Command::new("sh");
+    shell.args(["-c", "exec 5<>/dev/iommu; exec \"$@\"", "sh"]).arg(env::current_exe().unwrap());
+    shell.args(["--exact", NAME, "--nocapture", "--test-threads=1"]);
+    let output = shell.env("LD_PRELOAD", library()).env("RING3_SHIM", "").env(INSIDE, "1").output().unwrap();
+    let problems = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(problems.matches("descriptor 5 is of a device").count(), 1, "{problems}");
 }

@@ -19,7 +19,11 @@ use std::{
 use uapi::{iommufd as iommu, vfio};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use crate::{Errno, Result};
+use crate::{
+    Errno, Result,
+    domain::{HostAddr, Prot},
+    iova::Iova,
+};
 
 /// One call of `ioctl`.
 ///
@@ -164,6 +168,15 @@ pub struct Window {
     pub readable: bool,
     /// Devices may write it.
     pub writable: bool,
+}
+
+impl Window {
+    /// `length` bytes at `host`, which devices find at `iova`.
+    #[must_use]
+    pub fn new(iova: Iova, host: HostAddr, length: u64, prot: Prot) -> Self {
+        let (readable, writable) = (prot.contains(Prot::READ), prot.contains(Prot::WRITE));
+        Self { iova: iova.0, address: host.0, length, readable, writable }
+    }
 }
 
 /// Enters memory in an IOAS: `IOMMU_IOAS_MAP` at a fixed address.

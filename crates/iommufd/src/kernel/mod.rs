@@ -130,15 +130,8 @@ impl HostIoas {
     /// allows.
     #[allow(unsafe_code, reason = "hands the promise on")]
     pub unsafe fn map(&self, iova: Iova, host: HostAddr, length: u64, prot: Prot) -> Result<()> {
-        let window = Window {
-            iova: iova.0,
-            address: host.0,
-            length,
-            readable: prot.contains(Prot::READ),
-            writable: prot.contains(Prot::WRITE),
-        };
         // SAFETY: the caller's word.
-        unsafe { calls::ioas_map(self.iommu.as_fd(), self.id, window) }
+        unsafe { calls::ioas_map(self.iommu.as_fd(), self.id, Window::new(iova, host, length, prot)) }
     }
 
     /// Unmaps what was mapped in `range`: whole mappings only.

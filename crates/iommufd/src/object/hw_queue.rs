@@ -77,9 +77,10 @@ impl fmt::Debug for HwQueue {
 
 impl Drop for HwQueue {
     fn drop(&mut self) {
-        let mut parts = self.viommu.parts();
+        // Its index stays taken until the driver has ended it. That may wait for a thread that is just calling somebody who
+        // wants something of the vIOMMU, so nothing is locked meanwhile.
         self.driver = None;
-        parts.queues.remove(&(self.kind, self.index));
+        self.viommu.parts().queues.remove(&(self.kind, self.index));
     }
 }
 

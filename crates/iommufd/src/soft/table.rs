@@ -763,3 +763,61 @@ impl Table {
 fn undirty(entry: &AtomicPtr<Node>) {
     entry.fetch_and(!flag::DIRTY, Ordering::AcqRel);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_read_before_an_invalidation_is_not_cached_after_it() {
+        let (table, page) = (Table::new(), span(0));
+        let cache = |generation, limit, host| {
+            // SAFETY: it is not entered as memory.
+            unsafe { table.cache(generation, limit, Iova(page), HostAddr(host), page, Prot::READ, false) }
+        };
+        let before = table.generation();
+        assert_eq!(cache(before, usize::MAX, page), Cached::Entered);
+        // Another walk that began as early is as good, and the later one counts.
+        assert_eq!(cache(before, usize::MAX, 2 * page), Cached::Entered);
+        assert_eq!(table.lookup(Iova(page)), Some(HostAddr(2 * page)));
+        // Wherever the invalidation was: which pages a walk depends on is not known.
+        table.invalidate(8 * page, 9 * page - 1);
+        assert_eq!(table.lookup(Iova(page)), Some(HostAddr(2 * page)));
+        assert_eq!(cache(before, usize::MAX, 3 * page), Cached::Stale);
+        table.invalidate(0, LAST_ADDRESS);
+        assert_eq!(table.lookup(Iova(page)), None);
+        let now = table.generation();
+        assert_eq!(cache(before, usize::MAX, page), Cached::Stale);
+        assert_eq!(cache(now, 4, page), Cached::Full, "the nodes are there until readers were waited for");
+        table.sync();
+        assert_eq!(cache(now, 4, page), Cached::Entered);
+    }
+
+    #[test]
+    fn what_moves_is_neither_there_nor_gone() {
+        let (table, page) = (Table::new(), span(0));
+        let at = |iova| {
+            let mut reader = table.reader();
+            let section = reader.section();
+            section
+                .translate(Iova(iova), Access::Read)
+                .map(|found| found.host.0)
+                .map_err(|fault| fault.reason)
+        };
+        table.map(Iova(0), HostAddr(page), 4 * page, Prot::READ).unwrap();
+        table.suspend(0, 4 * page - 1);
+        assert_eq!((at(0), at(4 * page)), (Err(FaultReason::Moving), Err(FaultReason::Unmapped)));
+        // It comes back in pieces; one of them was unmapped.
+        table.map(Iova(page), HostAddr(9 * page), page, Prot::READ).unwrap();
+        assert_eq!((at(0), at(page)), (Err(FaultReason::Moving), Ok(9 * page)));
+        table.unmap(2 * page, 3 * page - 1);
+        assert_eq!((at(2 * page), at(3 * page)), (Err(FaultReason::Unmapped), Err(FaultReason::Moving)));
+        table.unmap(0, page - 1);
+        std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| table.settle());
+            table.map(Iova(3 * page), HostAddr(page), page, Prot::READ).unwrap();
+            waiter.join().unwrap();
+        });
+        assert_eq!(at(3 * page), Ok(page));
+    }
+}

@@ -254,7 +254,7 @@ mod tests {
     fn the_guest_of_the_target_can_do_what_guests_do() {
         let mut guest = Guest::new().unwrap();
         for at in 0..3 {
-            guest.put(at * PAGE_SIZE, &((at + 1) * PAGE_SIZE | 3).to_le_bytes());
+            guest.put(at * PAGE_SIZE, &((at + 1) * PAGE_SIZE + 3).to_le_bytes());
         }
         assert!(guest.table(&mut Bytes(&[0])).is_some() && guest.tables.len() == 1);
         guest.device.attach(None, guest.tables[0]).unwrap();

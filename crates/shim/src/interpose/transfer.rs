@@ -8,7 +8,7 @@ use libc::{iovec, off_t, size_t, ssize_t};
 use super::{answer, answer_if};
 use crate::{
     calls::{self, Position},
-    real, table,
+    errno, real, table,
     table::Description,
 };
 
@@ -21,7 +21,11 @@ unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, argument: *mut c_void) -
         }
     }
     // SAFETY: the caller's arguments, for the function that it meant to call.
-    unsafe { real::ioctl()(fd, request, argument) }
+    let result = unsafe { real::ioctl()(fd, request, argument) };
+    if result == -1 && errno::get() == libc::ENOTTY {
+        errno::preserved(|| crate::inside::run(|| calls::explain_unknown(fd, request)));
+    }
+    result
 }
 
 /// Defines functions that take a descriptor first: `served` when it is served, else the real function of the name.

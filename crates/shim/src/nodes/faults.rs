@@ -22,7 +22,7 @@ const KINDS: [(&str, &[&str]); 2] = [
 
 /// Adds the directories.
 pub(crate) fn plan(plan: &mut Plan) {
-    plan.tops.extend(KINDS.map(|(kind, _)| format!("{DEBUGFS}/{kind}")));
+    plan.tops.push(DEBUGFS.to_owned());
     plan.entries.push(entries);
 }
 

@@ -177,13 +177,7 @@ impl AddressSpace {
             // SAFETY: the caller's word.
             Way::Device(ioas) => unsafe { ioas.map(iova, host, length, prot) },
             Way::Group(container) => {
-                let window = Window {
-                    iova: iova.0,
-                    address: host.0,
-                    length,
-                    readable: prot.contains(Prot::READ),
-                    writable: prot.contains(Prot::WRITE),
-                };
+                let window = Window::new(iova, host, length, prot);
                 // SAFETY: the caller's word.
                 unsafe { calls::container_map(container.file.as_fd(), window) }
             }

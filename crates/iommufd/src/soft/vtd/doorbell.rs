@@ -9,7 +9,7 @@ use core::{
 use std::{os::fd::OwnedFd, sync::Arc};
 
 use rustix::{
-    fs::{MemfdFlags, ftruncate, memfd_create},
+    fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create},
     thread::futex,
 };
 
@@ -27,15 +27,20 @@ impl Doorbells {
 
     /// For who is in this process.
     pub(super) fn private() -> Result<Arc<Self>> {
-        Ok(Self::shared()?.0)
+        Self::of(&memfd_create("doorbells", MemfdFlags::CLOEXEC)?)
     }
 
-    /// With the file that a program can map.
+    /// With the file that a program can map, and not make shorter.
     pub(super) fn shared() -> Result<(Arc<Self>, OwnedFd)> {
-        let file = memfd_create("doorbells", MemfdFlags::CLOEXEC)?;
-        ftruncate(&file, Self::LENGTH)?;
-        let page = FileMapping::new(&file, PAGE_SIZE as usize, true)?;
-        Ok((Arc::new(Self { page }), file))
+        let file = memfd_create("doorbells", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+        let doorbells = Self::of(&file)?;
+        fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::SEAL)?;
+        Ok((doorbells, file))
+    }
+
+    fn of(file: &OwnedFd) -> Result<Arc<Self>> {
+        ftruncate(file, Self::LENGTH)?;
+        Ok(Arc::new(Self { page: FileMapping::new(file, PAGE_SIZE as usize, true)? }))
     }
 
     /// That of queue `index`, with all its words 0. None when there is no such queue.

@@ -44,7 +44,7 @@ use crate::{
 };
 
 /// How many nodes an IOTLB may have: 64 MiB of them.
-const LIMIT: usize = 16 << 10;
+pub(super) const LIMIT: usize = 16 << 10;
 /// The sizes that a walk is entered in, largest first.
 const SIZES: [u64; 3] = [1 << 30, 2 << 20, PAGE_SIZE];
 
@@ -141,7 +141,9 @@ impl GuestTable {
             section.look(Iova(at), access).map_err(|fault| moving(fault.reason, FaultReason::Target))?;
 
         // The largest piece that lies together in the parent as well.
-        let whole = SIZES.into_iter().filter(|size| *size <= leaf.size).find_map(|size| {
+        // Looking notes a write, so that while writes are noted only the page itself is looked at.
+        let most = if tracked { PAGE_SIZE } else { leaf.size };
+        let whole = SIZES.into_iter().filter(|size| *size <= most).find_map(|size| {
             let offset = iova.0 % size;
             let host = found.host.0.checked_sub(offset)?;
             let (base, is_memory) = section.look(Iova(at - offset), access).ok()?;
@@ -163,6 +165,11 @@ impl GuestTable {
             self.full.store(true, Ordering::Relaxed);
         }
         Ok((found, memory))
+    }
+
+    #[cfg(test)]
+    pub(super) fn iotlb_nodes(&self) -> usize {
+        self.iotlb.nodes()
     }
 
     /// Makes room, if that lacks. Called outside of sections; it does not wait for those of others.

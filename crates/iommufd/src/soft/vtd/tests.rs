@@ -302,6 +302,25 @@ fn events(file: &Arc<dyn File>) -> Vec<Result<Event, u32>> {
     events
 }
 
+/// A guest whose table has every address, and a device that comes to very many.
+#[test]
+fn an_iotlb_has_a_limit() {
+    let guest = Guest::new();
+    for entry in 0..PAGE_SIZE / 8 {
+        guest.write(FREE + entry * 8, FREE | R | W);
+    }
+    guest.device.attach(None, guest.table(FREE, 48)).unwrap();
+    let mut reader = guest.port.reader();
+    for at in 0..(table::LIMIT as u64 * 5 / 4) {
+        let section = reader.section();
+        let found = section.translate(Iova((at << 21) + 8), Access::Read).unwrap();
+        assert_eq!(found.host.0, guest.host(FREE) + 8);
+        drop(section);
+    }
+    let nodes = guest.unit.largest_iotlb();
+    assert!((2..=table::LIMIT + 4).contains(&nodes), "{nodes}");
+}
+
 #[test]
 fn faults_are_told_and_lost_ones_too() {
     let guest = Guest::attached();

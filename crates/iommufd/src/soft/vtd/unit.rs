@@ -36,8 +36,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What a monitor hears from its guest's vIOMMU. Calls come from the threads of queues and devices, with no lock held; they
-/// must not destroy the queue whose thread calls.
+/// What a monitor hears from its guest's vIOMMU. Calls come from the threads of queues and devices, with no lock of this crate
+/// held. They must not destroy the queue whose thread calls, nor take a lock that somebody holds who destroys it: that waits
+/// for the thread.
 pub trait Listener: Send + Sync + fmt::Debug {
     /// Context entries have changed: whatever follows from that has to be done when this returns, because the guest takes its
     /// next wait descriptor for the end of it.
@@ -284,5 +285,10 @@ impl VtdIommu {
     /// Where a page of the guest's memory is in this process.
     pub(super) fn host(&self, at: u64) -> Option<u64> {
         self.unit.memory.lookup(crate::iova::Iova(at)).map(|host| host.0)
+    }
+
+    /// The most nodes that an IOTLB of it has.
+    pub(super) fn largest_iotlb(&self) -> usize {
+        lock(&self.unit.tables).of(None).iter().map(|table| table.iotlb_nodes()).max().unwrap_or(0)
     }
 }

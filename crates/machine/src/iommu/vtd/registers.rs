@@ -398,7 +398,7 @@ mod tests {
         assert_eq!(write64(&mut registers, at::CONTEXT, device), [Action::Context(scope)]);
         assert_eq!(read64(&mut registers, at::CONTEXT) >> 63, 1);
         registers.context_done(true);
-        assert_eq!(read64(&mut registers, at::CONTEXT) >> 59, 0b0_11_11);
+        assert_eq!(read64(&mut registers, at::CONTEXT) >> 59, 0b1111);
         // Granularity 0 does nothing, and says so.
         assert_eq!(write64(&mut registers, at::CONTEXT, 1 << 63), []);
         assert_eq!(read64(&mut registers, at::CONTEXT), 0);
@@ -407,10 +407,10 @@ mod tests {
         let pages = IotlbScope::Pages { domain: 9, first: 0x1234_4000, last: 0x1234_7fff };
         assert_eq!(write64(&mut registers, at::IOTLB, 1 << 63 | 3 << 60 | 9 << 32), [Action::Iotlb(pages)]);
         registers.iotlb_done(true);
-        assert_eq!(read64(&mut registers, at::IOTLB) >> 57, 0b0_0_11_0_11);
+        assert_eq!(read64(&mut registers, at::IOTLB) >> 57, 0b001_1011);
         write64(&mut registers, at::IOTLB_ADDRESS, 63);
         assert_eq!(write64(&mut registers, at::IOTLB, 1 << 63 | 3 << 60), []);
-        assert_eq!(read64(&mut registers, at::IOTLB) >> 57 & 0b1_0_00_0_11, 0);
+        assert_eq!(read64(&mut registers, at::IOTLB) >> 57 & 0b100_0011, 0);
     }
 
     #[test]

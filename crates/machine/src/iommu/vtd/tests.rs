@@ -79,7 +79,7 @@ impl Setup {
     /// The entry for the page of `iova`, below 1 GiB, in tables that begin at `root`.
     fn map(&self, root: u64, iova: u64, entry: u64) {
         for (level, shift) in [(0, 39), (1, 30), (2, 21)] {
-            self.put(root + level * PAGE + (iova >> shift & 511) * 8, root + (level + 1) * PAGE | 3);
+            self.put(root + level * PAGE + (iova >> shift & 511) * 8, (root + (level + 1) * PAGE) | 3);
         }
         self.put(root + 3 * PAGE + (iova >> 12 & 511) * 8, entry);
     }
@@ -201,7 +201,7 @@ fn what_is_known_is_used_until_it_is_invalidated() {
     setup.context(1, TABLES);
     for (page, value) in [(0x5000, 1), (0x6000, 2)] {
         setup.put(HIGH + page, value);
-        setup.map(TABLES, page, HIGH + page | 3);
+        setup.map(TABLES, page, (HIGH + page) | 3);
     }
     let both = |setup: &Setup| [setup.dma(0, 0x5000), setup.dma(0, 0x6000)];
     assert_eq!(both(&setup), [Some(1), Some(2)]);
@@ -217,7 +217,7 @@ fn what_is_known_is_used_until_it_is_invalidated() {
     assert!(setup.submit(&[(2 | 2 << 4 | 5 << 16, 0)]));
     assert_eq!(both(&setup), [None, None]);
     // All, by register, of both domains, which have one table in memory.
-    setup.map(TABLES, 0x5000, HIGH + 0x5000 | 3);
+    setup.map(TABLES, 0x5000, (HIGH + 0x5000) | 3);
     assert_eq!((setup.dma(0, 0x5000), setup.dma(1, 0x5000)), (Some(1), Some(1)));
     setup.map(TABLES, 0x5000, 0);
     setup.write64(at::IOTLB, 1 << 63 | 1 << 60);
@@ -238,6 +238,7 @@ fn a_page_of_a_large_one_invalidates_all_of_it() {
     setup.put(TABLES + 2 * PAGE, 0);
     assert!(setup.submit(&[(2 | 3 << 4 | 5 << 16, 0x5000)]));
     assert_eq!((setup.dma(0, 0), setup.dma(0, 0x1f_f000)), (None, None));
+    assert_eq!(setup.faults(), [(6, 0, 0x08, true), (6, 0x1f_f000, 0x08, true)]);
     // One that begins in memory, and goes on past it.
     setup.put(TABLES + 2 * PAGE, 0);
     setup.put(TABLES + PAGE, 0x83);
@@ -254,7 +255,7 @@ fn a_context_entry_is_looked_at_again_when_it_is_invalidated() {
     setup.enable();
     for (table, value) in [(TABLES, 1), (TABLES + 0x8000, 2)] {
         setup.put(HIGH + value * PAGE, value);
-        setup.map(table, 0x5000, HIGH + value * PAGE | 3);
+        setup.map(table, 0x5000, (HIGH + value * PAGE) | 3);
     }
     setup.context(0, TABLES);
     assert_eq!(setup.dma(0, 0x5000), Some(1));
@@ -422,4 +423,44 @@ fn devices_never_see_a_page_that_was_invalidated() {
         stop.store(1, Ordering::Relaxed);
     });
     assert_eq!(setup.dma(0, 0x5000), Some(ROUNDS));
+}
+
+/// Two processors write anything to any register while a device works: nothing panics, and nothing waits for ever.
+#[test]
+fn any_writes_to_registers_are_harmless() {
+    const WRITES: usize = 2000;
+    let mut setup = setup();
+    setup.enable();
+    setup.context(0, TABLES);
+    setup.map(TABLES, 0x5000, HIGH | 3);
+    let writing = AtomicUsize::new(2);
+    std::thread::scope(|scope| {
+        for mut random in [0x9e37_79b9_7f4a_7c15u64, 0xd1b5_4a32_d192_ed03] {
+            let (setup, writing) = (&setup, &writing);
+            scope.spawn(move || {
+                for _ in 0..WRITES {
+                    random ^= random << 13;
+                    random ^= random >> 7;
+                    random ^= random << 17;
+                    let known = [ROOT, QUEUE, 0x20, 7 << 26, 1 << 31, 5 << 29, 0, random >> 32];
+                    let value = known[(random >> 8 & 7) as usize];
+                    setup.write(((random >> 16) % 0x2b0) & !3, value as u32);
+                }
+                writing.fetch_sub(1, Ordering::Relaxed);
+            });
+        }
+        while writing.load(Ordering::Relaxed) > 0 {
+            let _ = setup.dma(0, 0x5000);
+        }
+    });
+    // A driver that begins anew finds a unit that works.
+    for _ in 0..2 {
+        setup.write(at::COMMAND, 0);
+        setup.write(at::COMMAND, 7 << 26);
+    }
+    setup.write(at::COMMAND, 0);
+    setup.write64(at::QUEUE_TAIL, 0);
+    setup.write(at::FAULT_STATUS, u32::MAX);
+    setup.enable();
+    assert!(setup.submit(&[CONTEXTS_AGAIN, FORGET_ALL]));
 }
