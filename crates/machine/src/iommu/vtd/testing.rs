@@ -66,9 +66,9 @@ impl Guest {
         let value = match offset {
             _ if choice & 1 != 0 => value,
             at::COMMAND => value << 24,
-            at::CONTEXT | at::IOTLB => value << 56 | 5,
+            at::CONTEXT | at::IOTLB => (value << 56) | 5,
             at::QUEUE_TAIL => value % 512 * 16,
-            _ => value % PAGES << 12 | value >> 8 & 3,
+            _ => ((value % PAGES) << 12) | ((value >> 8) & 3),
         };
         match choice & 2 {
             0 if offset.is_multiple_of(8) => self.registers.write(offset, &value.to_le_bytes()),
@@ -79,12 +79,17 @@ impl Guest {
     /// An entry of a root, context or page table, or half a descriptor.
     fn put(&self, page: u8, choice: u8, index: u8, value: u64) {
         let value = match choice & 7 {
-            0..=2 => value % PAGES << 12 | u64::from(choice >> 3 & 3) | u64::from(choice & 0x80),
-            3 => 5 << 8 | u64::from(choice >> 3 & 3),
-            4 => value << 32 | 5 << 16 | u64::from(choice >> 3 & 3) << 4 | 1 + u64::from(choice >> 5) % 5,
+            0..=2 => ((value % PAGES) << 12) | u64::from((choice >> 3) & 3) | u64::from(choice & 0x80),
+            3 => (5 << 8) | u64::from((choice >> 3) & 3),
+            4 => {
+                (value << 32)
+                    | (5 << 16)
+                    | (u64::from((choice >> 3) & 3) << 4)
+                    | (1 + u64::from(choice >> 5) % 5)
+            }
             _ => value,
         };
-        let at = u64::from(page) % PAGES << 12 | u64::from(index) << 3;
+        let at = ((u64::from(page) % PAGES) << 12) | (u64::from(index) << 3);
         // All of it is RAM.
         let _ = self.ram.write_obj(value, GuestAddress(at));
     }
@@ -133,7 +138,7 @@ pub fn drive(data: &[u8]) {
             3..=5 => guest.put(*a, *b, *c, value),
             6 => guest.access(*a, *b, value),
             _ => {
-                let offset = u64::from(*a) << 3 | u64::from(*b & 7);
+                let offset = (u64::from(*a) << 3) | u64::from(*b & 7);
                 let mut buffer = [0; 16];
                 guest.registers.read(offset, buffer.get_mut(..usize::from(c % 17)).unwrap_or_default());
             }
