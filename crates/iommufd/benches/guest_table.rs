@@ -2,6 +2,8 @@
 //! invalidation with its wait by the queue. A thread's rates are counted in its own processor time, the last in real time.
 //! Medians of several runs. `cargo bench -p iommufd --bench guest_table`.
 
+mod measure;
+
 use core::hint::black_box;
 use std::{
     os::{fd::OwnedFd, unix::fs::FileExt},
@@ -25,10 +27,8 @@ use iommufd::{
         },
     },
 };
-use rustix::{
-    fs::{MemfdFlags, ftruncate, memfd_create},
-    time::{ClockId, clock_gettime},
-};
+use measure::{median, thread_seconds};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 const GIB: u64 = 1 << 30;
 const PAGES: u64 = GIB / PAGE_SIZE;
@@ -46,16 +46,6 @@ const DATA: u64 = 8 << 20;
 const DOMAIN: u16 = 1;
 /// Invalidations of the queue in one run.
 const INVALIDATIONS: u32 = 2000;
-
-fn thread_seconds() -> f64 {
-    let now = clock_gettime(ClockId::ThreadCPUTime);
-    now.tv_sec as f64 + now.tv_nsec as f64 * 1e-9
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
 
 /// Says when a wait is done.
 #[derive(Debug)]

@@ -4,6 +4,8 @@
 //! Nanoseconds of processor time for each piece or page, the medians of several runs.
 //! `cargo bench -p iommufd --bench map`.
 
+mod measure;
+
 use core::hint::black_box;
 use std::sync::Arc;
 
@@ -16,7 +18,7 @@ use iommufd::{
     process::{LocalProcess, Process, UserAddr},
     soft::SoftDomain,
 };
-use rustix::time::{ClockId, clock_gettime};
+use measure::{median, thread_seconds};
 use vm_memory::mmap::MmapRegion;
 
 const GIB: u64 = 1 << 30;
@@ -48,29 +50,29 @@ impl Bench {
     /// Maps the gigabyte in pieces: seconds for mapping and for unmapping.
     fn map(&self, piece: u64, fixed: bool) -> (f64, f64) {
         let mut at = Vec::with_capacity((GIB / piece) as usize);
-        let begin = seconds();
+        let begin = thread_seconds();
         for offset in (0..GIB).step_by(piece as usize) {
             let pages = self.store(offset, piece);
             let iova = fixed.then_some(Iova(offset));
             at.push(self.ioas.map(&pages, 0, piece, iova, RW).expect("there is room"));
         }
-        let mapped = seconds();
+        let mapped = thread_seconds();
         for at in at {
             let range = IovaRange::with_length(at, piece).expect("it was mapped");
             assert_eq!(self.ioas.unmap(range), Ok(piece));
         }
-        (mapped - begin, seconds() - mapped)
+        (mapped - begin, thread_seconds() - mapped)
     }
 
     /// Pins and unpins each page alone: seconds.
     fn pin(&self) -> f64 {
         let pages = self.store(0, GIB);
         self.ioas.map(&pages, 0, GIB, Some(Iova(0)), RW).expect("there is room");
-        let begin = seconds();
+        let begin = thread_seconds();
         for offset in (0..GIB).step_by(PAGE_SIZE as usize) {
             black_box(self.ioas.pin(Iova(offset), PAGE_SIZE, true, false).expect("it is mapped"));
         }
-        let end = seconds();
+        let end = thread_seconds();
         self.ioas.unmap(IovaRange::ALL).expect("nothing is pinned");
         end - begin
     }
@@ -81,15 +83,15 @@ impl Bench {
         self.ioas.map(&pages, 0, GIB, Some(Iova(0)), RW).expect("there is room");
         let count = GIB / PAGE_SIZE;
         let mut pinned = Vec::with_capacity(count as usize);
-        let begin = seconds();
+        let begin = thread_seconds();
         for index in 0..count {
             // An odd factor reaches every page once.
             let page = index.wrapping_mul(0x9e37_79b1) % count;
             pinned.push(self.ioas.pin(Iova(page * PAGE_SIZE), PAGE_SIZE, true, false).expect("it is mapped"));
         }
-        let kept = seconds();
+        let kept = thread_seconds();
         drop(pinned);
-        let end = seconds();
+        let end = thread_seconds();
         self.ioas.unmap(IovaRange::ALL).expect("nothing is pinned");
         (kept - begin, end - kept)
     }
@@ -98,26 +100,16 @@ impl Bench {
     fn read(&self) -> f64 {
         let pages = self.store(0, GIB);
         self.ioas.map(&pages, 0, GIB, Some(Iova(0)), RW).expect("there is room");
-        let begin = seconds();
+        let begin = thread_seconds();
         let mut bytes = [0; 64];
         for offset in (0..GIB).step_by(PAGE_SIZE as usize) {
             self.ioas.read(Iova(offset + 100), &mut bytes).expect("it is mapped");
             black_box(&bytes);
         }
-        let end = seconds();
+        let end = thread_seconds();
         self.ioas.unmap(IovaRange::ALL).expect("nothing is pinned");
         end - begin
     }
-}
-
-fn seconds() -> f64 {
-    let now = clock_gettime(ClockId::ThreadCPUTime);
-    now.tv_sec as f64 + now.tv_nsec as f64 * 1e-9
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }
 
 /// Prints the median for each of the pieces of a gigabyte.

@@ -5,6 +5,8 @@
 //! A thread's rate is counted in its own processor time, so that a machine with fewer processors than threads tells
 //! what one thread costs the other, not that they share. Medians of several runs. `cargo bench -p iommufd --bench translate`.
 
+mod measure;
+
 use core::{
     hint::black_box,
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
@@ -19,7 +21,7 @@ use iommufd::{
     iova::{Iova, IovaRange, PAGE_SIZE},
     soft::{Access, SoftDomain},
 };
-use rustix::time::{ClockId, clock_gettime};
+use measure::{median, thread_seconds};
 
 const GIB: u64 = 1 << 30;
 const RUNS: usize = 7;
@@ -28,11 +30,6 @@ const TRANSLATIONS: u64 = 20_000_000;
 /// Translations in one section: what a device does for one request, at the least.
 const SECTION: u64 = 32;
 const RW: Prot = Prot::READ.union(Prot::WRITE);
-
-fn thread_seconds() -> f64 {
-    let now = clock_gettime(ClockId::ThreadCPUTime);
-    now.tv_sec as f64 + now.tv_nsec as f64 * 1e-9
-}
 
 /// Translations per second of this thread's processor time.
 fn translate(domain: &SoftDomain, seed: u64, access: Access) -> f64 {
@@ -67,11 +64,6 @@ fn churn(domain: &SoftDomain, end: &AtomicBool, done: &AtomicU64) {
         }
         done.fetch_add(64, Ordering::Relaxed);
     }
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }
 
 /// The median of a thread's rate, and how many pages the writer mapped and unmapped.

@@ -20,10 +20,10 @@ use super::{
     counters::{CounterSet, Counters, Tally},
     domain::SoftDomain,
     epoch::{Epoch, Member},
-    section::{Reader, Section},
+    section::{Reader, Section, memory},
     vtd::GuestTable,
 };
-use crate::{hostmem, iova::Iova};
+use crate::iova::Iova;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -281,15 +281,9 @@ impl<P: BorrowMut<PortReader>> PortSection<P> {
         most: usize,
         access: Access,
     ) -> core::result::Result<VolatileSlice<'_>, Fault> {
-        let (found, memory) = self.look(iova, access)?;
-        if !memory {
-            return Err(Fault { iova, access, reason: FaultReason::Foreign });
-        }
-        let length = usize::try_from(found.length).map_or(most, |length| length.min(most));
-        // SAFETY: needed because memory of devices' users has no owner in Rust. Sound because it was found in the open section,
-        // or by a walk within it, as memory that stays until the section ends; the slice does not live longer, nor leave
-        // this module. It is written through only where that is allowed.
-        Ok(unsafe { hostmem::bytes(found.host, length) })
+        let found = self.look(iova, access)?;
+        // SAFETY: the slice does not live longer than the open section, nor leave this module.
+        unsafe { memory(found, most) }.ok_or(Fault { iova, access, reason: FaultReason::Foreign })
     }
 }
 

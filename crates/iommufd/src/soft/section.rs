@@ -16,6 +16,20 @@ use super::{
     table::Table,
 };
 
+/// At most `most` bytes of what [`Section::look`] found. None for what is not memory of this process.
+///
+/// # Safety
+/// `found` was found in a section that is open for as long as the slice lives, or by a walk within it, and the slice is
+/// written through only if it was found for writing.
+#[inline]
+pub(super) unsafe fn memory<'a>(found: (Translation, bool), most: usize) -> Option<VolatileSlice<'a>> {
+    let (found, true) = found else { return None };
+    let length = usize::try_from(found.length).map_or(most, |length| length.min(most));
+    // SAFETY: needed because memory of devices' users has no owner in Rust. Sound because who entered the leaf has promised
+    // that it is memory until it is taken out and readers were waited for, and the section has not ended, by the caller's word.
+    Some(unsafe { hostmem::bytes(found.host, length) })
+}
+
 /// The right to read a table, for one thread or device at a time.
 pub struct Reader {
     member: Member,
@@ -159,15 +173,9 @@ impl<R: BorrowMut<Reader>> Section<R> {
         most: usize,
         access: Access,
     ) -> core::result::Result<VolatileSlice<'_>, Fault> {
-        let (found, memory) = self.look(iova, access)?;
-        if !memory {
-            return Err(Fault { iova, access, reason: FaultReason::Foreign });
-        }
-        let length = usize::try_from(found.length).map_or(most, |length| length.min(most));
-        // SAFETY: needed because memory of devices' users has no owner in Rust. Sound because who entered the leaf has
-        // promised that it is memory until it is taken out and readers were waited for, and the slice does not live longer
-        // than the section, nor leave this module. It is written through only where the leaf allows writing.
-        Ok(unsafe { hostmem::bytes(found.host, length) })
+        let found = self.look(iova, access)?;
+        // SAFETY: the slice does not live longer than the section, nor leave this module.
+        unsafe { memory(found, most) }.ok_or(Fault { iova, access, reason: FaultReason::Foreign })
     }
 
     /// Whether the section's table has `iova` as memory that may be accessed by its address, and where.
