@@ -208,16 +208,29 @@ impl ModuleTree {
             all.reverse();
             return Ok(all);
         }
-        let information = self.information(name)?;
-        let depends = information.iter().find(|(key, _)| key == "depends").map_or("", |(_, value)| value);
-        Ok(depends.split(',').filter(|n| !n.is_empty()).map(module_name).collect())
+        Ok(needs_by(&self.information(name)?))
+    }
+
+    /// Reads every module once: what each says about itself, by name. The tree knows then what each needs.
+    ///
+    /// # Errors
+    /// As [`Self::information`].
+    pub fn examine(&mut self) -> Result<HashMap<String, Vec<(String, String)>>, ModuleError> {
+        let told = |name: &String| Ok((name.clone(), self.information(name)?));
+        let all: HashMap<_, _> = self.files.keys().map(told).collect::<Result<_, ModuleError>>()?;
+        self.needs.get_or_insert_with(|| {
+            // As in modules.dep: the nearest need first.
+            let needs = |information| needs_by(information).into_iter().rev().collect();
+            all.iter().map(|(name, information)| (name.clone(), needs(information))).collect()
+        });
+        Ok(all)
     }
 
     /// What a module says about itself in its `.modinfo` section: keys and values, in order.
     ///
     /// # Errors
     /// A [`ModuleError`] when the module cannot be read or is none.
-    pub fn information(&self, name: &str) -> Result<Vec<(String, String)>, ModuleError> {
+    fn information(&self, name: &str) -> Result<Vec<(String, String)>, ModuleError> {
         let bytes = self.read(name)?;
         let not = || ModuleError::NotAModule { path: self.path(name) };
         let file = object::File::parse(&*bytes).map_err(|_| not())?;
@@ -268,6 +281,12 @@ impl ModuleTree {
         }
         Ok(())
     }
+}
+
+/// The direct needs, in the order in which the module names them.
+fn needs_by(information: &[(String, String)]) -> Vec<String> {
+    let depends = information.iter().find(|(key, _)| key == "depends").map_or("", |(_, value)| value);
+    depends.split(',').filter(|n| !n.is_empty()).map(module_name).collect()
 }
 
 fn is_module(path: &Path) -> bool {

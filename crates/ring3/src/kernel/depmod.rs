@@ -26,7 +26,7 @@ use std::path::Path;
 use std::{fs, io};
 
 use super::KernelError;
-use crate::initramfs::ModuleTree;
+use crate::initramfs::{ModuleTree, module_name};
 
 const MAGIC: u32 = 0xb007_f457;
 const VERSION: u32 = 0x0002_0001;
@@ -51,7 +51,8 @@ pub fn index(dir: &Path) -> Result<(), KernelError> {
     if !dir.is_dir() || is_indexed(dir) {
         return Ok(());
     }
-    let tree = ModuleTree::open(dir)?;
+    let mut tree = ModuleTree::open(dir)?;
+    let information = tree.examine()?;
     let order = read_or_empty(&dir.join("modules.order"))?;
     let order: BTreeMap<&str, u32> = (0..).zip(order.lines()).map(|(place, line)| (line, place)).collect();
     // The order's files are named as they were before compression.
@@ -61,10 +62,17 @@ pub fn index(dir: &Path) -> Result<(), KernelError> {
     };
 
     let dependencies = tree.dependency_file()?;
+    // Each module's line, its name and its priority.
+    let modules: Vec<(&str, String, u32)> = dependencies
+        .lines()
+        .map(|line| {
+            let file = line.split_once(':').map_or(line, |(file, _)| file);
+            (line, module_name(file), place(file))
+        })
+        .collect();
     let mut index = Index::default();
-    for line in dependencies.lines() {
-        let file = line.split_once(':').map_or(line, |(file, _)| file);
-        index.insert(&crate::initramfs::module_name(file), line, place(file));
+    for (line, name, priority) in &modules {
+        index.insert(name, line, *priority);
     }
     put(dir, "modules.dep", dependencies.as_bytes())?;
     put(dir, "modules.dep.bin", &index.to_bytes())?;
@@ -72,7 +80,7 @@ pub fn index(dir: &Path) -> Result<(), KernelError> {
     let builtin = read_or_empty(&dir.join("modules.builtin"))?;
     let mut index = Index::default();
     for line in builtin.lines() {
-        index.insert(&crate::initramfs::module_name(line), "", 0);
+        index.insert(&module_name(line), "", 0);
     }
     put(dir, "modules.builtin.bin", &index.to_bytes())?;
 
@@ -88,14 +96,12 @@ pub fn index(dir: &Path) -> Result<(), KernelError> {
 
     let (mut aliases, mut soft) = (String::new(), String::new());
     let mut index = Index::default();
-    for line in dependencies.lines() {
-        let file = line.split_once(':').map_or(line, |(file, _)| file);
-        let name = crate::initramfs::module_name(file);
-        for (key, value) in tree.information(&name)? {
-            match &*key {
+    for (_, name, priority) in &modules {
+        for (key, value) in information.get(name).into_iter().flatten() {
+            match &**key {
                 "alias" => {
                     aliases.push_str(&format!("alias {value} {name}\n"));
-                    index.insert(&normalised(&value), &name, place(file));
+                    index.insert(&normalised(value), name, *priority);
                 }
                 "softdep" => soft.push_str(&format!("softdep {name} {value}\n")),
                 _ => {}
@@ -320,7 +326,7 @@ mod tests {
         assert_eq!(theirs.len(), ours.len());
         let tree = ModuleTree::open(&modules).unwrap();
         for line in tree.dependency_file().unwrap().lines() {
-            let name = crate::initramfs::module_name(line.split_once(':').unwrap().0);
+            let name = module_name(line.split_once(':').unwrap().0);
             let sorted = |bytes: &[u8]| {
                 let (priority, value) = lookup(bytes, &name).remove(0);
                 let (file, needs) = value.split_once(':').unwrap();
