@@ -214,7 +214,7 @@ impl ModuleTree {
     /// Reads every module once: what each says about itself, by name. The tree knows then what each needs.
     ///
     /// # Errors
-    /// As [`Self::information`].
+    /// A [`ModuleError`] when a module cannot be read or is none.
     pub fn examine(&mut self) -> Result<HashMap<String, Vec<(String, String)>>, ModuleError> {
         let told = |name: &String| Ok((name.clone(), self.information(name)?));
         let all: HashMap<_, _> = self.files.keys().map(told).collect::<Result<_, ModuleError>>()?;
