@@ -136,6 +136,7 @@ impl Flow {
                 Peeked::Nothing => {
                     // What is on its way fills the scratch, or nothing is there.
                     self.more = self.peek == Peek::HeadOnly && self.tx.in_flight();
+                    self.marked &= self.more;
                     break;
                 }
                 Peeked::End if !self.failed && !span.again => {
@@ -147,7 +148,7 @@ impl Flow {
             let (found, drained) = (range.len(), range.len() < want);
             let sent = self.send_data(cx, &shared.scratch[range], span.from, drained);
             if drained && sent == found && !span.again {
-                self.more = self.ended;
+                self.more = self.ended || self.marked;
             }
             turn = turn.saturating_sub(sent.max(1));
         }

@@ -23,8 +23,11 @@ use crate::socket::Binding;
 use crate::tap::Sent;
 
 /// The events that a flow's socket is watched for: changes only, because what is not acknowledged stays readable.
-pub(super) const EVENTS: EventFlags =
-    EventFlags::IN.union(EventFlags::OUT).union(EventFlags::RDHUP).union(EventFlags::ET);
+pub(super) const EVENTS: EventFlags = EventFlags::IN
+    .union(EventFlags::PRI)
+    .union(EventFlags::OUT)
+    .union(EventFlags::RDHUP)
+    .union(EventFlags::ET);
 
 /// The shift of our windows: 16 MiB at most.
 const SCALE: u8 = 8;
@@ -96,6 +99,8 @@ pub(super) struct Flow {
     pub(super) more: bool,
     /// Whether the host's peer has ended or broken the connection, so that reading comes to an end.
     pub(super) ended: bool,
+    /// Whether urgent data may be in the host's queue: reading stops short before it, although there is more.
+    pub(super) marked: bool,
     /// Whether the host refused what was written: all that is left is to deliver what came before.
     pub(super) failed: bool,
     /// Whether the guest's FIN was handed on.
@@ -150,6 +155,7 @@ impl Flow {
             // The poller tells, of what came before it watched too.
             more: false,
             ended: false,
+            marked: false,
             failed: false,
             shut: false,
             ended_first: false,
@@ -420,6 +426,10 @@ impl Flow {
     pub(super) fn ready(&mut self, flags: EventFlags) {
         if flags.intersects(EventFlags::IN) {
             self.more = true;
+        }
+        if flags.intersects(EventFlags::PRI) {
+            self.more = true;
+            self.marked = true;
         }
         if flags.intersects(EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR) {
             self.more = true;
