@@ -5,7 +5,7 @@ use core::{
     sync::atomic::{AtomicBool, Ordering},
 };
 use std::{
-    os::fd::{IntoRawFd, OwnedFd},
+    os::fd::{AsRawFd, IntoRawFd, OwnedFd},
     sync::Arc,
 };
 
@@ -63,9 +63,9 @@ fn set_close_on_exec(descriptor: &OwnedFd, close_on_exec: bool) -> Result<()> {
 /// Gives the program `descriptor`, which stands for `file`.
 pub(crate) fn install(descriptor: OwnedFd, file: Arc<dyn ServedFile>, close_on_exec: bool) -> Result<c_int> {
     set_close_on_exec(&descriptor, close_on_exec)?;
-    let number = descriptor.into_raw_fd();
+    let number = descriptor.as_raw_fd();
     table::insert(number, Arc::new(Description { file })).map_err(|_| Errno::MFILE)?;
-    Ok(number)
+    Ok(descriptor.into_raw_fd())
 }
 
 /// Takes back a descriptor that [`install`] gave, before the program has seen its number.

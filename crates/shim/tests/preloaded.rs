@@ -197,6 +197,53 @@ fn a_child_uses_what_its_parent_opened() {
     });
 }
 
+/// What a child of `vfork` closes and duplicates until it executes another program is its own, not its parent's.
+#[test]
+fn a_child_in_its_parents_memory_has_descriptors_of_its_own() {
+    static DESCRIPTORS: [AtomicUsize; 2] = [AtomicUsize::new(0), AtomicUsize::new(0)];
+
+    /// As Python does between `vfork` and `exec`.
+    extern "C" fn close_all(_argument: *mut c_void) -> c_int {
+        let [served, ordinary] =
+            [0, 1].map(|index| c_int::try_from(DESCRIPTORS[index].load(Ordering::Relaxed)).unwrap_or(-1));
+        let made = unsafe {
+            // A served one becomes an ordinary one, and an ordinary one served.
+            [libc::dup2(served, ordinary), libc::dup2(0, served), libc::close(ordinary), libc::dup(0)]
+        };
+        let closed = unsafe { libc::close_range(3, u32::MAX, 0) };
+        c_int::from(made != [ordinary, served, 0, ordinary] || closed != 0)
+    }
+
+    preloaded("a_child_in_its_parents_memory_has_descriptors_of_its_own", || {
+        let served = open(IOMMU, libc::O_RDWR);
+        let id = ioas_alloc(served).unwrap();
+        let ordinary = open(c"/dev/null", libc::O_RDWR);
+        for (place, descriptor) in DESCRIPTORS.iter().zip([served, ordinary]) {
+            place.store(usize::try_from(descriptor).unwrap(), Ordering::Relaxed);
+        }
+        let mut stack = vec![0_u128; 16 << 10];
+        let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
+        let top = stack.as_mut_ptr_range().end.cast();
+        let child = unsafe { libc::clone(close_all, top, flags, ptr::null_mut()) };
+        assert!(child > 0, "{}", errno());
+        let mut status = 0;
+        assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+        assert_eq!(status, 0);
+        assert_eq!(ioas_alloc(ordinary), Err(libc::ENOTTY));
+        assert_eq!(destroy(served, id), Ok(()));
+        // And a copy of the memory is a process like any other, however it was made.
+        let child = unsafe { libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) };
+        if child == 0 {
+            let same = unsafe { [libc::close(served), libc::dup(0)] } == [0, served];
+            let ordinary = ioas_alloc(served) == Err(libc::ENOTTY);
+            unsafe { libc::_exit(c_int::from(!(same && ordinary))) };
+        }
+        assert_eq!(unsafe { libc::waitpid(-1, &raw mut status, 0) }, c_int::try_from(child).unwrap());
+        assert_eq!(status, 0);
+        assert!(ioas_alloc(served).is_ok());
+    });
+}
+
 /// Runs `body` in a child and gives its exit status.
 fn in_child(body: impl FnOnce() -> c_int) -> c_int {
     let mut result = -1;
