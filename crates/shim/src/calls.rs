@@ -154,7 +154,7 @@ pub(crate) fn read(
     let Some(offset) = position.offset()? else {
         let mut deliver =
             |at: usize, bytes: &[u8]| user::write(UserAddr(to.0.wrapping_add(at as u64)), bytes);
-        return description.file.read_to(count, &mut deliver);
+        return description.file.read_to(to, count, &mut deliver);
     };
     with_buffer(count, |buffer| {
         let done = description.file.read_at(offset, buffer)?;
@@ -244,8 +244,8 @@ impl ServedFile for Given {
         self.0.read(to)
     }
 
-    fn read_to(&self, room: usize, to: Deliver<'_>) -> Result<usize> {
-        self.0.read_to(room, to)
+    fn read_to(&self, _to: UserAddr, room: usize, deliver: Deliver<'_>) -> Result<usize> {
+        self.0.read_to(room, deliver)
     }
 
     fn write(&self, from: &[u8]) -> Result<usize> {

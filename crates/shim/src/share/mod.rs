@@ -16,6 +16,8 @@ mod client;
 mod lend;
 mod server;
 mod signals;
+#[cfg(test)]
+mod tests;
 mod usage;
 mod wire;
 
