@@ -340,6 +340,44 @@ fn memory_is_mapped_for_devices() {
     });
 }
 
+/// Whether the kernel can read a byte there on the program's behalf.
+fn is_readable(at: *mut c_void) -> bool {
+    let mut pipe = [0; 2];
+    assert_eq!(unsafe { libc::pipe(pipe.as_mut_ptr()) }, 0);
+    let done = unsafe { libc::write(pipe[1], at, 1) };
+    pipe.iter().for_each(|end| assert_eq!(unsafe { libc::close(*end) }, 0));
+    done == 1
+}
+
+#[test]
+fn memory_that_devices_use_stays_accessible() {
+    const TEST: libc::c_ulong = 0x3ba0;
+    const MOCK_DOMAIN: u64 = 2;
+    const UNMAP: libc::c_ulong = 0x3b86;
+    const PAGE: usize = 4096;
+    serving("memory_that_devices_use_stays_accessible", "mock-iommu", || {
+        let fd = open(IOMMU, libc::O_RDWR);
+        let ioas = ioas_alloc(fd).unwrap();
+        let (flags, both) = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, libc::PROT_READ | libc::PROT_WRITE);
+        let at = unsafe { libc::mmap(ptr::null_mut(), 4 * PAGE, both, flags, -1, 0) };
+        let pages = [0, 1, 2, 3].map(|page| unsafe { at.byte_add(page * PAGE) });
+        let mut device = [72 | MOCK_DOMAIN << 32, u64::from(ioas), 0, 0, 0, 0, 0, 0, 0];
+        assert_eq!(unsafe { libc::ioctl(fd, TEST, device.as_mut_ptr()) }, 0, "{}", errno());
+        ioas_map(fd, ioas, pages[1], PAGE).unwrap();
+        assert_eq!(unsafe { libc::mprotect(at, 4 * PAGE, libc::PROT_NONE) }, 0);
+        assert_eq!(pages.map(is_readable), [false, true, false, false]);
+        assert_eq!(unsafe { libc::mprotect(at, 4 * PAGE, both) }, 0);
+        assert_eq!(pages.map(is_readable), [true; 4]);
+        assert_eq!(unsafe { libc::mprotect(at.byte_add(1), PAGE, libc::PROT_NONE) }, -1);
+        assert_eq!(errno(), libc::EINVAL);
+        // Everything, when no device uses it any more.
+        let mut unmap = [24 | u64::from(ioas) << 32, 0, u64::MAX];
+        assert_eq!(unsafe { libc::ioctl(fd, UNMAP, unmap.as_mut_ptr()) }, 0, "{}", errno());
+        assert_eq!(unsafe { libc::mprotect(at, 4 * PAGE, libc::PROT_NONE) }, 0);
+        assert_eq!(pages.map(is_readable), [false; 4]);
+    });
+}
+
 /// A card where no machine has one.
 const CARD: &str = "device=ioat,addr=0000:7f:05.0";
 const COUNT: &CStr = c"/sys/bus/pci/devices/0000:7f:05.0/sriov_numvfs";
