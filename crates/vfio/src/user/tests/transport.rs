@@ -55,8 +55,17 @@ fn descriptors_belong_to_the_message_they_were_sent_with() {
     let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
     let numbers: Vec<_> = files.iter().map(|file| fstat(file).unwrap().st_ino).collect();
     // All of it has come before the first message is taken. The payloads of some are longer than is read ahead.
-    let sent: [(usize, &[usize]); 9] =
-        [(4, &[]), (4, &[0]), (0, &[]), (9000, &[1, 2]), (5000, &[]), (0, &[3]), (7, &[0, 1]), (0, &[]), (1, &[2])];
+    let sent: [(usize, &[usize]); 9] = [
+        (4, &[]),
+        (4, &[0]),
+        (0, &[]),
+        (9000, &[1, 2]),
+        (5000, &[]),
+        (0, &[3]),
+        (7, &[0, 1]),
+        (0, &[]),
+        (1, &[2]),
+    ];
     for (id, (length, with)) in (0..).zip(sent) {
         let with: Vec<_> = with.iter().map(|file| fds[*file]).collect();
         send(&peer, &message(id, &noise(id.into(), length)), &with);
