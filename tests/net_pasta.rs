@@ -13,6 +13,7 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
+use rustix::process::Signal;
 use support::net::{as_user, connect, echo, expect_echo, free_port, part, pasta, play, playing, possible};
 use support::process::{PATIENCE, Running, finish, privileged};
 use support::{Noise, skip};
@@ -107,6 +108,27 @@ fn the_exit_status_is_the_commands() {
     finish(pasta(&options, &["/"]), PATIENCE).expect(126);
 }
 
+/// As the first process of a PID namespace it would not notice what it does not catch.
+#[test]
+fn a_signal_ends_a_command_that_does_not_catch_it() {
+    if !possible() {
+        return;
+    }
+    let options = with(&[&NETWORK, &CLOSED]);
+    // Who starts the tests may ignore SIGINT, as a shell does for what it runs in the background.
+    let caught = "trap 'exit 9' TERM; sleep 1000 & echo ready; wait";
+    for (signal, command, status) in [
+        (Signal::TERM, &["yes", "ready"][..], 128 + libc::SIGTERM),
+        (Signal::INT, &["env", "--default-signal=INT", "yes", "ready"], 128 + libc::SIGINT),
+        (Signal::TERM, &["sh", "-c", caught], 9),
+    ] {
+        let (running, mut output) = Running::start_quiet_with_output(pasta(&options, command));
+        output.wait_for("ready");
+        running.signal(signal);
+        running.finish(PATIENCE).expect(status);
+    }
+}
+
 #[test]
 fn bad_options_have_status_1_and_run_nothing() {
     let bad = finish(pasta(&["--netns", "x", "1234"], &[]), PATIENCE);
@@ -129,6 +151,22 @@ fn the_namespace_is_configured() {
     assert!(text.contains("mtu 9000"), "{text}");
     assert!(text.contains("192.0.2.77"), "{text}");
     assert_eq!(text.lines().last(), Some("0"), "the command is root inside");
+}
+
+/// The host's gateway is then reached by the host's network alone, which is not the guest's own.
+#[test]
+fn routes_are_copied_beside_an_own_address() {
+    if !possible() {
+        return;
+    }
+    let ring3 = support::process::RING3;
+    let inner = format!("{ring3} pasta --config-net -4 -a 10.1.2.3 {} -- ip route", CLOSED.join(" "));
+    let script = format!("ip route replace default via 192.0.2.1 dev tap7 && exec {inner}");
+    let options = with(&[&NETWORK, &CLOSED]);
+    let text = finish(pasta(&options, &["sh", "-c", &script]), PATIENCE).expect(0).text();
+    for route in ["default via 192.0.2.1 ", "192.0.2.0/24 dev tap7", "10.0.0.0/8 dev tap7"] {
+        assert!(text.contains(route), "{route} is not in {text}");
+    }
 }
 
 #[test]
@@ -190,8 +228,13 @@ fn datagrams_reach_the_hosts_loopback_by_the_gateway() {
         let answer = [&buffer[..length], b", answered"].concat();
         socket.send_to(&answer, from).unwrap();
     });
-    finish(playing(&with(&[&MAPPED, &CLOSED]), &format!("udp-client 192.0.2.1:{port}")), PATIENCE).expect(0);
+    let options = with(&[&MAPPED, &CLOSED, &["--trace"]]);
+    let client = finish(playing(&options, &format!("udp-client 192.0.2.1:{port}")), PATIENCE);
+    client.expect(0);
     server.join().unwrap();
+    let log = &client.stderr;
+    assert!(log.contains("from the guest: UDP 192.0.2.77:"), "{log}");
+    assert!(log.contains(&format!("to the guest: UDP 192.0.2.1:{port} to 192.0.2.77:")), "{log}");
 }
 
 #[test]

@@ -56,12 +56,15 @@ fn the_guests_side() {
     let modules = PathBuf::from(std::env::var_os(MODULES).unwrap());
     load(&modules, "kernel/drivers/net/tun.ko");
     without_the_module_there_is_the_tap_device();
+    pasta_carries("auto", "without vhost-net: /dev/vhost-net");
     load(&modules, "kernel/drivers/vhost/vhost_net.ko");
     assert!(Path::new("/dev/vhost-net").exists());
     let megabytes: usize = std::env::var(MEGABYTES).unwrap().parse().unwrap();
     let vhost = carries_everything(Mode::On, megabytes);
     let plain = carries_everything(Mode::Off, megabytes / 4);
-    pasta_uses_it();
+    pasta_carries("on", "by vhost-net");
+    pasta_carries("auto", "by vhost-net");
+    pasta_does_without_a_device_that_refuses();
     println!("vhost-net: {vhost:.0?} MB/s; read and write: {plain:.0?} MB/s");
 }
 
@@ -70,31 +73,44 @@ const SERVER: &str = "RING3_TEST_SERVER";
 /// The host's loopback in that namespace: no address that the guest itself may have been given.
 const LOOPBACK: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 2);
 
-/// The whole way, with the process isolated as it always is.
-fn pasta_uses_it() {
+/// The whole way, with the process isolated as it always is; `way` is what it says about how frames go.
+fn pasta_carries(vhost: &str, way: &str) {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let server = SocketAddr::new(LOOPBACK.into(), listener.local_addr().unwrap().port());
     let this = std::env::current_exe().unwrap();
-    let sender = std::thread::spawn(move || send(&mut listener.accept().unwrap().0, 4));
-    let status = Command::new(env!("CARGO_BIN_EXE_ring3"))
-        .args(["pasta", "--vhost", "on", "--config-net", "--map-host-loopback"])
+    let sender = std::thread::spawn(move || send(&mut listener.accept().unwrap().0, 1));
+    let output = Command::new(env!("CARGO_BIN_EXE_ring3"))
+        .args(["pasta", "--debug", "--vhost", vhost, "--config-net", "--map-host-loopback"])
         .arg(LOOPBACK.to_string())
         .arg("--")
         .arg(this)
         .args(["--ignored", "--exact", "a_commands_side", "--nocapture", "--test-threads=1"])
         .env(SERVER, server.to_string())
-        .status()
+        .output()
         .unwrap();
-    assert!(status.success(), "{status}");
+    let log = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{}: {log}", output.status);
+    assert!(log.contains(way), "--vhost {vhost}: {log}");
     sender.join().unwrap();
-    println!("PASS pasta");
+    println!("PASS pasta --vhost {vhost}: {way}");
+}
+
+/// A device that is there, but refuses everything.
+fn pasta_does_without_a_device_that_refuses() {
+    let mount = |words: &[&str]| assert!(Command::new("mount").args(words).status().unwrap().success());
+    mount(&["--bind", "/dev/null", "/dev/vhost-net"]);
+    pasta_carries("auto", "without vhost-net: ");
+    let on =
+        Command::new(env!("CARGO_BIN_EXE_ring3")).args(["pasta", "--vhost", "on", "true"]).output().unwrap();
+    let log = String::from_utf8_lossy(&on.stderr);
+    assert!(on.status.code() == Some(1) && log.contains("cannot use vhost-net"), "{}: {log}", on.status);
 }
 
 #[test]
 #[ignore = "runs in a namespace of another test"]
 fn a_commands_side() {
     let server: SocketAddr = std::env::var(SERVER).unwrap().parse().unwrap();
-    receive(&mut TcpStream::connect(server).unwrap(), 4);
+    receive(&mut TcpStream::connect(server).unwrap(), 1);
 }
 
 /// `auto` does without vhost-net, `on` says why it cannot.

@@ -166,6 +166,11 @@ impl Running {
         Self::start_with_output(command, Some(slot))
     }
 
+    /// Starts a process that boots no machine, and whose standard output the test reads itself.
+    pub fn start_quiet_with_output(command: Command) -> (Self, Output) {
+        Self::start_with_output(command, None)
+    }
+
     fn start_with_output(mut command: Command, slot: Option<Slot>) -> (Self, Output) {
         let (reader, writer) = std::io::pipe().unwrap();
         let mut child = command.stdout(writer).stderr(Stdio::piped()).spawn().unwrap();

@@ -446,7 +446,7 @@ pub enum NetTask {
         #[command(flatten)]
         ports: NetPortsArgs,
     },
-    /// End the forwarding of ports, and the connections that came by them
+    /// End the forwarding of ports: connections that came by them go on, UDP flows end
     Remove {
         /// Which ports of which network.
         #[command(flatten)]

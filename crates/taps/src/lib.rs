@@ -11,6 +11,7 @@ pub mod ring;
 pub mod stream;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+pub mod trace;
 pub mod tun;
 pub mod vhost_net;
 pub mod vhost_user;

@@ -7,12 +7,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use taps::pcap::{Capture, Recorded};
+use taps::trace::Traced;
 use usernet::Handle;
 use usernet::tap::Tap;
 
 use super::control::{ControlSocket, Controlled, Server};
 use super::options::ports::{PortRange, ephemeral_ports};
-use super::options::settings::Common;
+use super::options::settings::{Common, Level};
 use super::stats::Printer;
 use super::{Because, NetError};
 
@@ -22,6 +23,8 @@ pub struct Prepared {
     capture: Option<Arc<Capture>>,
     control: Option<ControlSocket>,
     stats: Option<Duration>,
+    /// Whether single packets are logged.
+    traced: bool,
     v6: bool,
     ephemeral: PortRange,
 }
@@ -46,14 +49,16 @@ impl Prepared {
             capture: capture.transpose()?,
             control: common.control.as_deref().map(ControlSocket::bind_kept).transpose()?,
             stats: common.stats,
+            traced: common.log.level == Level::Trace,
             v6: common.network.families[1],
             ephemeral: ephemeral_ports(),
         })
     }
 
-    /// The tap for the engine: one that is recorded, if asked for.
+    /// The tap for the engine: one that is logged and recorded, if asked for.
     #[must_use]
     pub fn tap(&self, tap: Box<dyn Tap>) -> Box<dyn Tap> {
+        let tap = if self.traced { Box::new(Traced::new(tap)) } else { tap };
         match &self.capture {
             Some(capture) => Box::new(Recorded::new(tap, Arc::clone(capture))),
             None => tap,

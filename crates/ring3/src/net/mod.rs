@@ -6,6 +6,7 @@ pub mod attendants;
 mod changes;
 pub mod command;
 pub mod control;
+mod descriptors;
 pub mod isolation;
 pub mod local;
 pub mod log;
@@ -19,6 +20,7 @@ use std::io;
 use usernet::Handle;
 use usernet::config::Forward;
 
+use descriptors::forward_what_can_be_had;
 use options::settings::Forwards;
 
 /// What could not be done, and the kernel's word on it.
@@ -43,19 +45,9 @@ impl<T, E: Into<io::Error>> Because<T> for Result<T, E> {
 
 /// Forwards as many of the ports as can be had; none at all is an error.
 fn add_best_effort(handle: &Handle, forwards: &Forwards) -> Result<(), NetError> {
-    let mut refused = None;
-    let mut had = forwards.best_effort.is_empty();
-    for forward in &forwards.best_effort {
-        match handle.add_forward(Forward::clone(forward)) {
-            Ok(_) => had = true,
-            Err(error) => {
-                tracing::debug!("cannot listen on {}: {error}", forward.listen);
-                refused = Some(error);
-            }
-        }
-    }
-    match refused {
-        Some(error) if !had => Err(error).because(|| "cannot forward a single one of the ports".into()),
-        _ => Ok(()),
-    }
+    let add = |forward: Forward| handle.add_forward(forward).map(drop);
+    // It can fail only if the engine has ended.
+    let remove = |forward| drop(handle.remove_forward(forward));
+    forward_what_can_be_had(forwards.best_effort.iter().cloned(), add, remove)
+        .because(|| "cannot forward a single one of the ports".into())
 }

@@ -121,7 +121,10 @@ impl Device {
             None => None,
         };
         Ok(match tap {
-            Some(tap) => Box::new(tap),
+            Some(tap) => {
+                tracing::debug!("frames go by vhost-net");
+                Box::new(tap)
+            }
             None => Box::new(tun),
         })
     }

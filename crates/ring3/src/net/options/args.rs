@@ -12,8 +12,8 @@ use clap::{ArgAction, Args, Parser, ValueEnum};
 
 use super::ports::{PortSpec, parse_interface};
 use super::values::{
-    AddressPrefix, Bytes, Listed, Netmask, NoneOr, UserGroup, parse_domains, parse_mac, parse_mtu,
-    parse_name, parse_seconds,
+    AddressPrefix, Bytes, Listed, Netmask, NoneOr, UserGroup, parse_address_or_none, parse_domains,
+    parse_host, parse_mac, parse_mtu, parse_name, parse_on_link, parse_on_link_or_none, parse_seconds,
 };
 use usernet::config::MacAddress;
 
@@ -37,8 +37,9 @@ Ports (-t, -u, -T, -U): none | [ADDRESS[%INTERFACE]/]ITEM[,ITEM...], and ITEM is
 Several options accumulate. Without ports, `~25` and `auto` mean all ports.
 
 Exit status:
-  The command's own, or 128+N when signal N ended it; 1 when pasta itself failed;
-  0 when it has gone to the background, or its namespace has gone.";
+  The command's own, or 128+N when signal N ended it; 126 when it cannot be
+  executed, 127 when there is no such command; 1 when pasta itself failed; 0 when
+  it has gone to the background, or its namespace has gone.";
 
 const PASST_EXAMPLES: &str = "\
 Examples:
@@ -122,7 +123,7 @@ pub struct CommonArgs {
     /// Log single packets; implies --debug
     #[arg(long, overrides_with = "quiet")]
     pub trace: bool,
-    /// Print statistics, at most every DELAY seconds, and nothing while nothing happens
+    /// Print statistics, at most every DELAY seconds, and nothing while nothing happens; needs the foreground
     #[arg(long, value_name = "DELAY", value_parser = parse_seconds)]
     pub stats: Option<std::time::Duration>,
     /// Print no informational messages
@@ -137,9 +138,9 @@ pub struct CommonArgs {
     /// Log to a file [default: standard error in the foreground, else the system's log]
     #[arg(short, long, value_name = "PATH")]
     pub log_file: Option<PathBuf>,
-    /// Longest log file in bytes; its oldest entries go first
-    #[arg(long, value_name = "SIZE", default_value = "1048576")]
-    pub log_size: Bytes,
+    /// Longest log file in bytes; its oldest entries go first [default: 1048576]
+    #[arg(long, value_name = "SIZE")]
+    pub log_size: Option<Bytes>,
     /// Become this user, which takes uid 0 or CAP_SETUID [default: nobody when started as root]
     #[arg(long, value_name = "UID[:GID]|LOGIN[:GROUP]")]
     pub runas: Option<UserGroup>,
@@ -173,13 +174,13 @@ pub struct CommonArgs {
     pub mac_addr: MacAddress,
     /// Gateway of the guest, one per family; also the source of the host's loopback traffic [default: the host's, else
     /// 169.254.2.2 and fe80::1]
-    #[arg(short, long, value_name = "ADDR")]
+    #[arg(short, long, value_name = "ADDR", value_parser = parse_on_link)]
     pub gateway: Vec<IpAddr>,
     /// Host interface to take addresses and routes from [default: that of the default route]
     #[arg(short, long, value_name = "NAME", value_parser = parse_interface)]
     pub interface: Option<String>,
     /// Source address of outbound sockets, one per family [default: the routing table's choice]
-    #[arg(short, long, value_name = "ADDR")]
+    #[arg(short, long, value_name = "ADDR", value_parser = parse_host)]
     pub outbound: Vec<IpAddr>,
     /// Host interface that IPv4's outbound sockets are bound to; also -i for IPv4 [default: none]
     #[arg(long, value_name = "NAME", value_parser = parse_interface)]
@@ -188,13 +189,13 @@ pub struct CommonArgs {
     #[arg(long, value_name = "NAME", value_parser = parse_interface)]
     pub outbound_if6: Option<String>,
     /// Resolver for the guest, as it is, several allowed; `none` for no resolver [default: /etc/resolv.conf]
-    #[arg(short = 'D', long, value_name = "ADDR|none")]
+    #[arg(short = 'D', long, value_name = "ADDR|none", value_parser = parse_address_or_none)]
     pub dns: Vec<NoneOr<IpAddr>>,
     /// Address whose ports 53 and 853 lead, for the guest, to --dns-host, one per family [default: none]
-    #[arg(long, value_name = "ADDR")]
+    #[arg(long, value_name = "ADDR", value_parser = parse_on_link)]
     pub dns_forward: Vec<IpAddr>,
     /// Resolver of the host behind --dns-forward, one per family [default: the first in /etc/resolv.conf]
-    #[arg(long, value_name = "ADDR")]
+    #[arg(long, value_name = "ADDR", value_parser = parse_host)]
     pub dns_host: Vec<IpAddr>,
     /// Search domains, separated by spaces, or `none` [default: /etc/resolv.conf]
     #[arg(short = 'S', long, value_name = "LIST|none", value_parser = parse_domains)]
@@ -237,14 +238,14 @@ pub struct CommonArgs {
     pub freebind: bool,
     /// Address that means the host's loopback to the guest, one per family; `none` implies --no-map-gw [default: the
     /// gateway]
-    #[arg(long, value_name = "ADDR|none")]
+    #[arg(long, value_name = "ADDR|none", value_parser = parse_on_link_or_none)]
     pub map_host_loopback: Vec<NoneOr<IpAddr>>,
     /// The gateway's address does not mean the host; implied without a gateway or default route
     #[arg(long)]
     pub no_map_gw: bool,
     /// Address that means, to the guest, the host's own address, which the guest's copy hides, one per family
     /// [default: none]
-    #[arg(long, value_name = "ADDR|none")]
+    #[arg(long, value_name = "ADDR|none", value_parser = parse_on_link_or_none)]
     pub map_guest_addr: Vec<NoneOr<IpAddr>>,
     /// Where pivot_root(2) gives EINVAL (root on tmpfs or an initramfs), chroot(2) instead of failing
     #[arg(long)]
@@ -308,7 +309,7 @@ pub struct PastaOnly {
     /// With --config-net, only the default route; implied by -g for its family (deprecated)
     #[arg(long)]
     pub no_copy_routes: bool,
-    /// With --config-net, only one address; implied by -a for its family (deprecated)
+    /// With --config-net, only one address; implied by -a for its family, and by -n for IPv4 (deprecated)
     #[arg(long)]
     pub no_copy_addrs: bool,
     /// Ethernet address of the tap device in the namespace [default: the kernel's choice]

@@ -13,7 +13,8 @@ use super::args::{CommonArgs, PasstArgs, PastaArgs, PastaOnly, Vhost};
 use super::network::{HostLoopback, Network};
 use super::ports::{BadPorts, PortSpec, PortTable, ephemeral_ports};
 use super::settings::{
-    Common, Configure, GuestSocket, Identity, Level, Log, PasstSettings, PastaSettings, Ports, Splice, Target,
+    Common, Configure, GuestSocket, Identity, LOG_SIZE, Level, Log, PasstSettings, PastaSettings, Ports,
+    Splice, Target,
 };
 use super::values::{Id, NoneOr, UserGroup};
 
@@ -104,11 +105,10 @@ impl TryFrom<PastaArgs> for PastaSettings {
         };
         let tcp_ns = ns("--tcp-ns", &own.tcp_ns, common.no_tcp.then_some("--no-tcp"), false)?;
         let udp_ns = ns("--udp-ns", &own.udp_ns, common.no_udp.then_some("--no-udp"), true)?;
-        let mut common = Common::new(common, Asker::Pasta)?;
         // Somebody waits for the command's status.
-        common.foreground |= matches!(target, Target::Command { .. });
+        let waited_for = matches!(target, Target::Command { .. });
         Ok(Self {
-            common,
+            common: Common::new(common, Asker::Pasta, waited_for)?,
             target,
             no_netns_quit: own.no_netns_quit,
             ifname: own.ns_ifname,
@@ -152,7 +152,7 @@ impl TryFrom<PasstArgs> for PasstSettings {
             (None, None) => GuestSocket::FirstFree,
         };
         Ok(Self {
-            common: Common::new(common, Asker::Passt)?,
+            common: Common::new(common, Asker::Passt, false)?,
             vhost_user: own.vhost_user,
             one_off: own.one_off || matches!(socket, GuestSocket::Descriptor(_)),
             socket,
@@ -161,13 +161,23 @@ impl TryFrom<PasstArgs> for PasstSettings {
 }
 
 impl Common {
-    fn new(args: CommonArgs, asker: Asker) -> Result<Self, BadOptions> {
+    /// `waited_for` says whether somebody waits for the process's end, so that it stays in the foreground.
+    fn new(args: CommonArgs, asker: Asker, waited_for: bool) -> Result<Self, BadOptions> {
+        let foreground = args.foreground || waited_for;
         let (no_tcp, no_udp) = (args.no_tcp.then_some("--no-tcp"), args.no_udp.then_some("--no-udp"));
         let tcp = ports("--tcp-ports", &args.tcp_ports, asker, no_tcp)?;
         let udp = ports("--udp-ports", &args.udp_ports, asker, no_udp)?;
         let network = network(&args, asker)?;
         for (option, ports) in [("--tcp-ports", &tcp), ("--udp-ports", &udp)] {
             check_families(option, ports, network.families)?;
+        }
+        if args.log_size.is_some() && args.log_file.is_none() {
+            let why = "the system's log is not ours to cut";
+            return Err(Needs { one: "--log-size", other: "--log-file", why });
+        }
+        if args.stats.is_some() && !foreground {
+            let why = "in the background there is no standard error to print to";
+            return Err(Needs { one: "--stats", other: "--foreground", why });
         }
         let level = match &args {
             CommonArgs { trace: true, .. } => Level::Trace,
@@ -176,8 +186,8 @@ impl Common {
             _ => Level::Normal,
         };
         Ok(Self {
-            log: Log { level, file: args.log_file, size: args.log_size.0 },
-            foreground: args.foreground,
+            log: Log { level, file: args.log_file, size: args.log_size.map_or(LOG_SIZE, |size| size.0) },
+            foreground,
             runas: args.runas.map(identity).transpose()?,
             pid_file: args.pid,
             pcap: args.pcap,
@@ -221,8 +231,9 @@ fn configure(common: &CommonArgs, own: &PastaOnly) -> Result<Option<Configure>, 
     let both = |copy: bool, but_for: &dyn Fn(bool) -> bool| [false, true].map(|v6| copy && !but_for(v6));
     Ok(Some(Configure {
         copy_routes: both(!own.no_copy_routes, &|v6| common.gateway.iter().any(|a| a.is_ipv6() == v6)),
+        // Those that are copied have the host's netmask.
         copy_addresses: both(!own.no_copy_addrs, &|v6| {
-            common.address.iter().any(|a| a.address.is_ipv6() == v6)
+            common.address.iter().any(|a| a.address.is_ipv6() == v6) || (!v6 && common.netmask.is_some())
         }),
     }))
 }
@@ -329,12 +340,16 @@ fn check_families(option: &'static str, ports: &Ports, families: [bool; 2]) -> R
         if let Some(address) = listen.or(to)
             && !families[usize::from(address.is_ipv6())]
         {
-            let (family, only) = if address.is_ipv6() { ("IPv6", "-4") } else { ("IPv4", "-6") };
-            let why = format!("there is no {family} with {only}");
-            return Err(BadOptions::Value { option, value: value(), why });
+            return Err(not_with_family(option, value(), address.is_ipv6()));
         }
     }
     Ok(())
+}
+
+/// A value of a family that an option has turned off.
+fn not_with_family(option: &'static str, value: String, v6: bool) -> BadOptions {
+    let why = if v6 { "there is no IPv6 with -4" } else { "there is no IPv4 with -6" };
+    BadOptions::Value { option, value, why: why.to_owned() }
 }
 
 /// The last address of each family.
@@ -379,18 +394,25 @@ fn network(args: &CommonArgs, asker: Asker) -> Result<Network, BadOptions> {
     if args.netmask.is_some() && args.ipv6_only {
         return Err(Excludes { one: "--netmask", other: "--ipv6-only", why: "a netmask is IPv4's" });
     }
+    for (option, interface, v6) in
+        [("--outbound-if4", &args.outbound_if4, false), ("--outbound-if6", &args.outbound_if6, true)]
+    {
+        if let Some(name) = interface.as_ref().filter(|_| !families[usize::from(v6)]) {
+            return Err(not_with_family(option, name.clone(), v6));
+        }
+    }
     for (option, addresses) in [
         ("--address", args.address.iter().map(|a| a.address).collect::<Vec<_>>()),
         ("--gateway", args.gateway.clone()),
         ("--outbound", args.outbound.clone()),
+        ("--dns", after_none(&args.dns).0),
         ("--dns-forward", args.dns_forward.clone()),
+        ("--dns-host", args.dns_host.clone()),
         ("--map-host-loopback", after_none(&args.map_host_loopback).0),
         ("--map-guest-addr", after_none(&args.map_guest_addr).0),
     ] {
         if let Some(address) = addresses.iter().find(|a| !families[usize::from(a.is_ipv6())]) {
-            let (family, only) = if address.is_ipv6() { ("IPv6", "-4") } else { ("IPv4", "-6") };
-            let why = format!("there is no {family} with {only}");
-            return Err(BadOptions::Value { option, value: address.to_string(), why });
+            return Err(not_with_family(option, address.to_string(), address.is_ipv6()));
         }
     }
     if !args.dns_host.is_empty() && args.dns_forward.is_empty() {

@@ -142,7 +142,7 @@ fn prefixes_will_do_and_the_last_one_counts() {
     assert_eq!(settings.common.log.file.as_deref(), Some(Path::new("b")));
     assert_eq!(pasta(&["--trace", "-q"]).unwrap().common.log.level, Level::Quiet);
     assert_eq!(passt(&["-4", "-6"]).unwrap().common.network.families, [false, true]);
-    assert_eq!(passt(&["--stats", "5"]).unwrap().common.stats, Some(Duration::from_secs(5)));
+    assert_eq!(passt(&["-f", "--stats", "5"]).unwrap().common.stats, Some(Duration::from_secs(5)));
     // Exact although it is also the beginning of others.
     assert!(!passt(&["--no-dhcp"]).unwrap().common.network.services.dhcp);
 }
@@ -154,6 +154,9 @@ fn an_own_address_or_gateway_ends_the_copying_of_its_family() {
         settings.configure,
         Some(Configure { copy_routes: [true, false], copy_addresses: [false, true] })
     );
+    // What is copied has the host's netmask.
+    let settings = pasta(&["--config-net", "-n", "16"]).unwrap();
+    assert_eq!(settings.configure.map(|c| c.copy_addresses), Some([false, true]));
     let settings = pasta(&["--config-net", "--no-copy-routes", "--no-copy-addrs"]).unwrap();
     assert_eq!(settings.configure, Some(Configure { copy_routes: [false; 2], copy_addresses: [false; 2] }));
 }
@@ -165,6 +168,8 @@ fn what_cannot_apply_is_an_error_that_says_why() {
         (&["-6", "-n", "24"], "a netmask is IPv4's"),
         (&["-4", "-a", "2001:db8::1"], "there is no IPv6 with -4"),
         (&["-6", "--map-host-loopback", "192.0.2.1"], "there is no IPv4 with -6"),
+        (&["-4", "-D", "2001:db8::1"], "--dns 2001:db8::1: there is no IPv6 with -4"),
+        (&["-6", "--outbound-if4", "eth0"], "--outbound-if4 eth0: there is no IPv4 with -6"),
         (&["--dns-host", "192.0.2.1"], "needs --dns-forward"),
         (&["--no-tcp", "-t", "22"], "cannot be used with --no-tcp"),
         (&["--no-udp", "-U", "22"], "cannot be used with --no-udp"),
@@ -184,9 +189,23 @@ fn what_cannot_apply_is_an_error_that_says_why() {
         (&["--splice-only", "-c", "/x"], "--conf-path cannot be used with --splice-only"),
         (&["--no-copy-routes"], "needs --config-net"),
         (&["--runas", "no-such-user-here"], "no such user"),
-        (&["--mtu", "67"], "68 to 65535"),
+        (&["--mtu", "67"], "68 to 65521"),
+        (&["--mtu", "65522"], "68 to 65521"),
+        (&["-g", "0.0.0.0"], "no host has this address"),
+        (&["-g", "127.0.0.1"], "its own loopback"),
+        (&["-o", "224.0.0.1"], "no host has this address"),
+        (&["--dns-forward", "::1"], "its own loopback"),
+        (&["--dns-host", "::"], "no host has this address"),
+        (&["--map-host-loopback", "127.0.0.1"], "its own loopback"),
+        (&["--map-guest-addr", "255.255.255.255"], "no host has this address"),
+        (&["-D", "192.0.2"], "none for no address"),
+        (&["-S", " "], "or none"),
+        (&["--log-size", "5000"], "--log-size needs --log-file"),
+        (&["--stats", "5", "1234"], "--stats needs --foreground"),
+        (&["-t", "22", "-t", "none"], "'none' means no port"),
         (&["--mac-addr", "01:00:5e:00:00:01"], "a group's"),
         (&["-a", "127.0.0.1"], "a guest cannot have"),
+        (&["-a", "255.255.255.255"], "a guest cannot have"),
         (&["-n", "255.0.255.0"], "not a netmask"),
         (&["--log-size", "0"], "not a size"),
         (&["--stats", "0"], "1 or more"),

@@ -19,12 +19,57 @@ pub enum NoneOr<T> {
     Some(T),
 }
 
-impl<T: FromStr> FromStr for NoneOr<T> {
-    type Err = T::Err;
-
-    fn from_str(text: &str) -> Result<Self, T::Err> {
-        if text == "none" { Ok(Self::None) } else { text.parse().map(Self::Some) }
+impl<T> NoneOr<T> {
+    fn parse<E>(text: &str, parse: impl FnOnce(&str) -> Result<T, E>) -> Result<Self, E> {
+        if text == "none" { Ok(Self::None) } else { parse(text).map(Self::Some) }
     }
+}
+
+/// Reads an address, whatever it means.
+fn parse_address(text: &str) -> Result<IpAddr, String> {
+    text.parse()
+        .map_err(|_| "not an address: give one of IPv4 as in 192.0.2.1, or of IPv6 as in 2001:db8::1".into())
+}
+
+/// Reads the address of somebody: not nobody's, nor a group's.
+///
+/// # Errors
+/// It is none, or one of those.
+pub fn parse_host(text: &str) -> Result<IpAddr, String> {
+    let address = parse_address(text)?;
+    let everybody = matches!(address, IpAddr::V4(address) if address.is_broadcast());
+    if address.is_unspecified() || address.is_multicast() || everybody {
+        return Err("no host has this address: it means nobody, a group, or everybody".into());
+    }
+    Ok(address)
+}
+
+/// Reads an address that can be reached over a link: somebody's, and not a loopback's.
+///
+/// # Errors
+/// It is none of those.
+pub fn parse_on_link(text: &str) -> Result<IpAddr, String> {
+    let address = parse_host(text)?;
+    if address.to_canonical().is_loopback() {
+        return Err("a guest cannot reach anybody by this address: it is that of its own loopback".into());
+    }
+    Ok(address)
+}
+
+/// Reads `none`, or an address as [`parse_on_link`] does.
+///
+/// # Errors
+/// It is neither.
+pub fn parse_on_link_or_none(text: &str) -> Result<NoneOr<IpAddr>, String> {
+    NoneOr::parse(text, parse_on_link)
+}
+
+/// Reads `none`, or an address of any meaning.
+///
+/// # Errors
+/// It is neither.
+pub fn parse_address_or_none(text: &str) -> Result<NoneOr<IpAddr>, String> {
+    NoneOr::parse(text, parse_address).map_err(|error| format!("{error}; none for no address"))
 }
 
 /// Words of one argument; `none` has none.
@@ -39,7 +84,10 @@ pub fn parse_domains(text: &str) -> Result<Listed, String> {
     if text == "none" {
         return Ok(Listed(Vec::new()));
     }
-    text.split_whitespace().map(parse_name).collect::<Result<_, _>>().map(Listed)
+    match text.split_whitespace().map(parse_name).collect::<Result<Vec<_>, _>>()? {
+        domains if domains.is_empty() => Err("no domain: give some, with blanks between, or none".into()),
+        domains => Ok(Listed(domains)),
+    }
 }
 
 /// Reads a name of the DNS.
@@ -78,8 +126,9 @@ impl FromStr for AddressPrefix {
         };
         let address: IpAddr =
             address.parse().map_err(|_| "not an address: give ADDR or ADDR/LEN, as in 192.0.2.1/24")?;
-        if address.is_unspecified() || address.is_multicast() || address.is_loopback() {
-            return Err("a guest cannot have this address".into());
+        let everybody = matches!(address, IpAddr::V4(address) if address.is_broadcast());
+        if address.is_unspecified() || address.is_multicast() || address.is_loopback() || everybody {
+            return Err("a guest cannot have this address: it means nobody, a group, or a loopback".into());
         }
         let longest = if address.is_ipv4() { 32 } else { 128 };
         let prefix = length
@@ -217,13 +266,16 @@ pub fn parse_mac(text: &str) -> Result<MacAddress, String> {
     Ok(mac)
 }
 
-/// Reads an MTU: 0, or what IPv4 needs at least (RFC 791) to what its packets can have at most.
+/// The longest packet in a frame of 65535 bytes, which is as much as a tap device takes.
+const LARGEST_MTU: u16 = 65521;
+
+/// Reads an MTU: 0, or what IPv4 needs at least (RFC 791) to what a frame can have at most.
 ///
 /// # Errors
 /// It is neither.
 pub fn parse_mtu(text: &str) -> Result<u16, String> {
     match text.parse() {
-        Ok(mtu) if mtu == 0 || mtu >= 68 => Ok(mtu),
-        _ => Err("not an MTU: give 68 to 65535, or 0 to tell none".into()),
+        Ok(mtu) if mtu == 0 || (68..=LARGEST_MTU).contains(&mtu) => Ok(mtu),
+        _ => Err(format!("not an MTU: give 68 to {LARGEST_MTU}, or 0 to tell none")),
     }
 }

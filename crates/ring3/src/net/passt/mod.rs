@@ -28,6 +28,7 @@ use usernet::{Config, Network};
 
 use super::attendants::Prepared;
 use super::changes::Changes;
+use super::descriptors;
 use super::isolation::{self, Mode, background, user};
 use super::local::{self, Access, Keeper};
 use super::options::PasstSettings;
@@ -56,6 +57,7 @@ pub fn run(settings: &PasstSettings) -> Result<u8, NetError> {
     let config = Config { forwards: forwards.required.clone(), ..changes.config()? };
     let mut pid_file = background::pid_file(common.pid_file.as_deref())?;
     let (socket, keeper) = open(&settings.socket)?;
+    descriptors::raise_limit();
     let mtu = if config.mtu == 0 { MTU } else { config.mtu };
     let (taps, control) =
         links(settings, socket, mtu).because(|| "cannot make a link to the guest".into())?;

@@ -15,6 +15,7 @@ use usernet::config::{Forward, Transport};
 use usernet::splice::{self, Side};
 
 use super::bound::Bound;
+use crate::net::descriptors::forward_what_can_be_had;
 use crate::net::options::ports::Rule;
 use crate::net::options::settings::Ports;
 
@@ -143,20 +144,20 @@ impl<F: Forwarder> Direction<F> {
     /// One that must be there cannot be had, or not one of those that need not.
     pub(super) fn make_fixed(&self) -> io::Result<()> {
         for (transport, ports) in &self.ports {
-            let (mut had, mut refused) = (false, None);
-            for rule in ports.rules.iter().filter(|rule| !rule.auto) {
-                for port in rule.mapping.ports.ports() {
-                    match self.forwarder.add(self.forwarder.forward(rule, *transport, port)) {
-                        Ok(()) => had = true,
-                        Err(error) if rule.best_effort => refused = Some(error),
-                        Err(error) => return Err(named(&error, *transport, port)),
-                    }
-                }
-            }
-            if let (false, Some(error)) = (had, refused) {
-                let text = format!("not a single {transport:?} port can be had: {error}");
-                return Err(io::Error::new(error.kind(), text));
-            }
+            let fixed = |best_effort| {
+                let rules =
+                    ports.rules.iter().filter(move |rule| !rule.auto && rule.best_effort == best_effort);
+                rules.flat_map(|rule| {
+                    rule.mapping.ports.ports().map(|port| self.forwarder.forward(rule, *transport, port))
+                })
+            };
+            fixed(false).try_for_each(|forward| self.forwarder.add(forward))?;
+            let add = |forward| self.forwarder.add(forward);
+            // It can fail only if who forwards has ended.
+            let remove = |forward| drop(self.forwarder.remove(forward));
+            forward_what_can_be_had(fixed(true), add, remove).map_err(|error| {
+                io::Error::new(error.kind(), format!("not a single {transport} port can be had: {error}"))
+            })?;
         }
         Ok(())
     }
@@ -211,10 +212,6 @@ impl<F: Forwarder> Direction<F> {
         }
         wanted
     }
-}
-
-fn named(error: &io::Error, transport: Transport, port: u16) -> io::Error {
-    io::Error::new(error.kind(), format!("cannot forward {transport:?} port {port}: {error}"))
 }
 
 /// Both directions, and what is bound on both sides.

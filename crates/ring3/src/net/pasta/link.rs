@@ -3,6 +3,7 @@
 //! All of it happens on a thread that is in the namespace.
 
 use std::fs;
+use std::io;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 
@@ -58,7 +59,7 @@ impl Link<'_> {
             Some(files) => files,
             None => {
                 let files: Result<_, _> = (0..self.queues).map(|_| tun::open()).collect();
-                files.because(|| format!("cannot open {}", tun::DEVICE))?
+                no_device(files)?
             }
         };
         let queues: Result<_, _> = files.into_iter().map(|file| Tun::attach(file, options)).collect();
@@ -97,17 +98,37 @@ impl Link<'_> {
         for (v6, family, interface) in [(false, v4, &self.host.ipv4), (true, v6, &self.host.ipv6)] {
             let Some((address, prefix, gateway)) = family else { continue };
             let copied = |wanted: [bool; 2]| interface.as_ref().filter(|_| wanted[usize::from(v6)]);
-            match copied(configure.copy_addresses) {
-                Some(interface) => copy_addresses(&netlink, index, interface)?,
-                None => assign(&netlink, index, (address, prefix))?,
-            }
+            let own = match copied(configure.copy_addresses) {
+                Some(interface) => {
+                    copy_addresses(&netlink, index, interface)?;
+                    None
+                }
+                None => {
+                    assign(&netlink, index, (address, prefix))?;
+                    Some(address)
+                }
+            };
             match copied(configure.copy_routes) {
-                Some(interface) => copy_routes(&netlink, index, interface)?,
+                Some(interface) => copy_routes(&netlink, index, interface, own)?,
                 None => route_by(&netlink, index, gateway)?,
             }
         }
         Ok(())
     }
+}
+
+/// Says what can be done where the tap device's file could not be opened.
+pub(super) fn no_device<T>(opened: io::Result<T>) -> Result<T, NetError> {
+    let advice = match opened.as_ref().err().map(io::Error::kind) {
+        Some(io::ErrorKind::PermissionDenied) => {
+            "; only root may here: `chmod 0666 /dev/net/tun`, as udev has it, lets users"
+        }
+        Some(io::ErrorKind::NotFound) => {
+            "; `modprobe tun` makes it, and a container has it when it is given it (--device /dev/net/tun)"
+        }
+        _ => "",
+    };
+    opened.because(|| format!("cannot open {}{advice}", tun::DEVICE))
 }
 
 /// Brings up the loopback of the present thread's namespace.
@@ -143,7 +164,10 @@ fn copy_addresses(netlink: &Netlink, index: u32, from: &Interface) -> Result<(),
                 AddressAttribute::Local(_) | AddressAttribute::Address(_) | AddressAttribute::Broadcast(_)
             )
         });
-        let text = format!("cannot copy an address of {}: {:?}", from.name, message.attributes);
+        let text = format!(
+            "cannot copy an address of {}: {:?}; --no-copy-addrs does with one",
+            from.name, message.attributes
+        );
         netlink.change(RouteNetlinkMessage::NewAddress(message)).because(|| text)?;
     }
     Ok(())
@@ -171,17 +195,24 @@ fn route_by(netlink: &Netlink, index: u32, gateway: IpAddr) -> Result<(), NetErr
         .because(|| format!("cannot add the default route by {gateway}"))
 }
 
-/// Gives the interface all routes of another, apart from those that come with its addresses.
+/// Gives the interface all routes of another. Those that come with its addresses are there already, unless it has an address
+/// of its `own`: then a gateway may be reachable by them alone.
 ///
 /// A gateway must be reachable by a route that is there already, and the kernel lists routes in another order. So
 /// those that are refused are tried again, as long as others are taken.
-fn copy_routes(netlink: &Netlink, index: u32, from: &Interface) -> Result<(), NetError> {
+fn copy_routes(netlink: &Netlink, index: u32, from: &Interface, own: Option<IpAddr>) -> Result<(), NetError> {
     let mut left: Vec<RouteMessage> = from
         .routes
         .iter()
-        .filter(|route| route.header.protocol != RouteProtocol::Kernel)
+        .filter(|route| own.is_some() || route.header.protocol != RouteProtocol::Kernel)
         .map(|route| rerouted(route, from.index, index))
         .collect();
+    if own.is_some() {
+        // Their sources are addresses that are not here.
+        for route in &mut left {
+            route.attributes.retain(|attribute| !matches!(attribute, RouteAttribute::PrefSource(_)));
+        }
+    }
     loop {
         let before = left.len();
         let mut error = None;
@@ -194,9 +225,34 @@ fn copy_routes(netlink: &Netlink, index: u32, from: &Interface) -> Result<(), Ne
         });
         let Some(error) = error else { return Ok(()) };
         if left.len() == before {
-            return Err(error).because(|| format!("cannot copy routes of {}: {left:?}", from.name));
+            let some: Vec<String> = left.iter().map(described).collect();
+            let (name, some) = (&from.name, some.join(", "));
+            return Err(error).because(|| {
+                format!("cannot copy routes of {name} ({some}); --no-copy-routes or -g does with the default route")
+            });
         }
     }
+}
+
+/// A route as ip-route(8) would begin to show it.
+fn described(route: &RouteMessage) -> String {
+    let of = |address: &RouteAddress| match address {
+        RouteAddress::Inet(address) => address.to_string(),
+        RouteAddress::Inet6(address) => address.to_string(),
+        other => format!("{other:?}"),
+    };
+    let mut text = "default".to_owned();
+    let mut via = String::new();
+    for attribute in &route.attributes {
+        match attribute {
+            RouteAttribute::Destination(to) => {
+                text = format!("{}/{}", of(to), route.header.destination_prefix_length);
+            }
+            RouteAttribute::Gateway(by) => via = format!(" via {}", of(by)),
+            _ => {}
+        }
+    }
+    text + &via
 }
 
 /// A route by another interface. Of several hops those that lead out by `from` are left.

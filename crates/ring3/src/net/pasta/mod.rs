@@ -35,6 +35,7 @@ use usernet::tap::Tap;
 
 use super::attendants::Prepared;
 use super::changes::Changes;
+use super::descriptors;
 use super::isolation::{self, Mode, background, user};
 use super::options::settings::{Splice, Target};
 use super::options::{PastaSettings, Vhost};
@@ -77,6 +78,7 @@ pub fn run(settings: &PastaSettings) -> Result<u8, NetError> {
     let keep = !matches!(settings.target, Target::Command { netns_only: false, .. });
     user::leave_root(common.runas, keep)?;
     let (namespace, mut command) = found.settle()?;
+    descriptors::raise_limit();
     let background = (!common.foreground).then(|| background::split(pid_file.take())).transpose()?;
 
     let link = Link {
@@ -88,7 +90,7 @@ pub fn run(settings: &PastaSettings) -> Result<u8, NetError> {
         config: &config,
     };
     let files = opener.map(|opener| opener.open(&namespace, link.queues)).transpose();
-    let files = files.because(|| format!("cannot open {}", taps::tun::DEVICE))?;
+    let files = link::no_device(files)?;
     let (queues, guest) = namespace.inside(|| {
         let queues = if taps { link.make(files)? } else { link.make_none()? };
         Ok((queues, open_tables()?))

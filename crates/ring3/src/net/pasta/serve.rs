@@ -139,7 +139,8 @@ impl Serving {
                 }
                 (Event::Signal(SIGCHLD), None) => {}
                 // What a terminal sends, it sends to the command too.
-                (Event::Signal(SIGINT | SIGQUIT), Some(_)) => {}
+                (Event::Signal(SIGINT), Some(command)) => command.signalled(Signal::INT),
+                (Event::Signal(SIGQUIT), Some(command)) => command.signalled(Signal::QUIT),
                 (Event::Signal(SIGHUP), Some(command)) => command.signal(Signal::HUP),
                 (Event::Signal(_), Some(command)) => command.signal(Signal::TERM),
                 (Event::Signal(_), None) => return Ok(0),

@@ -6,6 +6,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use usernet::config::{Family, MacAddress, Outbound, Services};
 use usernet::{ALONE, ALONE_V6, Config, Template};
 
+/// The least MTU of IPv6 (RFC 8200, 5).
+const IPV6_MTU: u16 = 1280;
+
 /// What the options say about the guest's network; `None` is the host's own.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Network {
@@ -80,7 +83,7 @@ impl Network {
     /// Applies what the options say to a network after [`Self::template`].
     ///
     /// # Errors
-    /// The options do not fit it: two things would have one address.
+    /// The options do not fit it: two things would have one address, or the MTU is too little.
     pub fn apply(&self, mut config: Config) -> io::Result<Config> {
         let had_gateway = config.services.dhcp;
         config.ipv4 = self.ipv4(config.ipv4);
@@ -95,7 +98,36 @@ impl Network {
         config.outbound = self.outbound.clone();
         check_distinct(config.ipv4.map(each_address))?;
         check_distinct(config.ipv6.map(each_address))?;
+        self.check_reachable(&config)?;
+        self.fit_mtu(&mut config)?;
         Ok(config)
+    }
+
+    /// What the guest sends to its own address it never sends.
+    fn check_reachable(&self, config: &Config) -> io::Result<()> {
+        let own = [config.ipv4.map(|f| IpAddr::V4(f.guest)), config.ipv6.map(|f| IpAddr::V6(f.guest))];
+        match self.dns_forward.iter().find(|inside| own.contains(&Some(**inside))) {
+            Some(inside) => {
+                invalid(format!("{inside} cannot mean both the guest (--address) and --dns-forward"))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Leaves out IPv6 where packets are too short for it, as the guest's kernel does.
+    fn fit_mtu(&self, config: &mut Config) -> io::Result<()> {
+        let mtu = self.mtu;
+        if config.ipv6.is_none() || mtu == 0 || mtu >= IPV6_MTU {
+            return Ok(());
+        }
+        if config.ipv4.is_none() {
+            return invalid(format!(
+                "--mtu {mtu} is too little for IPv6, which needs {IPV6_MTU}, and there is no IPv4"
+            ));
+        }
+        tracing::warn!("the guest has no IPv6: that needs an MTU of {IPV6_MTU}, and --mtu is {mtu}");
+        config.ipv6 = None;
+        Ok(())
     }
 
     fn ipv4(&self, host: Option<Family<Ipv4Addr>>) -> Option<Family<Ipv4Addr>> {
@@ -215,11 +247,14 @@ fn check_distinct(meanings: Option<[(&'static str, Option<IpAddr>); 3]>) -> io::
         if let Some(address) = one.1
             && one.1 == other.1
         {
-            let text = format!("{address} cannot mean both {} and {}", one.0, other.0);
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+            return invalid(format!("{address} cannot mean both {} and {}", one.0, other.0));
         }
     }
     Ok(())
+}
+
+fn invalid<T>(text: String) -> io::Result<T> {
+    Err(io::Error::new(io::ErrorKind::InvalidInput, text))
 }
 
 #[cfg(test)]

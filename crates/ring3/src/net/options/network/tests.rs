@@ -127,10 +127,22 @@ fn one_address_has_one_meaning() {
         &["--map-guest-addr", "192.0.2.1"],
         &["--map-guest-addr", "192.0.2.7"],
         &["-a", "192.0.2.1"],
+        &["--dns-forward", "192.0.2.7"],
+        &["--dns-forward", "2001:db8::7"],
     ] {
         let error = common(words).network.apply(host()).unwrap_err().to_string();
         assert!(error.contains("cannot mean both"), "{words:?}: {error}");
     }
+}
+
+#[test]
+fn packets_too_short_for_ipv6_leave_it_out() {
+    assert!(on(host(), &["-m", "1280"]).ipv6.is_some());
+    assert!(on(host(), &["-m", "0"]).ipv6.is_some(), "the guest is told none");
+    let short = on(host(), &["-m", "1279"]);
+    assert!(short.ipv4.is_some() && short.ipv6.is_none());
+    let error = common(&["-6", "-m", "1279"]).network.apply(Config { ipv4: None, ..host() }).unwrap_err();
+    assert!(error.to_string().contains("--mtu 1279 is too little for IPv6"), "{error}");
 }
 
 #[test]

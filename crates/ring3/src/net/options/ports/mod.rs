@@ -15,7 +15,7 @@
 //!
 //! - Exclusions win over whatever else the same value says. A value that says only what to exclude, or only
 //!   `auto`, means `all` besides.
-//! - Several options accumulate ([`PortTable`]). What is asked for by number must work; `all` takes what it can get.
+//! - Several options accumulate ([`PortTable`]), and `none` may come before them, but not after. What is asked for by number must work; `all` takes what it can get.
 //!
 //! [`PortTable::rules`] turns a table into [`Rule`]s: ranges that do not overlap, each with one meaning.
 
@@ -486,11 +486,14 @@ pub struct PortTable {
 }
 
 impl PortTable {
-    /// A table of values in the order in which they were given.
+    /// A table of values in the order in which they were given. `none` before ports turns off the default, no more.
     ///
     /// # Errors
-    /// `none` is among others, or one port has two meanings.
-    pub fn new(specs: Vec<PortSpec>) -> Result<Self, BadPorts> {
+    /// `none` comes after ports, or one port has two meanings.
+    pub fn new(mut specs: Vec<PortSpec>) -> Result<Self, BadPorts> {
+        if let Some(first) = specs.iter().position(|spec| *spec != PortSpec::None) {
+            specs.drain(..first);
+        }
         if specs.contains(&PortSpec::None)
             && let Some(other) = specs.iter().find(|spec| **spec != PortSpec::None)
         {

@@ -70,6 +70,8 @@ fn options_accumulate_and_all_takes_what_is_left() {
     assert_eq!(rules(&["192.0.2.1/22", "192.0.2.2/22"]).len(), 2);
     assert_eq!(rules(&["%eth0/22", "%eth1/22"]).len(), 2);
     assert_eq!(rules(&["none", "none"]), [""; 0]);
+    // The default is turned off, then there are others.
+    assert_eq!(rules(&["none", "22", "23"]), ["22", "23"]);
 }
 
 #[test]
@@ -118,7 +120,8 @@ fn mistakes_are_named() {
         (&["192.0.2.1%a:b/22"], "'a:b' cannot be the name"),
         (&["all,22"], "'all' cannot stand beside '22'"),
         (&["none,22"], "'none' means no port"),
-        (&["none", "22"], "cannot stand beside '22'"),
+        (&["22", "none"], "cannot stand beside '22'"),
+        (&["none", "22", "none"], "cannot stand beside '22'"),
         (&["22,~22"], "no port is left"),
         (&["all:eth0"], "'eth0' is neither"),
     ] {
