@@ -166,6 +166,28 @@ probes! {
     answers_of_a_device: "vfio_device", &[CARD], &[ADDRESS], &["vfio_device.edu", "vfio_device.igb"];
 }
 
+/// The first programs of docs/vfio.md, as they stand there, and the third that it describes.
+#[test]
+fn documented_programs_do_what_is_said() {
+    let Some(kernel) = kernel() else { return };
+    let text = include_str!("../docs/vfio.md");
+    let says = text.split("-- ./by-node\n").nth(1).unwrap().lines().next().unwrap().trim();
+    let blocks = text.split("```c\n").skip(1).map(|rest| rest.split("```").next().unwrap().to_owned());
+    let mut programs: Vec<String> = blocks.collect();
+    assert_eq!(programs.len(), 2);
+    let third = programs[1].replace("/dev/vfio/vfio", "/dev/iommu");
+    let (before, rest) = third.split_once("    if (ioctl(container, VFIO_SET_IOMMU").unwrap();
+    let (_, after) = rest.split_once("\"IOMMU\");\n").unwrap();
+    programs.extend([format!("{before}{after}"), third.clone()]);
+    let dir = tempfile::tempdir().unwrap();
+    for (number, program) in programs.iter().enumerate() {
+        let source = support::write(dir.path(), &format!("program{number}.c"), program.as_bytes());
+        let command = shim(&["--device=test"], &kernel.compiled(&source, dir.path()), &[]);
+        let done = finish(command, PATIENCE);
+        assert_eq!((done.text().trim(), done.code), (says, Some(0)), "{program}\n{}", done.stderr);
+    }
+}
+
 #[test]
 fn reports_are_read_as_the_kernels_harness_writes_them() {
     let text = "TAP version 13\n1..4\n# Starting 4 tests from 1 test cases.\n#  RUN           a.b ...\n\

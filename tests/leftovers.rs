@@ -40,6 +40,28 @@ fn a_killed_run_leaves_no_files() {
     assert_eq!(fs::read_dir(home.path()).unwrap().count(), 0);
 }
 
+/// `ring3 shim` becomes the program, so nobody is there to tidy up when that is killed: who comes next does.
+#[test]
+fn what_a_killed_program_left_goes_with_the_next() {
+    let dir = temp_dir();
+    let shim = |script: &str| {
+        let mut command = ring3();
+        command.env("TMPDIR", dir.path()).args(["shim", "--device", "test", "--", "sh", "-c", script]);
+        finish(command, PATIENCE)
+    };
+    let trees = || {
+        let names = fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name());
+        names.filter(|name| name.to_string_lossy().starts_with("ring3-shim-")).count()
+    };
+    let looks = "cat /sys/bus/pci/devices/0000:00:10.0/vendor";
+    let end = shim(&format!("{looks}; kill -INT $$"));
+    assert_eq!((end.text().trim(), end.signal), ("0x1234", Some(2)), "{end:?}");
+    assert_eq!(trees(), 1);
+    let end = shim(&format!("{looks}; ls -d $TMPDIR/ring3-shim-* | wc -l; exit 3"));
+    assert_eq!((&*end.text(), end.code), ("0x1234\n1\n", Some(3)), "{end:?}");
+    assert_eq!(trees(), 0);
+}
+
 /// Killed at every stage of fetching that leaves a trace, the cache has no kernel, says so, and the next who
 /// writes tidies up.
 #[test]

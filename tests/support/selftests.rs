@@ -91,11 +91,16 @@ impl Kernel {
 
     /// A probe, compiled with the kernel's headers.
     pub fn probe(&self, name: &str, into: &Path) -> PathBuf {
-        let program = into.join(name);
+        self.compiled(&here().join("probes").join(name).with_extension("c"), into)
+    }
+
+    /// A program in C, compiled with the kernel's headers.
+    pub fn compiled(&self, source: &Path, into: &Path) -> PathBuf {
+        let program = into.join(source.file_stem().unwrap());
         let mut compiler = Command::new("cc");
         compiler.args(["-O1", "-Wall", "-Wextra", "-Werror", "-Wno-missing-field-initializers"]);
         compiler.arg("-I").arg(self.dir.join("include")).arg("-I").arg(&self.dir);
-        compiler.arg(here().join("probes").join(name).with_extension("c")).arg("-o").arg(&program);
+        compiler.arg(source).arg("-o").arg(&program);
         finish(compiler, PATIENCE).expect(0);
         std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
         program

@@ -592,10 +592,20 @@ fn parse_prefix(text: &str) -> Result<String, String> {
 /// Looks at what can be known without the library: it makes the device when the program looks for it first.
 fn parse_shim_device(text: &str) -> Result<String, String> {
     let specification: Specification = text.parse().map_err(|error: SpecificationError| error.to_string())?;
-    if let Kind::Nvme { file, .. } = specification.kind {
-        std::fs::metadata(&file).map_err(|error| format!("{}: {error}", file.display()))?;
+    let Kind::Nvme { file, read_only } = &specification.kind else { return Ok(text.to_owned()) };
+    let of_file = |error: std::io::Error| format!("{}: {error}", file.display());
+    std::fs::File::options().read(true).write(!read_only).open(file).map_err(of_file)?;
+    // The program may be elsewhere when it looks for the device.
+    let there = std::path::absolute(file).map_err(of_file)?;
+    let before = format!("file={}", file.display());
+    let absolute = text.replacen(&before, &format!("file={}", there.display()), 1);
+    let kind = Kind::Nvme { file: there, read_only: *read_only };
+    let same = absolute.parse() == Ok(Specification { kind, address: specification.address });
+    if same {
+        Ok(absolute)
+    } else {
+        Err(format!("{}: its directory has a comma in its name", file.display()))
     }
-    Ok(text.to_owned())
 }
 
 fn parse_module(text: &str) -> Result<String, String> {
@@ -622,6 +632,10 @@ mod tests {
 
     #[test]
     fn devices_that_the_library_cannot_make_are_refused() {
+        // Where it is does not depend on where the program goes.
+        let here = parse_shim_device("nvme,file=Cargo.toml,ro,addr=00:05.0").unwrap();
+        let there = std::env::current_dir().unwrap().join("Cargo.toml");
+        assert_eq!(here, format!("nvme,file={},ro,addr=00:05.0", there.display()));
         for good in ["ioat", "test", "ioat,addr=0000:00:05.0", "nvme,file=/dev/null,ro"] {
             assert_eq!(parse_shim_device(good).as_deref(), Ok(good));
         }

@@ -2,19 +2,23 @@
 //!
 //! The library is part of ring3 and has to be a file for the loader, at a path that lasts: the program's children load it too,
 //! long after ring3 has become the program. So it is kept in the user's cache, under a name of its contents, and where there is
-//! no cache in a directory of the user's own below the one for temporary files.
+//! no cache in a directory of the user's own below the one for temporary files. Those of other versions of ring3 go when they have not
+//! been used for [`UNUSED`].
+
+mod tree;
 
 use std::convert::Infallible;
 use std::env;
 use std::ffi::{OsStr, OsString};
 use std::fs;
-use std::hash::{BuildHasher, DefaultHasher, Hash, Hasher, RandomState};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, SystemTime};
 
 use object::elf::{EM_X86_64, FileHeader64, PT_INTERP};
 use object::read::elf::{FileHeader, ProgramHeader};
@@ -26,6 +30,9 @@ pub static LIBRARY: &[u8] = include_bytes!(env!("RING3_SHIM_LIBRARY"));
 
 /// The variable by which the library knows what to serve.
 const VARIABLE: &str = "RING3_SHIM";
+
+/// After what time nobody is taken to run with a library any more: programs that run load it for each program that they start.
+const UNUSED: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// The program could not be started with the library.
 #[derive(Debug, thiserror::Error)]
@@ -84,7 +91,7 @@ pub fn exec(args: &ShimArgs) -> Result<Infallible, ShimError> {
     let Some((name, arguments)) = args.command.split_first() else {
         return Err(ShimError::NotFound(OsString::new()));
     };
-    let configuration = configuration(args)?;
+    let mut configuration = configuration(args)?;
     let program = find(name).ok_or_else(|| ShimError::NotFound(name.clone()))?;
     if let Some(what) = obstacle(&program) {
         return Err(ShimError::CannotLoad { program, what });
@@ -95,11 +102,16 @@ pub fn exec(args: &ShimArgs) -> Result<Infallible, ShimError> {
         preload.push(":");
         preload.push(others);
     }
+    // Without either there are no such files.
+    if args.mock_iommu || !args.devices.is_empty() {
+        configuration.push('\n');
+        configuration.push_str(&tree());
+    }
     let source = Command::new(&program)
         .arg0(name)
         .args(arguments)
         .env("LD_PRELOAD", preload)
-        .env(VARIABLE, format!("{configuration}\n{}", tree()))
+        .env(VARIABLE, configuration)
         .exec();
     Err(ShimError::Execute { program, source })
 }
@@ -119,14 +131,13 @@ fn configuration(args: &ShimArgs) -> Result<String, ShimError> {
     Ok(lines.join("\n"))
 }
 
-/// Where the library keeps the files of sysfs that it serves, for the program and all that it starts: a new name. The program has
-/// our process ID.
+/// Where the library keeps the files of sysfs that it serves, for the program and all that it starts: a new name, in a directory
+/// without those that earlier programs have left. The program has our process ID.
 fn tree() -> String {
-    let own = std::process::id();
     let above = env::temp_dir();
     let above = above.canonicalize().unwrap_or(above);
-    let name = RandomState::new().hash_one(own);
-    format!("tree={own} {}", above.join(format!("ring3-shim-{own}-{name:016x}")).display())
+    tree::sweep(&above);
+    format!("tree={} {}", std::process::id(), above.join(tree::name()).display())
 }
 
 /// The program's file: as a shell finds it.
@@ -150,6 +161,11 @@ fn obstacle(program: &Path) -> Option<&'static str> {
     let changes_group = mode & 0o2000 != 0 && about.gid() != rustix::process::getegid().as_raw();
     if changes_user || changes_group {
         return Some("a setuid or setgid program");
+    }
+    // Root has them anyway.
+    let capabilities = rustix::fs::getxattr(program, "security.capability", &mut [0_u8; 32][..]);
+    if capabilities.is_ok() && !rustix::process::geteuid().is_root() {
+        return Some("a program with capabilities of its own (setcap)");
     }
     let mut start = Vec::new();
     fs::File::open(program).ok()?.take(64 << 10).read_to_end(&mut start).ok()?;
@@ -176,8 +192,12 @@ fn elf_obstacle(start: &[u8]) -> Option<&'static str> {
         return other;
     }
     let segments = header.program_headers(endian, start).ok()?;
-    let dynamic = segments.iter().any(|segment| segment.p_type(endian) == PT_INTERP);
-    if dynamic { None } else { Some("statically linked") }
+    let Some(loader) = segments.iter().find(|segment| segment.p_type(endian) == PT_INTERP) else {
+        return Some("statically linked");
+    };
+    // The library is one of glibc's world.
+    let musl = loader.data(endian, start).is_ok_and(|name| name.windows(8).any(|part| part == b"/ld-musl"));
+    musl.then_some("linked with musl, and ring3's library with glibc")
 }
 
 /// Where the library may be kept, the best first.
@@ -216,12 +236,32 @@ fn keep_in(place: &Path) -> io::Result<PathBuf> {
     LIBRARY.hash(&mut hasher);
     let file = place.join(format!("shim-{:016x}.so", hasher.finish()));
     if fs::read(&file).is_ok_and(|there| there == LIBRARY) {
+        // Whoever cleans up sees that it is used; where that cannot be said, it is made again.
+        let _ = fs::File::options()
+            .append(true)
+            .open(&file)
+            .and_then(|file| file.set_modified(SystemTime::now()));
         return Ok(file);
     }
+    remove_unused(place);
     let mut new = tempfile::NamedTempFile::new_in(place)?;
     io::Write::write_all(&mut new, LIBRARY)?;
     new.persist(&file).map_err(|error| error.error)?;
     Ok(file)
+}
+
+/// Removes libraries that nobody has started a program with lately.
+fn remove_unused(place: &Path) {
+    for entry in fs::read_dir(place).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let is_library = name.as_bytes().starts_with(b"shim-") && name.as_bytes().ends_with(b".so");
+        let used = entry.metadata().and_then(|about| about.modified());
+        let unused = used.is_ok_and(|used| used.elapsed().is_ok_and(|since| since > UNUSED));
+        if is_library && unused {
+            // One that cannot be removed is in nobody's way.
+            let _ = fs::remove_file(entry.path());
+        }
+    }
 }
 
 #[cfg(test)]
@@ -237,6 +277,22 @@ mod tests {
         assert_eq!(keep(&[place.path().to_owned()]).unwrap(), first);
         assert_eq!(fs::read(&first).unwrap(), LIBRARY);
         assert_eq!(fs::read_dir(place.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn libraries_of_other_versions_go_when_they_are_not_used() {
+        let place = tempfile::tempdir().unwrap();
+        let old = SystemTime::now() - 2 * UNUSED;
+        for (name, used) in [("shim-1.so", old), ("shim-2.so", SystemTime::now()), ("other.so", old)] {
+            fs::File::create(place.path().join(name)).unwrap().set_modified(used).unwrap();
+        }
+        let library = keep(&[place.path().to_owned()]).unwrap();
+        let there = |name: &str| place.path().join(name).exists();
+        assert_eq!(["shim-1.so", "shim-2.so", "other.so"].map(there), [false, true, true]);
+        // Using one says so.
+        fs::File::options().append(true).open(&library).unwrap().set_modified(old).unwrap();
+        keep(&[place.path().to_owned()]).unwrap();
+        assert!(fs::metadata(&library).unwrap().modified().unwrap() > old);
     }
 
     #[test]

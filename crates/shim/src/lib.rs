@@ -34,6 +34,7 @@ mod errno;
 mod inside;
 #[cfg(not(test))]
 mod interpose;
+mod kept;
 mod mapped;
 mod moving;
 mod node;

@@ -80,10 +80,10 @@ impl Process for ShimProcess {
     }
 }
 
-/// Closes a descriptor of the program's that it has not seen yet.
+/// Closes a descriptor of the program's that it has not seen yet, or one of the library's whose owner is in another process.
 #[allow(unsafe_code, reason = "closing a number")]
 pub(crate) fn close(fd: i32) {
     // SAFETY: needed to take back what was given as a number. The caller has just made the descriptor for the program, which does
-    // not know of it.
+    // not know of it; or it is a copy that `fork` made, whose owner in Rust is never used again.
     unsafe { crate::real::close()(fd) };
 }

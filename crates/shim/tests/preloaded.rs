@@ -197,6 +197,89 @@ fn a_child_uses_what_its_parent_opened() {
     });
 }
 
+/// The library's own descriptors are not among those that a program closes because it does not know them.
+#[test]
+fn who_closes_what_he_does_not_know_keeps_what_is_served() {
+    preloaded("who_closes_what_he_does_not_know_keeps_what_is_served", || {
+        let fd = open(IOMMU, libc::O_RDWR);
+        // A child that has the connection to us.
+        in_child(|| {
+            for other in (3..2000).rev().filter(|other| *other != fd) {
+                unsafe { libc::close(other) };
+            }
+            assert!(ioas_alloc(fd).is_ok());
+            unsafe { libc::close_range(u32::try_from(fd).unwrap() + 1, u32::MAX, 0) };
+            assert!(ioas_alloc(fd).is_ok());
+            in_child(|| {
+                assert!(ioas_alloc(fd).is_ok());
+                // All, the last first.
+                (3..2000).rev().for_each(|any| _ = unsafe { libc::close(any) });
+                assert_eq!(ioas_alloc(fd), Err(libc::EBADF));
+                let own = open(IOMMU, libc::O_RDWR);
+                assert_eq!(ioas_alloc(own), Ok(1));
+                0
+            });
+            0
+        });
+        // We, who serve a child.
+        let (mut go, mut done) = ([0; 2], [0; 2]);
+        assert_eq!(unsafe { [libc::pipe(go.as_mut_ptr()), libc::pipe(done.as_mut_ptr())] }, [0; 2]);
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            let waited = unsafe { libc::read(go[0], ptr::from_mut(&mut 0_u8).cast(), 1) };
+            let same = waited == 1 && ioas_alloc(fd).is_ok();
+            unsafe { libc::_exit(c_int::from(!same)) };
+        }
+        for other in (3..2000).filter(|other| ![fd, go[1]].contains(other)) {
+            unsafe { libc::close(other) };
+        }
+        assert_eq!(unsafe { libc::write(go[1], c"x".as_ptr().cast(), 1) }, 1);
+        let mut status = 0;
+        assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+        assert_eq!(status, 0);
+    });
+}
+
+/// Also when another child lives, which was made later and has inherited what its parent had.
+#[test]
+fn calls_fail_when_the_process_that_served_has_ended() {
+    preloaded("calls_fail_when_the_process_that_served_has_ended", || {
+        let pipe = || {
+            let mut ends = [0; 2];
+            assert_eq!(unsafe { libc::pipe(ends.as_mut_ptr()) }, 0);
+            ends
+        };
+        let (gate, answer, stop) = (pipe(), pipe(), pipe());
+        let wait = |[from, to]: [c_int; 2]| unsafe {
+            libc::close(to);
+            libc::read(from, ptr::from_mut(&mut 0_u8).cast(), 1)
+        };
+        in_child(|| {
+            let fd = open(IOMMU, libc::O_RDWR);
+            if unsafe { libc::fork() } == 0 {
+                unsafe { libc::close(stop[1]) };
+                wait(gate);
+                let answered = [u8::from(ioas_alloc(fd) == Err(libc::EIO))];
+                unsafe { libc::write(answer[1], answered.as_ptr().cast(), 1) };
+                unsafe { libc::_exit(0) };
+            }
+            if unsafe { libc::fork() } == 0 {
+                unsafe { libc::close(gate[1]) };
+                wait(stop);
+                unsafe { libc::_exit(0) };
+            }
+            0
+        });
+        unsafe { libc::close(gate[1]) };
+        let mut ready = libc::pollfd { fd: answer[0], events: libc::POLLIN, revents: 0 };
+        assert_eq!(unsafe { libc::poll(&raw mut ready, 1, 20_000) }, 1, "the call waits");
+        let mut answered = [0_u8];
+        assert_eq!(unsafe { libc::read(answer[0], answered.as_mut_ptr().cast(), 1) }, 1);
+        assert_eq!(answered, [1]);
+        unsafe { libc::close(stop[1]) };
+    });
+}
+
 /// What a child of `vfork` closes and duplicates until it executes another program is its own, not its parent's.
 #[test]
 fn a_child_in_its_parents_memory_has_descriptors_of_its_own() {

@@ -1,4 +1,4 @@
-//! Tables in the documentation that are made of tables in the code.
+//! What the documentation has of the code: tables that are made of tables there, and the first programs.
 
 use std::path::Path;
 
@@ -18,5 +18,18 @@ pub(crate) fn check(file: &str, command: &str, table: &str) {
         std::fs::write(&path, wanted).unwrap();
     } else {
         assert!(text == wanted, "docs/{file} is old: run this test with RING3_REGENERATE=1");
+    }
+}
+
+#[test]
+fn first_programs_are_examples() {
+    let examples = [include_str!("../examples/first_program.rs"), include_str!("../examples/host_device.rs")];
+    let lines = |text: &str| text.lines().map(|line| format!("{}\n", line.trim())).collect::<String>();
+    let examples = examples.map(lines);
+    let programs: Vec<_> = include_str!("../../../docs/vfio.md").split("```rust\n").skip(1).collect();
+    assert_eq!(programs.len(), examples.len());
+    for (program, example) in programs.iter().zip(examples) {
+        let (program, _) = program.split_once("```").unwrap();
+        assert!(example.contains(&lines(program)), "no example has:\n{program}");
     }
 }

@@ -4,7 +4,13 @@ use core::ffi::{c_int, c_uint, c_void};
 
 use libc::off_t;
 
-use crate::{errno, real, table};
+use crate::{errno, kept, real, table};
+
+/// What the kernel says of a number that is just being given away.
+fn in_use() -> c_int {
+    errno::set(libc::EBUSY);
+    -1
+}
 
 /// `copy` is a new descriptor for what `fd` is; it may have been something served before.
 fn copied(fd: c_int, copy: c_int) {
@@ -19,6 +25,10 @@ fn copied(fd: c_int, copy: c_int) {
 
 #[unsafe(no_mangle)]
 pub(super) unsafe extern "C" fn close(fd: c_int) -> c_int {
+    if kept::is(fd) {
+        errno::set(libc::EBADF);
+        return -1;
+    }
     // Before the number can be given to another thread's open; what was served is released when the number is free.
     let description = table::remove(fd);
     // SAFETY: the caller's argument, for the function that it meant to call.
@@ -36,8 +46,7 @@ pub(super) unsafe extern "C" fn close(fd: c_int) -> c_int {
 unsafe extern "C" fn close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int {
     let closes = c_int::try_from(libc::CLOSE_RANGE_CLOEXEC).is_ok_and(|cloexec| flags & cloexec == 0);
     let closed = if closes && first <= last { take(first, last) } else { Vec::new() };
-    // SAFETY: the caller's arguments, for the function that it meant to call.
-    let result = unsafe { real::close_range()(first, last, flags) };
+    let result = close_ranges(first, last, flags);
     if result == 0 {
         errno::preserved(|| drop(closed));
     } else {
@@ -50,10 +59,31 @@ unsafe extern "C" fn close_range(first: c_uint, last: c_uint, flags: c_int) -> c
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn closefrom(first: c_int) {
-    let closed = take(c_uint::try_from(first).unwrap_or(0), c_uint::MAX);
-    // SAFETY: the caller's argument, for the function that it meant to call.
-    unsafe { real::closefrom()(first) };
+    let from = c_uint::try_from(first).unwrap_or(0);
+    let closed = take(from, c_uint::MAX);
+    if kept::within(from, c_uint::MAX).next().is_none() || close_ranges(from, c_uint::MAX, 0) != 0 {
+        // SAFETY: the caller's argument, for the function that it meant to call.
+        unsafe { real::closefrom()(first) };
+    }
     errno::preserved(|| drop(closed));
+}
+
+/// `close_range` for all but the library's own descriptors.
+fn close_ranges(first: c_uint, last: c_uint, flags: c_int) -> c_int {
+    // SAFETY: numbers, for the function that the caller meant to call, in one call or in several.
+    let close = |first, last| unsafe { real::close_range()(first, last, flags) };
+    let mut from = first;
+    for kept in kept::within(first, last) {
+        if from < kept {
+            let result = close(from, kept - 1);
+            if result != 0 {
+                return result;
+            }
+        }
+        from = kept.saturating_add(1);
+    }
+    // Ranges that are none are refused there.
+    if from <= last || from == first { close(from, last) } else { 0 }
 }
 
 /// Takes all served descriptors of a range out of the table.
@@ -77,6 +107,9 @@ unsafe extern "C" fn dup(fd: c_int) -> c_int {
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn dup2(fd: c_int, to: c_int) -> c_int {
+    if kept::is(to) {
+        return in_use();
+    }
     // SAFETY: the caller's arguments, for the function that it meant to call.
     let copy = unsafe { real::dup2()(fd, to) };
     if copy >= 0 && copy != fd && table::serves_any() {
@@ -87,6 +120,9 @@ unsafe extern "C" fn dup2(fd: c_int, to: c_int) -> c_int {
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn dup3(fd: c_int, to: c_int, flags: c_int) -> c_int {
+    if kept::is(to) {
+        return in_use();
+    }
     // SAFETY: the caller's arguments, for the function that it meant to call.
     let copy = unsafe { real::dup3()(fd, to, flags) };
     if copy >= 0 && table::serves_any() {

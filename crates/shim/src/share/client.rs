@@ -1,7 +1,7 @@
 //! The process that shares files which another one serves: a child after a fork.
 
 use std::{
-    os::fd::{AsFd, OwnedFd},
+    os::fd::AsFd,
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -20,17 +20,18 @@ use super::{
 };
 use crate::{
     calls,
+    kept::Kept,
     node::{Mappable, Mapping, ServedFile},
     table,
 };
 
 /// The connection to the process that serves. One call at a time.
 pub(crate) struct Link {
-    socket: Mutex<OwnedFd>,
+    socket: Mutex<Kept>,
 }
 
 impl Link {
-    pub(super) fn new(socket: OwnedFd) -> Arc<Self> {
+    pub(super) fn new(socket: Kept) -> Arc<Self> {
         Arc::new(Self { socket: Mutex::new(socket) })
     }
 
@@ -73,8 +74,9 @@ impl Link {
     }
 
     /// The socket for another process that will share the same files.
-    pub(super) fn fork(self: &Arc<Self>) -> Result<OwnedFd> {
-        self.call(&Message::new(Kind::Fork, []))?.descriptor.ok_or(Errno::PROTO)
+    pub(super) fn fork(self: &Arc<Self>) -> Result<Kept> {
+        let socket = self.call(&Message::new(Kind::Fork, []))?.descriptor.ok_or(Errno::PROTO)?;
+        Ok(Kept::new(socket))
     }
 
     /// What the other has pinned on behalf of `pid`: pages pinned, and locked.

@@ -15,7 +15,7 @@ use std::{
 use iommufd::{Errno, Result, process::UserAddr};
 use rustix::fs::MemfdFlags;
 
-use crate::{real, user};
+use crate::{kept, real, user};
 
 const IOMMU_IOAS_MAP: u32 = 0x3b85;
 const VFIO_IOMMU_MAP_DMA: u32 = 0x3b71;
@@ -85,6 +85,6 @@ fn replace(start: u64, length: u64) -> Result<()> {
         return Err(Errno::NOMEM);
     }
     // The other process finds the file by this descriptor; it stays for as long as this process.
-    let _kept = super::server::aside(file).into_raw_fd();
+    let _kept = kept::for_ever(file).into_raw_fd();
     Ok(())
 }

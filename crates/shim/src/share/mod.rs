@@ -22,7 +22,10 @@ mod usage;
 mod wire;
 
 use core::{any::Any, cell::RefCell};
-use std::{os::fd::OwnedFd, sync::Arc};
+use std::{
+    os::fd::{AsFd, BorrowedFd},
+    sync::Arc,
+};
 
 use iommufd::{Result, process};
 
@@ -31,25 +34,34 @@ pub(crate) use client::Link;
 use crate::{
     caller::ShimCaller,
     errno, inside,
+    kept::{self, Kept},
     table::{self, Description},
 };
 use client::RemoteFile;
 
 /// What is to be done on both sides of a fork that is under way.
 struct Fork {
-    /// Nobody is in the middle of changing what is pinned.
+    /// Nobody is in the middle of changing what is pinned, who is served, and on whose behalf.
     quiet: Box<dyn Any>,
     /// The descriptors that this process serves, and their numbers on the new connection.
     served: Vec<(i32, u64)>,
     /// What the new connection serves, and its two ends.
-    connection: Option<(server::Shared, OwnedFd, OwnedFd)>,
+    connection: Option<(server::Shared, Kept, Kept)>,
     /// The descriptors that others serve for us: their link there, their numbers, and the child's socket.
     upstream: Vec<Upstream>,
 }
 
+impl Fork {
+    /// The sockets that were made for it.
+    fn sockets(&self) -> Vec<BorrowedFd<'_>> {
+        let own = self.connection.iter().flat_map(|(_, ours, theirs)| [ours, theirs]);
+        own.chain(self.upstream.iter().map(|upstream| &upstream.socket)).map(Kept::as_fd).collect()
+    }
+}
+
 struct Upstream {
     link: Arc<Link>,
-    socket: OwnedFd,
+    socket: Kept,
     files: Vec<(i32, u64)>,
 }
 
@@ -87,6 +99,9 @@ pub(crate) fn child() {
     if let Some(fork) = &mut fork {
         fork.quiet = Box::new(());
     }
+    // What its parent serves, or is served by, is to end with the parent.
+    let own = fork.as_ref().map(Fork::sockets).unwrap_or_default();
+    errno::preserved(|| inside::run(|| kept::close_sockets_but(&own)));
     if fork.is_none() && !table::serves_any() {
         return;
     }
@@ -123,7 +138,7 @@ fn plan() -> Result<Fork> {
         Some((shared, ours, theirs))
     };
     Ok(Fork {
-        quiet: Box::new(process::quiet()),
+        quiet: Box::new((process::quiet(), server::quiet(), usage::quiet())),
         served: numbers.into_iter().zip(ids).collect(),
         connection,
         upstream,

@@ -19,6 +19,7 @@ use vfio::doors::{self, DeviceFile, Opened};
 use super::wire::{self, Kind, MOST, Message};
 use crate::{
     calls,
+    kept::Kept,
     node::{Mappable, ServedFile},
     table::Description,
 };
@@ -45,24 +46,18 @@ impl Shared {
 }
 
 /// The two ends of a connection: for the process that serves, and for the other.
-pub(super) fn connection() -> Result<(OwnedFd, OwnedFd)> {
+pub(super) fn connection() -> Result<(Kept, Kept)> {
     let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
     sockopt::set_socket_passcred(&ours, true)?;
-    Ok((aside(ours), aside(theirs)))
-}
-
-/// The descriptor with a number that the program is not given by its own calls, if there is one.
-pub(super) fn aside(descriptor: OwnedFd) -> OwnedFd {
-    const FROM: i32 = 900;
-    rustix::io::fcntl_dupfd_cloexec(&descriptor, FROM).unwrap_or(descriptor)
+    Ok((Kept::new(ours), Kept::new(theirs)))
 }
 
 /// Serves the process at the other end of `socket` until it ends, in a thread of its own. The program's signals are not for
 /// that thread.
-pub(super) fn start(socket: OwnedFd, shared: Shared) {
+pub(super) fn start(socket: Kept, shared: Shared) {
     let connection = Arc::new(Connection::default());
-    match socket.try_clone() {
-        Ok(copy) => *lock(&connection.socket) = Some(aside(copy)),
+    match socket.as_fd().try_clone_to_owned() {
+        Ok(copy) => *lock(&connection.socket) = Some(Kept::new(copy)),
         Err(_) => return,
     }
     lock(&CONNECTIONS).push(Arc::clone(&connection));
@@ -84,7 +79,7 @@ pub(super) fn start(socket: OwnedFd, shared: Shared) {
 /// A connection, as others see it: its socket, until it has ended.
 #[derive(Default)]
 struct Connection {
-    socket: Mutex<Option<OwnedFd>>,
+    socket: Mutex<Option<Kept>>,
     ended: Condvar,
 }
 
@@ -112,7 +107,12 @@ pub(super) fn settle() {
     }
 }
 
-/// In a child after a fork: its parent's connections are none of its own.
+/// Keeps the connections as they are until the result is dropped: for the time of a fork.
+pub(super) fn quiet() -> impl Sized {
+    lock(&CONNECTIONS)
+}
+
+/// In a child after a fork: its parent's connections are none of its own. Their sockets were closed.
 pub(super) fn forget() {
     if let Ok(mut connections) = CONNECTIONS.try_lock() {
         core::mem::take(&mut *connections).into_iter().for_each(core::mem::forget);
@@ -120,7 +120,7 @@ pub(super) fn forget() {
 }
 
 struct Server {
-    socket: OwnedFd,
+    socket: Kept,
     shared: Shared,
     process: Option<Arc<RemoteProcess>>,
     /// What the process has mapped: held for as long as it is there.
@@ -216,7 +216,10 @@ impl Server {
 
     /// The process is about to fork: a connection for its child, which shares the same files.
     fn fork(&self) -> Message {
-        match connection() {
+        let made = connection().and_then(|(ours, theirs)| {
+            Ok((ours, theirs.as_fd().try_clone_to_owned().map_err(|_| Errno::MFILE)?))
+        });
+        match made {
             Ok((ours, theirs)) => {
                 start(ours, self.shared.copy());
                 Message { descriptor: Some(theirs), ..Message::answer(Ok(0)) }

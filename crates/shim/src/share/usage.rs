@@ -21,6 +21,11 @@ pub(super) fn add(process: &Arc<RemoteProcess>) {
     served.push(Arc::downgrade(process));
 }
 
+/// Keeps the processes as they are until the result is dropped: for the time of a fork.
+pub(super) fn quiet() -> impl Sized {
+    SERVED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// In a child after `fork`: it serves nobody.
 pub(super) fn forget() {
     SERVED.clear_poison();

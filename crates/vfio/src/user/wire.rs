@@ -175,7 +175,8 @@ commands! {
         "full: every capability of the specification, version 0.1";
     /// Memory that the device may access from now on.
     DmaMap = 2, "DMA_MAP", Client, size_of::<DmaMap>(), 0,
-        "full: with a descriptor (mapped), or without (DMA_READ, DMA_WRITE)";
+        "partial: with a descriptor (mapped), or without (DMA_READ, DMA_WRITE); the flags \
+          MMAP and FILE_IO, which are proposed for the specification, are refused: EINVAL";
     /// Memory that the device may not access any more.
     DmaUnmap = 3, "DMA_UNMAP", Client, size_of::<DmaUnmap>(), size_of::<DmaUnmap>(),
         "full: answered when no access of the device is under way; the older ALL; the older GET_DIRTY is refused: ENOTSUP";

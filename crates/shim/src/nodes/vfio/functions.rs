@@ -28,7 +28,7 @@ use vfio::{
 };
 
 use super::sysfs;
-use crate::tree::Locked;
+use crate::{kept, tree::Locked};
 
 /// The group of the first device: a number that a machine's own groups rarely have.
 const FIRST_GROUP: u32 = 1000;
@@ -147,6 +147,7 @@ impl Functions {
             Kind::Nvme { file, read_only } => {
                 let open = File::options().read(true).write(!read_only).open(&file);
                 let file = open.map_err(|error| format!("cannot open {}: {error}", file.display()))?;
+                let file = File::from(kept::for_ever(file.into()));
                 let disk = disk::Disk::new(file, read_only).map_err(words)?;
                 (Arc::new(nvme::new(disk, &nvme::Options::default()).map_err(words)?), Token::none())
             }
