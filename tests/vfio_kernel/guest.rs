@@ -6,7 +6,6 @@ use std::sync::Arc;
 use iommufd::domain::{HostAddr, Prot};
 use iommufd::hardware::{Attachment, Capabilities, DomainOptions, Hardware, UserData};
 use iommufd::iova::{Iova, IovaRange};
-use iommufd::kernel::{HostHardware, HostIommu};
 use iommufd::process::{LocalProcess, Process};
 use iommufd::{Context, Errno};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -356,6 +355,7 @@ fn by_the_group() {
     println!();
     info("group");
     all(Door::Group);
+    context_above_the_hosts(Door::Group, copying_with_edu);
 }
 
 #[test]
@@ -368,25 +368,26 @@ fn by_the_own_node() {
     info("cdev");
     all(Door::Device);
     all(Door::Group);
-    context_above_the_hosts(|device, run| {
-        let message = Interrupt::new(device, MSI);
-        run(&|from, to| {
-            transfer(device, &message, from as u32, Direction::In);
-            transfer(device, &message, to as u32, Direction::Out);
-        });
+    context_above_the_hosts(Door::Device, copying_with_edu);
+}
+
+fn copying_with_edu(device: &dyn Device, run: &dyn Fn(Copy<'_>)) {
+    let message = Interrupt::new(device, MSI);
+    run(&|from, to| {
+        transfer(device, &message, from as u32, Direction::In);
+        transfer(device, &message, to as u32, Direction::Out);
     });
 }
 
 /// Has a device copy [`edu_register::COPIED`] bytes from one address to another, and waits until it has tried.
 type Copy<'a> = &'a dyn Fn(u64, u64);
 
-/// A device of the host that an iommufd of ring3's own has: its address space, the host's page table.
-fn context_above_the_hosts(copying: impl FnOnce(&dyn Device, &dyn Fn(Copy<'_>))) {
-    let iommu = HostIommu::open().unwrap();
-    let host = HostDevice::bind(edu(), &iommu).unwrap();
+/// A device of the host that an iommufd of ring3's own has: its address space, the host's page table, or a container.
+fn context_above_the_hosts(door: Door, copying: impl FnOnce(&dyn Device, &dyn Fn(Copy<'_>))) {
+    let host = HostDevice::for_context(edu(), door, &mut None).unwrap();
     // SAFETY: what is mapped below is memory of a file, which the context pins, or of vm-memory, which stays until it is
     // unmapped; both are read and written by calls only.
-    let hardware = unsafe { host.hardware(iommu) }.unwrap();
+    let hardware = unsafe { host.hardware() }.unwrap();
     let device: &dyn Device = &host;
     device.open(Arc::new(NoDma)).unwrap();
     enable(device);
@@ -397,7 +398,7 @@ fn context_above_the_hosts(copying: impl FnOnce(&dyn Device, &dyn Fn(Copy<'_>)))
     device.close();
 }
 
-fn through_a_context(hardware: &Arc<HostHardware>, copy: Copy<'_>) {
+fn through_a_context(hardware: &Arc<dyn Hardware>, copy: Copy<'_>) {
     let context = Context::new();
     let process: Arc<dyn Process> = LocalProcess::get();
     let file = rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
@@ -406,7 +407,7 @@ fn through_a_context(hardware: &Arc<HostHardware>, copy: Copy<'_>) {
     let ioas = context.ioas_alloc().unwrap();
     let both = Prot::READ | Prot::WRITE;
     context.ioas_map_file(ioas, &process, &file, 0, 2 * 4096, Some(Iova(0x10_0000)), both).unwrap();
-    let bound = context.bind(Arc::clone(hardware) as _).unwrap();
+    let bound = context.bind(Arc::clone(hardware)).unwrap();
     bound.attach(None, ioas).unwrap();
     let at = Some(Iova(0x20_0000));
     context.ioas_map_file(ioas, &process, &file, 2 * 4096, 4096, at, both).unwrap();
@@ -428,7 +429,7 @@ fn through_a_context(hardware: &Arc<HostHardware>, copy: Copy<'_>) {
 }
 
 /// What a context does not do by itself: a part of a mapping goes. And what it writes to is noted, where the IOMMU can.
-fn through_a_domain(hardware: &Arc<HostHardware>, copy: Copy<'_>) {
+fn through_a_domain(hardware: &Arc<dyn Hardware>, copy: Copy<'_>) {
     let tracks = hardware.capabilities().contains(Capabilities::DIRTY_TRACKING);
     let options = DomainOptions { dirty_tracking: tracks, ..Default::default() };
     let domain = hardware.alloc_paging(None, options, UserData::default()).unwrap();
@@ -500,9 +501,11 @@ fn the_test_device() {
         device.close();
         space.unmap(range(0x10_0000, 4 * 4096)).unwrap();
     }
-    context_above_the_hosts(|device, run| {
-        run(&|from, to| copy(device, from as u32, to as u32, edu_register::COPIED as u32));
-    });
+    for door in [Door::Device, Door::Group] {
+        context_above_the_hosts(door, |device, run| {
+            run(&|from, to| copy(device, from as u32, to as u32, edu_register::COPIED as u32));
+        });
+    }
 }
 
 /// Has the test device copy memory.

@@ -77,4 +77,29 @@ impl IovaRange {
         let (start, last) = (self.start.max(other.start), self.last.min(other.last));
         (start <= last).then_some(Self { start, last })
     }
+
+    /// What lies between `ranges`, which are in order and do not overlap. What lies before the first and after the last does
+    /// not.
+    pub fn gaps(ranges: &[Self]) -> Vec<Self> {
+        let pairs = ranges.iter().zip(ranges.iter().skip(1));
+        let gap = |(before, after): (&Self, &Self)| {
+            let (start, last) = (before.last.checked_add(1)?, after.start.checked_sub(1)?);
+            Self::new(Iova(start), Iova(last)).ok()
+        };
+        pairs.filter_map(gap).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_lies_between_ranges_are_gaps() {
+        let range = |start, last| IovaRange::new(Iova(start), Iova(last)).unwrap();
+        assert_eq!(IovaRange::gaps(&[]), []);
+        let usable = [range(0, 0xfedf_ffff), range(0xfef0_0000, 0x7f_ffff_ffff)];
+        assert_eq!(IovaRange::gaps(&usable), [range(0xfee0_0000, 0xfeef_ffff)]);
+        assert_eq!(IovaRange::gaps(&[range(0, 9), range(10, u64::MAX)]), []);
+    }
 }

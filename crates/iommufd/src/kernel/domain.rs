@@ -3,7 +3,6 @@
 #![allow(unsafe_code, reason = "memory is given to devices: see `HostHardware::new`")]
 
 use std::{
-    collections::BTreeMap,
     os::fd::AsFd,
     sync::{Mutex, MutexGuard, PoisonError},
 };
@@ -11,7 +10,7 @@ use std::{
 use uapi::iommufd::{IOMMU_HWPT_DIRTY_TRACKING_ENABLE, iommu_hwpt_set_dirty_tracking};
 
 use super::{
-    HostIoas,
+    Cut, HostIoas, Piece, Pieces,
     calls::{self, Plain},
 };
 use crate::{
@@ -19,14 +18,6 @@ use crate::{
     domain::{DirtySink, Domain, Geometry, HostAddr, Prot},
     iova::{Iova, IovaRange, PAGE_SIZE},
 };
-
-/// What one call of [`Domain::map`] mapped, or is left of it.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Mapped {
-    host: HostAddr,
-    length: u64,
-    prot: Prot,
-}
 
 /// A page table of the host's, with the address space that fills it.
 ///
@@ -39,8 +30,7 @@ pub struct HostDomain {
     hwpt: u32,
     tracks: bool,
     geometry: Geometry,
-    /// By where it is mapped.
-    mapped: Mutex<BTreeMap<u64, Mapped>>,
+    mapped: Mutex<Pieces>,
 }
 
 /// How many words of a bitmap are asked for in one call: 128 MiB of memory in pages.
@@ -68,22 +58,18 @@ impl HostDomain {
         self.hwpt
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Mapped>> {
+    fn lock(&self) -> MutexGuard<'_, Pieces> {
         self.mapped.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Maps again what is left of a mapping.
-    fn keep(&self, mapped: &mut BTreeMap<u64, Mapped>, iova: u64, rest: Mapped) {
-        if rest.length == 0 {
-            return;
+    /// Enters a piece, but for one that allows nothing, which the host does not take.
+    fn enter(&self, at: Iova, piece: Piece) -> Result<()> {
+        if !piece.prot.intersects(Prot::READ | Prot::WRITE) {
+            return Ok(());
         }
-        // SAFETY: as in `map`: it is part of what was mapped, and not of what is unmapped.
-        match unsafe { self.ioas.map(Iova(iova), rest.host, rest.length, rest.prot) } {
-            Ok(()) => drop(mapped.insert(iova, rest)),
-            Err(errno) => {
-                tracing::error!(iova, length = rest.length, %errno, "the host lost a part of a mapping")
-            }
-        }
+        // SAFETY: who made the hardware has promised that what is mapped is pinned memory, which its owner gives to devices
+        // and which stays until it is unmapped.
+        unsafe { self.ioas.map(at, piece.host, piece.length, piece.prot) }
     }
 }
 
@@ -94,33 +80,30 @@ impl Domain for HostDomain {
 
     fn map(&self, iova: Iova, host: HostAddr, length: u64, prot: Prot) -> Result<()> {
         let mut mapped = self.lock();
-        // SAFETY: who made the hardware has promised that what is mapped is pinned memory, which its owner gives to devices
-        // and which stays until it is unmapped.
-        unsafe { self.ioas.map(iova, host, length, prot) }?;
-        mapped.insert(iova.0, Mapped { host, length, prot });
+        let piece = Piece { host, length, prot };
+        self.enter(iova, piece)?;
+        mapped.insert(iova, piece);
         Ok(())
     }
 
     fn unmap(&self, range: IovaRange) {
         let mut mapped = self.lock();
-        let (start, last) = (range.start().0, range.last().0);
-        let reaches_in = mapped.range(..start).next_back();
-        let from =
-            reaches_in.filter(|(at, part)| *at + (part.length - 1) >= start).map_or(start, |(at, _)| *at);
-        let cut: Vec<_> = mapped.range(from..=last).map(|(at, part)| (*at, *part)).collect();
-        for (at, part) in cut {
-            let Ok(whole) = IovaRange::with_length(Iova(at), part.length) else { continue };
-            mapped.remove(&at);
-            if let Err(errno) = self.ioas.unmap(whole) {
+        for Cut { at, piece, rest } in mapped.cut(range) {
+            let Ok(whole) = IovaRange::with_length(at, piece.length) else { continue };
+            if piece.prot.intersects(Prot::READ | Prot::WRITE)
+                && let Err(errno) = self.ioas.unmap(whole)
+            {
                 tracing::error!(?whole, %errno, "the host does not unmap");
                 continue;
             }
-            let before = start.saturating_sub(at);
-            self.keep(&mut mapped, at, Mapped { length: before, ..part });
-            if let Some(after) = whole.last().0.checked_sub(last).filter(|after| *after > 0) {
-                let skip = part.length - after;
-                let rest = Mapped { host: HostAddr(part.host.0 + skip), length: after, ..part };
-                self.keep(&mut mapped, at + skip, rest);
+            for (at, piece) in rest.into_iter().flatten() {
+                // It is part of what was mapped, and not of what is unmapped.
+                match self.enter(at, piece) {
+                    Ok(()) => mapped.insert(at, piece),
+                    Err(errno) => {
+                        tracing::error!(?at, length = piece.length, %errno, "the host lost a part of a mapping");
+                    }
+                }
             }
         }
     }
@@ -129,10 +112,7 @@ impl Domain for HostDomain {
     fn sync(&self) {}
 
     fn lookup(&self, iova: Iova) -> Option<HostAddr> {
-        let mapped = self.lock();
-        let (at, part) = mapped.range(..=iova.0).next_back()?;
-        let offset = iova.0 - at;
-        (offset < part.length).then(|| HostAddr(part.host.0 + offset))
+        self.lock().lookup(iova)
     }
 
     fn set_dirty_tracking(&self, enable: bool) -> Result<()> {

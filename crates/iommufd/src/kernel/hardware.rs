@@ -16,7 +16,7 @@ use crate::{
     caller::Caller,
     domain::Domain,
     hardware::{Attachment, Capabilities, DomainOptions, Hardware, UserData},
-    iova::{Iova, IovaRange},
+    iova::IovaRange,
 };
 
 /// A device of the host that is bound to an iommufd of the host: what its driver's descriptor can do there.
@@ -73,20 +73,10 @@ impl HostHardware {
         port.attach(None, ioas.id())?;
         let ranges = ioas.ranges();
         port.detach(None)?;
-        let reserved = between(&ranges?);
+        let reserved = IovaRange::gaps(&ranges?);
         let max_pasid_log2 = said.out_max_pasid_log2;
         Ok(Arc::new(Self { iommu, port, group, capabilities, max_pasid_log2, reserved }))
     }
-}
-
-/// What lies between ranges that are in order.
-fn between(ranges: &[IovaRange]) -> Vec<IovaRange> {
-    let pairs = ranges.iter().zip(ranges.iter().skip(1));
-    let gap = |(before, after): (&IovaRange, &IovaRange)| {
-        let start = Iova(before.last().0.checked_add(1)?);
-        IovaRange::new(start, Iova(after.start().0.checked_sub(1)?)).ok()
-    };
-    pairs.filter_map(gap).collect()
 }
 
 impl Hardware for HostHardware {
@@ -150,18 +140,5 @@ impl Hardware for HostHardware {
 
     fn as_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync> {
         self
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_lies_between_is_reserved() {
-        let range = |start, last| IovaRange::new(Iova(start), Iova(last)).unwrap();
-        assert_eq!(between(&[]), []);
-        let usable = [range(0, 0xfedf_ffff), range(0xfef0_0000, 0x7f_ffff_ffff)];
-        assert_eq!(between(&usable), [range(0xfee0_0000, 0xfeef_ffff)]);
     }
 }

@@ -12,11 +12,12 @@
 //! and real ones at the same time, and its areas are pinned twice: here as far as this process can, and by the host.
 //!
 //! Contents: [`calls`], the system calls and the only `unsafe` code but for a promise in [`HostHardware::new`];
-//! `domain` and `hardware`, the two traits.
+//! `domain` and `hardware`, the two traits; `pieces`, what a host was given to map.
 
 pub mod calls;
 mod domain;
 mod hardware;
+mod pieces;
 
 use std::{
     fs::File,
@@ -31,6 +32,7 @@ use self::calls::{Plain, Window};
 pub use self::{
     domain::HostDomain,
     hardware::{HostHardware, HostPort},
+    pieces::{Cut, Piece, Pieces},
 };
 use crate::{
     Errno, Result,

@@ -2,6 +2,8 @@
 
 use std::{io, path::PathBuf};
 
+use iommufd::iova::{Iova, IovaRange};
+
 use super::{Door, PciAddress};
 use crate::Errno;
 
@@ -120,6 +122,18 @@ pub enum MapError {
         /// The ranges.
         usable: String,
     },
+    /// As many mappings as a container has (`dma_entry_limit` of the module vfio_iommu_type1, 65535 unless it was set).
+    #[error(
+        "VFIO's container takes no more mappings, where {length:#x} bytes at {start:#x} were to be one: raise its limit \
+         (`modprobe vfio_iommu_type1 dma_entry_limit=1000000`, before it is used), or take the device by its own node \
+         (door=cdev), which has none"
+    )]
+    TooMany {
+        /// The first address.
+        start: u64,
+        /// How many bytes.
+        length: u64,
+    },
     /// The kernel refuses.
     #[error("the kernel does not map {length:#x} bytes at {start:#x} for devices")]
     Refused {
@@ -134,12 +148,35 @@ pub enum MapError {
 }
 
 impl MapError {
+    /// What the kernel's refusal of `length` bytes at `iova` means, where `locked` bytes would have been locked with them,
+    /// and devices can use `ranges`.
+    pub(super) fn explain(iova: Iova, length: u64, locked: u64, source: Errno, ranges: &[IovaRange]) -> Self {
+        let limit = rustix::process::getrlimit(rustix::process::Resource::Memlock).current;
+        if source == Errno::NOMEM && limit.is_some_and(|limit| limit < locked) {
+            return Self::Locked { needed: locked, limit };
+        }
+        if source == Errno::NOSPC {
+            return Self::TooMany { start: iova.0, length };
+        }
+        if let Ok(range) = IovaRange::with_length(iova, length)
+            && !ranges.is_empty()
+            && !ranges.iter().any(|usable| usable.covers(range))
+        {
+            let usable =
+                ranges.iter().map(|range| format!("{:#x} to {:#x}", range.start().0, range.last().0));
+            let usable = usable.collect::<Vec<_>>().join(", ");
+            return Self::Reserved { start: iova.0, last: range.last().0, usable };
+        }
+        Self::Refused { start: iova.0, length, source }
+    }
+
     /// As an errno.
     #[must_use]
     pub fn errno(&self) -> Errno {
         match self {
             Self::Locked { .. } => Errno::NOMEM,
             Self::Reserved { .. } => Errno::INVAL,
+            Self::TooMany { .. } => Errno::NOSPC,
             Self::Refused { source, .. } => *source,
         }
     }

@@ -19,7 +19,9 @@
 //! **Registers can be mapped** ([`HostDevice::map_registers`]), but they are not what [`Device::region_file`] gives: that is
 //! memory, which may be handed on to others, and here it would be the descriptor of the whole device.
 //!
-//! Under an [`iommufd::Context`] of our own, above the host's: [`HostDevice::bind`].
+//! **An [`iommufd::Context`] of our own** can have such a device, above the host's IOMMU ([`HostDevice::for_context`]): then the
+//! device has as many address spaces as the context says. Its domains are page tables of the host's iommufd, or, by the
+//! group's door, what a container of the device's own is changed to have (`contained`).
 //!
 //! ```no_run
 //! use std::sync::Arc;
@@ -41,9 +43,11 @@
 //! # }
 //! ```
 //!
-//! Contents: `host`, what sysfs tells; `space`, address spaces and the ways through both doors; `info`, `features`;
-//! `registers`, mapped ones. The system calls are in [`iommufd::kernel::calls`].
+//! Contents: `host`, what sysfs tells; `space`, address spaces and the ways through both doors; `container`, the group's;
+//! `contained`, the same for a context; `info`, `features`; `registers`, mapped ones. The system calls are in [`iommufd::kernel::calls`].
 
+mod contained;
+mod container;
 mod error;
 mod features;
 mod host;
@@ -59,12 +63,16 @@ use std::{
         fd::{AsFd, AsRawFd},
         unix::fs::FileExt,
     },
+    path::PathBuf,
     sync::Arc,
 };
 
-use iommufd::kernel::{
-    HostHardware, HostIommu, HostPort,
-    calls::{self, Bare, Plain},
+use iommufd::{
+    hardware::Hardware,
+    kernel::{
+        HostHardware, HostPort,
+        calls::{self, Bare, Plain},
+    },
 };
 use uapi::vfio::{
     VFIO_DEVICE_ATTACH_PASID, VFIO_DEVICE_DETACH_PASID, VFIO_DEVICE_IOEVENTFD_8, VFIO_IRQ_SET_DATA_BOOL,
@@ -73,18 +81,22 @@ use uapi::vfio::{
 };
 use zerocopy::IntoBytes;
 
+pub use iommufd::kernel::HostIommu;
+
 pub use crate::pci::address::Address as PciAddress;
 
+use self::{
+    contained::ContainerHardware,
+    container::Container,
+    features::{HostLogging, HostMigration},
+    host::{Found, Host},
+    info::Region,
+};
 pub use self::{
     error::{KernelError, MapError},
     name::{HostDeviceName, NoHostDeviceName},
     registers::{Register, Registers},
     space::AddressSpace,
-};
-use self::{
-    features::{HostLogging, HostMigration},
-    host::{Found, Host},
-    info::Region,
 };
 use crate::{
     Errno, Result,
@@ -118,16 +130,33 @@ pub struct HostDevice {
     address: PciAddress,
     group: u32,
     file: Arc<File>,
-    /// None for one whose address space is somebody else's ([`Self::bind`]).
-    space: Option<Arc<AddressSpace>>,
-    /// What it is bound by; none by the group's door.
-    port: Option<Arc<Port>>,
+    reach: Reach,
     info: DeviceInfo,
     regions: Vec<Region>,
     irqs: Vec<IrqInfo>,
     migration: Option<HostMigration>,
     logging: Option<HostLogging>,
     low_power: bool,
+}
+
+/// What decides which memory it reaches.
+enum Reach {
+    /// An address space, in which others may be.
+    Space(Arc<AddressSpace>),
+    /// A context, by page tables of the host's iommufd.
+    Iommufd(Arc<HostIommu>, Arc<Port>),
+    /// A context, by the container.
+    Container(Arc<Container>),
+}
+
+impl fmt::Debug for Reach {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Space(space) => space.fmt(f),
+            Self::Iommufd(_, port) => port.fmt(f),
+            Self::Container(_) => f.write_str("Container"),
+        }
+    }
 }
 
 /// Regions, and kinds of interrupts, that a device may have here.
@@ -146,6 +175,14 @@ impl HostDevice {
         host.door(&host.find(address)?, wanted)
     }
 
+    /// The number of a device's IOMMU group: devices of one cannot be kept apart, and are in one address space.
+    ///
+    /// # Errors
+    /// A [`KernelError`] that says what is to be done.
+    pub fn group_of(address: PciAddress) -> Result<u32, KernelError> {
+        Host::default().find(address).map(|found| found.group)
+    }
+
     /// Opens a device in an address space, which decides the door.
     ///
     /// # Errors
@@ -154,14 +191,16 @@ impl HostDevice {
         let host = Host::default();
         let found = host.find(address)?;
         host.door(&found, Some(space.door()))?;
-        let Some(ioas) = space.ioas() else {
-            let fd = space.open_in_group(&host, &found)?;
-            return Self::new(&found, Arc::new(fd.into()), Some(Arc::clone(space)), None);
+        let file = match space.ioas() {
+            None => Arc::new(space.open_in_group(&host, &found)?.into()),
+            Some(ioas) => {
+                let (fd, id) = space::open_node(ioas.iommu(), &found)?;
+                let port = Port { device: Arc::new(fd.into()), id };
+                port.attach(None, ioas.id()).map_err(space::refused_attach(address))?;
+                port.device
+            }
         };
-        let (fd, id) = space::open_node(ioas.iommu(), &found)?;
-        let port = Arc::new(Port { device: Arc::new(fd.into()), id });
-        port.attach(None, ioas.id()).map_err(space::refused_attach(address))?;
-        Self::new(&found, Arc::clone(&port.device), Some(Arc::clone(space)), Some(port))
+        Self::new(&found, file, Reach::Space(Arc::clone(space)))
     }
 
     /// Opens a device in an address space of its own.
@@ -172,21 +211,41 @@ impl HostDevice {
         Self::open_in(address, &AddressSpace::new(Self::door(address, wanted)?)?)
     }
 
-    /// Opens a device by its own node, bound to `iommu` and attached to nothing: to be bound, as [`Self::hardware`], by a
-    /// [`Context`](iommufd::Context).
+    /// Opens a device for a [`Context`](iommufd::Context), which binds it as [`Self::hardware`]: attached to nothing, by its own
+    /// node and an iommufd, or by its group and a container of its own. `iommu` is the iommufd, opened when there is none yet:
+    /// devices of one can share page tables.
     ///
     /// # Errors
     /// A [`KernelError`] that says what is to be done.
-    pub fn bind(address: PciAddress, iommu: &HostIommu) -> Result<Self, KernelError> {
+    pub fn for_context(
+        address: PciAddress,
+        door: Door,
+        iommu: &mut Option<Arc<HostIommu>>,
+    ) -> Result<Self, KernelError> {
         let host = Host::default();
         let found = host.find(address)?;
-        host.door(&found, Some(Door::Device))?;
-        let (fd, id) = space::open_node(iommu, &found)?;
-        let port = Arc::new(Port { device: Arc::new(fd.into()), id });
-        Self::new(&found, Arc::clone(&port.device), None, Some(port))
+        match host.door(&found, Some(door))? {
+            Door::Device => {
+                let iommu = match iommu {
+                    Some(iommu) => Arc::clone(iommu),
+                    none => {
+                        let refused = |source| KernelError::Open { path: "/dev/iommu".into(), source };
+                        Arc::clone(none.insert(HostIommu::open().map_err(refused)?))
+                    }
+                };
+                let (fd, id) = space::open_node(&iommu, &found)?;
+                let port = Arc::new(Port { device: Arc::new(fd.into()), id });
+                Self::new(&found, Arc::clone(&port.device), Reach::Iommufd(iommu, port))
+            }
+            Door::Group => {
+                let container = Arc::new(Container::new()?);
+                let file = Arc::new(container.open_device(&host, &found)?.into());
+                Self::new(&found, file, Reach::Container(container))
+            }
+        }
     }
 
-    /// The host's IOMMU as this device sees it, for one that [`Self::bind`] has opened.
+    /// The host's IOMMU as this device sees it, for one that [`Self::for_context`] has opened. It is asked for once.
     ///
     /// # Errors
     /// ENODEV for a device that is in an [`AddressSpace`]; the kernel's.
@@ -194,18 +253,25 @@ impl HostDevice {
     /// # Safety
     /// As for [`HostHardware::new`].
     #[allow(unsafe_code, reason = "hands the promise on")]
-    pub unsafe fn hardware(&self, iommu: Arc<HostIommu>) -> Result<Arc<HostHardware>> {
-        let port = self.port.clone().filter(|_| self.space.is_none()).ok_or(Errno::NODEV)?;
-        // SAFETY: the caller's word.
-        unsafe { HostHardware::new(iommu, port, self.group.into()) }
+    pub unsafe fn hardware(&self) -> Result<Arc<dyn Hardware>> {
+        let group = self.group.into();
+        match &self.reach {
+            Reach::Space(_) => Err(Errno::NODEV),
+            Reach::Iommufd(iommu, port) => {
+                // SAFETY: the caller's word.
+                let hardware = unsafe { HostHardware::new(Arc::clone(iommu), Arc::clone(port) as _, group) };
+                Ok(hardware?)
+            }
+            Reach::Container(container) => {
+                let ranges = container.ranges()?;
+                // SAFETY: the caller's word.
+                let hardware = unsafe { ContainerHardware::new(Arc::clone(container) as _, ranges, group) };
+                Ok(Arc::new(hardware))
+            }
+        }
     }
 
-    fn new(
-        found: &Found,
-        file: Arc<File>,
-        space: Option<Arc<AddressSpace>>,
-        port: Option<Arc<Port>>,
-    ) -> Result<Self, KernelError> {
+    fn new(found: &Found, file: Arc<File>, reach: Reach) -> Result<Self, KernelError> {
         let address = found.address;
         let refused = |what| move |source| KernelError::Refused { what, address, source };
         let info = info::device(&file).map_err(refused("describe"))?;
@@ -223,8 +289,7 @@ impl HostDevice {
             logging: HostLogging::probe(&file),
             low_power: features::has_low_power(file.as_fd()),
             file,
-            space,
-            port,
+            reach,
             info,
             regions,
             irqs,
@@ -243,10 +308,13 @@ impl HostDevice {
         self.group
     }
 
-    /// The address space that it is in; none for one that is somebody else's ([`Self::bind`]).
+    /// The address space that it is in; none for one that is a context's ([`Self::for_context`]).
     #[must_use]
     pub fn space(&self) -> Option<&Arc<AddressSpace>> {
-        self.space.as_ref()
+        match &self.reach {
+            Reach::Space(space) => Some(space),
+            Reach::Iommufd(..) | Reach::Container(_) => None,
+        }
     }
 
     /// Maps an area of a region that is [`Mappable`](crate::device::Mappable).
@@ -283,6 +351,12 @@ impl HostDevice {
             let _ = self.write(VFIO_PCI_CONFIG_REGION_INDEX, COMMAND, &[command & !BUS_MASTER]);
         }
     }
+}
+
+/// Opens a node of the host's.
+fn open(path: impl Into<PathBuf>) -> Result<File, KernelError> {
+    let path = path.into();
+    File::options().read(true).write(true).open(&path).map_err(|source| KernelError::Open { path, source })
 }
 
 fn errno(error: std::io::Error) -> Errno {

@@ -5,7 +5,6 @@
 use core::{any::Any, fmt};
 use std::{
     collections::BTreeMap,
-    fs::File,
     os::fd::{AsFd, AsRawFd, OwnedFd},
     sync::{Arc, Mutex},
 };
@@ -13,23 +12,17 @@ use std::{
 use iommufd::{
     domain::{HostAddr, Prot},
     iova::{Iova, IovaRange},
-    kernel::{
-        HostIoas, HostIommu,
-        calls::{self, Bare, Plain, Window},
-    },
-};
-use uapi::vfio::{
-    VFIO_API_VERSION, VFIO_GROUP_FLAGS_VIABLE, VFIO_IOMMU_INFO_CAPS, VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE,
-    VFIO_TYPE1v2_IOMMU, vfio_group_status, vfio_iommu_type1_info, vfio_iova_range,
+    kernel::{HostIoas, HostIommu, calls},
 };
 use vm_memory::{GuestMemoryMmap, GuestMemoryRegion, MmapRegion, bitmap::Bitmap};
-use zerocopy::FromBytes;
 
 use super::{
     Door, KernelError, MapError, PciAddress,
+    container::Container,
     host::{Found, Host},
+    open,
 };
-use crate::{Errno, Result, capabilities::Chain, eventfd::lock};
+use crate::{Errno, Result, eventfd::lock};
 
 /// An address space of the host's IOMMU, for the devices that are in it.
 pub struct AddressSpace {
@@ -49,13 +42,6 @@ struct Held {
     _memory: Arc<dyn Any + Send + Sync>,
 }
 
-/// VFIO's container: `/dev/vfio/vfio`.
-struct Container {
-    file: File,
-    /// Those that are in it, by number. With the first it gets its IOMMU.
-    groups: Mutex<BTreeMap<u32, File>>,
-}
-
 impl fmt::Debug for AddressSpace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("AddressSpace")
@@ -63,11 +49,6 @@ impl fmt::Debug for AddressSpace {
             .field("mappings", &lock(&self.held).len())
             .finish_non_exhaustive()
     }
-}
-
-fn open(path: impl Into<std::path::PathBuf>) -> Result<File, KernelError> {
-    let path = path.into();
-    File::options().read(true).write(true).open(&path).map_err(|source| KernelError::Open { path, source })
 }
 
 impl AddressSpace {
@@ -82,16 +63,7 @@ impl AddressSpace {
                 let ioas = HostIommu::open().map_err(refused)?.ioas();
                 Way::Device(ioas.map_err(|errno| refused(errno.into()))?)
             }
-            Door::Group => {
-                let file = open(Host::default().container())?;
-                if calls::bare(file.as_fd(), Bare::ApiVersion, 0) != Ok(VFIO_API_VERSION.cast_signed()) {
-                    return Err(KernelError::Unknown("is of another version"));
-                }
-                if calls::bare(file.as_fd(), Bare::CheckExtension, VFIO_TYPE1v2_IOMMU).unwrap_or(0) == 0 {
-                    return Err(KernelError::Unknown("has no IOMMU of type 1: `modprobe vfio_iommu_type1`"));
-                }
-                Way::Group(Container { file, groups: Mutex::default() })
-            }
+            Door::Group => Way::Group(Container::new()?),
         };
         Ok(Arc::new(Self { way, held: Mutex::default() }))
     }
@@ -176,11 +148,8 @@ impl AddressSpace {
         let done = match &self.way {
             // SAFETY: the caller's word.
             Way::Device(ioas) => unsafe { ioas.map(iova, host, length, prot) },
-            Way::Group(container) => {
-                let window = Window::new(iova, host, length, prot);
-                // SAFETY: the caller's word.
-                unsafe { calls::container_map(container.file.as_fd(), window) }
-            }
+            // SAFETY: the caller's word.
+            Way::Group(container) => unsafe { container.map(iova, host, length, prot) },
         };
         match done {
             Ok(()) => {
@@ -189,30 +158,9 @@ impl AddressSpace {
             }
             Err(source) => {
                 let locked = held.values().map(|held| held.length).fold(length, u64::saturating_add);
-                Err(self.explain(iova, length, locked, source))
+                Err(MapError::explain(iova, length, locked, source, &self.ranges().unwrap_or_default()))
             }
         }
-    }
-
-    /// What a refusal means.
-    fn explain(&self, iova: Iova, length: u64, needed: u64, source: Errno) -> MapError {
-        let limit = rustix::process::getrlimit(rustix::process::Resource::Memlock).current;
-        let over = limit.is_some_and(|limit| limit < needed);
-        if source == Errno::NOMEM && over {
-            return MapError::Locked { needed, limit };
-        }
-        let ranges = self.ranges().unwrap_or_default();
-        let range = IovaRange::with_length(iova, length);
-        if let Ok(range) = range
-            && !ranges.is_empty()
-            && !ranges.iter().any(|usable| usable.covers(range))
-        {
-            let usable =
-                ranges.iter().map(|range| format!("{:#x} to {:#x}", range.start().0, range.last().0));
-            let usable = usable.collect::<Vec<_>>().join(", ");
-            return MapError::Reserved { start: iova.0, last: range.last().0, usable };
-        }
-        MapError::Refused { start: iova.0, length, source }
     }
 
     /// Takes memory away again: all that lies in `range`, in whole mappings. No device uses it when this returns.
@@ -234,11 +182,10 @@ impl AddressSpace {
             return Err(Errno::NOENT);
         }
         for (at, length, _) in inside {
+            let whole = IovaRange::with_length(Iova(at), length)?;
             match &self.way {
-                Way::Device(ioas) => ioas.unmap(IovaRange::with_length(Iova(at), length)?)?,
-                Way::Group(container) => {
-                    calls::container_unmap(container.file.as_fd(), at, length)?;
-                }
+                Way::Device(ioas) => ioas.unmap(whole)?,
+                Way::Group(container) => container.unmap(whole)?,
             }
             held.remove(&at);
         }
@@ -255,36 +202,14 @@ impl AddressSpace {
 
     /// Opens a device of a group, which joins the container.
     pub(super) fn open_in_group(&self, host: &Host, found: &Found) -> Result<OwnedFd, KernelError> {
-        let address = found.address;
-        let refused = |what| move |source| KernelError::Refused { what, address, source };
-        let Way::Group(container) = &self.way else {
-            return Err(KernelError::NoDoor {
-                address,
+        match &self.way {
+            Way::Group(container) => container.open_device(host, found),
+            Way::Device(_) => Err(KernelError::NoDoor {
+                address: found.address,
                 door: Door::Group,
                 why: "the address space is of the other door",
-            });
-        };
-        let mut groups = lock(&container.groups);
-        if !groups.contains_key(&found.group) {
-            let group = open(host.group(found.group))?;
-            let mut status = vfio_group_status::default();
-            calls::fixed(group.as_fd(), Plain::GroupStatus, &mut status)
-                .map_err(refused("tell the group of"))?;
-            if status.flags & VFIO_GROUP_FLAGS_VIABLE == 0 {
-                let others = host.others(found);
-                return Err(KernelError::NotViable { address, group: found.group, others });
-            }
-            calls::set_container(group.as_fd(), container.file.as_fd())
-                .map_err(refused("give a container to the group of"))?;
-            if groups.is_empty() {
-                calls::bare(container.file.as_fd(), Bare::SetIommu, VFIO_TYPE1v2_IOMMU)
-                    .map_err(refused("translate for"))?;
-            }
-            groups.insert(found.group, group);
+            }),
         }
-        let group = groups.get(&found.group).ok_or(KernelError::Absent(address))?;
-        let name = std::ffi::CString::new(address.to_string()).map_err(|_| KernelError::Absent(address))?;
-        calls::device_of_group(group.as_fd(), &name).map_err(refused("open"))
     }
 }
 
@@ -294,43 +219,6 @@ impl Drop for AddressSpace {
         if let Ok(range) = IovaRange::new(Iova(0), Iova(u64::MAX)) {
             let _ = self.unmap(range);
         }
-    }
-}
-
-/// More than this no container tells.
-const MAX_INFO: usize = 64 << 10;
-
-impl Container {
-    fn ranges(&self) -> Result<Vec<IovaRange>> {
-        let mut bytes = vec![0; 4096];
-        let info = loop {
-            calls::sized(self.file.as_fd(), Plain::ContainerInfo, &mut bytes)?;
-            let (info, _) = vfio_iommu_type1_info::read_from_prefix(&bytes).map_err(|_| Errno::PROTO)?;
-            let needed = usize::try_from(info.argsz).unwrap_or(usize::MAX);
-            if needed <= bytes.len() {
-                break info;
-            }
-            if needed > MAX_INFO {
-                return Err(Errno::OVERFLOW);
-            }
-            bytes = vec![0; needed];
-        };
-        let start = if info.flags & VFIO_IOMMU_INFO_CAPS == 0 { 0 } else { info.cap_offset };
-        for capability in Chain::new(&bytes, start) {
-            let (id, body) = capability?;
-            if u32::from(id) == VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE {
-                let ([count, _], mut rest) = <[u32; 2]>::read_from_prefix(body).map_err(|_| Errno::PROTO)?;
-                let mut ranges = Vec::new();
-                for _ in 0..count {
-                    let (range, after) = vfio_iova_range::read_from_prefix(rest).map_err(|_| Errno::PROTO)?;
-                    ranges.push(IovaRange::new(Iova(range.start), Iova(range.end))?);
-                    rest = after;
-                }
-                return Ok(ranges);
-            }
-        }
-        // A kernel that is too old to tell.
-        Ok(vec![IovaRange::ALL])
     }
 }
 

@@ -21,6 +21,10 @@
 //! What is not here: root and context tables, which a monitor reads when the guest says that they have changed
 //! ([`Listener::contexts`]) or when a device that is attached to nothing faults; interrupt remapping; device TLBs; scalable mode.
 //!
+//! A monitor whose guest has devices of another IOMMU behind the unit carries the guest's tables over to that: it hears what the
+//! guest wants forgotten ([`Listener::translations`]), which in caching mode includes what was not there, and looks for
+//! what is there now ([`Stage::pages`]).
+//!
 //! Section numbers are those of Intel's "Virtualization Technology for Directed I/O", revision 3 and later.
 //!
 //! Locks: the vIOMMU's are leaves, and nobody waits for readers, nor calls a [`Listener`], with one held.
@@ -43,6 +47,7 @@ pub use abi::{
 pub use descriptor::{ContextScope, Invalidation, IotlbScope, MAX_MASK, QueueError};
 pub use queue::Queue;
 pub use record::FaultRecord;
+pub use stage::{Leaf, Pages, Stage};
 pub use unit::{Listener, VtdIommu};
 
 pub(super) use table::{GuestTable, NestedTable};

@@ -44,6 +44,12 @@ pub trait Listener: Send + Sync + fmt::Debug {
     /// next wait descriptor for the end of it.
     fn contexts(&self, scope: ContextScope);
 
+    /// Translations are forgotten: whatever follows from that has to be done when this returns, as for [`Self::contexts`]. Devices
+    /// of this IOMMU may use them until the next wait descriptor.
+    fn translations(&self, scope: IotlbScope) {
+        let _ = scope;
+    }
+
     /// An access of a device faulted: a fault recording register is to get this.
     fn fault(&self, record: FaultRecord);
 
@@ -121,6 +127,9 @@ impl Unit {
             if !pending.iter().any(|other| Arc::ptr_eq(other, &table)) {
                 pending.push(table);
             }
+        }
+        if let Invalidation::Iotlb(scope) = what {
+            self.tell(|listener| listener.translations(scope));
         }
     }
 }

@@ -12,7 +12,8 @@
 //! invalidates it, and only then; whoever asks for that, by register or queue, goes on when no device uses any more what
 //! it was attached to before.
 //!
-//! An access that is not translated fails, and is recorded, unless the context entry says that it should not be.
+//! An access that is not translated fails, and is recorded, unless the context entry says that it should not be, or the
+//! address is one of interrupt requests: these are no DMA, and what devices signal does not come by here (`MsiSink`).
 //!
 //! Not offered: interrupt remapping, device TLBs, scalable mode, protected memory regions.
 //!

@@ -90,8 +90,9 @@ fn network() -> Vec<Call> {
                 libc::IPPROTO_UDP as u64,
             ],
         ),
-        // From sockets that are not connected, and what is said about them.
+        // From sockets that are not connected, and what is said about them; several datagrams at once.
         messages(),
+        all(&[libc::SYS_recvmmsg]),
     ]
     .into_iter()
     .flatten()
