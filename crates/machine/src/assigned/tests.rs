@@ -178,10 +178,10 @@ struct Assigned {
 const SLOT: usize = 4;
 
 fn assigned() -> Assigned {
-    assigned_with(Reach::Called, |_| ())
+    assigned_with(|_| ())
 }
 
-fn assigned_with(reach: Reach, change: impl FnOnce(&mut State)) -> Assigned {
+fn assigned_with(change: impl FnOnce(&mut State)) -> Assigned {
     let model = Model::new();
     let (unmask, unmasked) = mpsc::channel();
     model.with(|s| s.unmasked = Some(unmask));
@@ -193,12 +193,12 @@ fn assigned_with(reach: Reach, change: impl FnOnce(&mut State)) -> Assigned {
     let device = Arc::clone(&model) as Arc<dyn Device>;
     let seat = Seat {
         reached: DeviceMemory::whole(&memory),
-        ram: memory,
+        exposed: None,
         msi: Arc::new(Sink(sender)),
         wires: Wires::new(Arc::clone(&io_apic)),
         slot: SLOT,
     };
-    let function = AssignedFunction::new(device, reach, seat).unwrap();
+    let function = AssignedFunction::new(device, seat).unwrap();
     Assigned { model, function, messages, unmasked, rig, io_apic }
 }
 
@@ -254,9 +254,9 @@ fn the_guest_sees_the_device_but_for_what_the_machine_lacks() {
     assert_eq!((it.config(0x3c), it.model.with(|s| s.config[0x3d])), ([11], 2));
     let bar = BarInfo { index: 0, address: 0, size: 0x4000, wide: true, enabled: false };
     assert_eq!(it.function.bars(), [bar], "no I/O BAR");
-    let mut it = assigned_with(Reach::Called, |s| s.no_msi = true);
+    let mut it = assigned_with(|s| s.no_msi = true);
     assert_eq!(it.config(0x34), [0x50], "VFIO does not offer MSI");
-    let mut it = assigned_with(Reach::Called, |s| s.config[0x3d] = 0);
+    let mut it = assigned_with(|s| s.config[0x3d] = 0);
     assert_eq!((it.config(0x3d), it.set_up()), ([0], vec![]), "no wire");
 }
 
@@ -451,12 +451,12 @@ fn a_device_that_makes_no_sense_is_refused_and_closed() {
         let device = Arc::clone(&model) as Arc<dyn Device>;
         let seat = Seat {
             reached: DeviceMemory::whole(&memory),
-            ram: memory,
+            exposed: None,
             msi: Arc::new(Sink(mpsc::channel().0)),
             wires: Wires::new(IoApic::new(&Rig::new(&[0], false).bus)),
             slot: SLOT,
         };
-        let error = AssignedFunction::new(device, Reach::Called, seat).map(drop).unwrap_err();
+        let error = AssignedFunction::new(device, seat).map(drop).unwrap_err();
         assert!(model.with(|s| s.closed));
         error.to_string()
     };
