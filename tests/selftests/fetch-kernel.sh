@@ -52,7 +52,7 @@ compile() {
     rm -rf "$tree"
     mkdir "$tree"
     # What the two directories and `make headers` read.
-    dpkg-deb --fsys-tarfile "$1" | tar -xO --wildcards './usr/src/linux-source-*.tar.xz' | xz -dc |
+    dpkg-deb --fsys-tarfile "$1" | tar -xO --wildcards './usr/src/linux-source-*.tar.xz' | xz -dc -T0 |
         tar -x -C "$tree" --strip-components=1 --wildcards --no-wildcards-match-slash \
             '*/Makefile' '*/Kbuild' '*/scripts' '*/include' '*/arch/x86' '*/tools/arch/x86' '*/tools/include' \
             '*/tools/scripts' '*/tools/build' '*/tools/testing/selftests/*.h' '*/tools/testing/selftests/*.mk' \

@@ -5,7 +5,7 @@ use core::{
     sync::atomic::{AtomicBool, Ordering},
 };
 use std::{
-    os::fd::{IntoRawFd, OwnedFd},
+    os::fd::{AsRawFd, IntoRawFd, OwnedFd},
     sync::Arc,
 };
 
@@ -63,9 +63,9 @@ fn set_close_on_exec(descriptor: &OwnedFd, close_on_exec: bool) -> Result<()> {
 /// Gives the program `descriptor`, which stands for `file`.
 pub(crate) fn install(descriptor: OwnedFd, file: Arc<dyn ServedFile>, close_on_exec: bool) -> Result<c_int> {
     set_close_on_exec(&descriptor, close_on_exec)?;
-    let number = descriptor.into_raw_fd();
+    let number = descriptor.as_raw_fd();
     table::insert(number, Arc::new(Description { file })).map_err(|_| Errno::MFILE)?;
-    Ok(number)
+    Ok(descriptor.into_raw_fd())
 }
 
 /// Takes back a descriptor that [`install`] gave, before the program has seen its number.
@@ -154,7 +154,7 @@ pub(crate) fn read(
     let Some(offset) = position.offset()? else {
         let mut deliver =
             |at: usize, bytes: &[u8]| user::write(UserAddr(to.0.wrapping_add(at as u64)), bytes);
-        return description.file.read_to(count, &mut deliver);
+        return description.file.read_to(to, count, &mut deliver);
     };
     with_buffer(count, |buffer| {
         let done = description.file.read_at(offset, buffer)?;
@@ -244,8 +244,8 @@ impl ServedFile for Given {
         self.0.read(to)
     }
 
-    fn read_to(&self, room: usize, to: Deliver<'_>) -> Result<usize> {
-        self.0.read_to(room, to)
+    fn read_to(&self, _to: UserAddr, room: usize, deliver: Deliver<'_>) -> Result<usize> {
+        self.0.read_to(room, deliver)
     }
 
     fn write(&self, from: &[u8]) -> Result<usize> {

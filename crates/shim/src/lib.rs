@@ -18,7 +18,8 @@
 //! - A child after a fork uses its parent's files by a socket (`share`).
 //! - Files in sysfs and debugfs are real files elsewhere (`tree`).
 //!
-//! `unsafe` is in what touches C: `interpose`, `real`, `errno`, `user`, `start`, `registers`, and the signal mask in `share`.
+//! `unsafe` is in what touches C: `interpose`, `real`, `errno`, `user`, `start`, `registers`, the page of `owner`, and the signal mask
+//! in `share`.
 
 #![deny(unsafe_code)]
 #![cfg_attr(
@@ -37,6 +38,7 @@ mod mapped;
 mod moving;
 mod node;
 mod nodes;
+mod owner;
 mod paths;
 mod process;
 mod real;

@@ -28,3 +28,12 @@ pub(crate) fn carry(at: usize, length: usize, remap: impl FnOnce() -> Option<usi
     let there = inside::run(|| process::carry(at, length, remap))?;
     usize::try_from(there.0).ok()
 }
+
+/// The parts of a range that devices use where they are: where each begins and ends.
+pub(crate) fn in_use(at: usize, length: usize) -> Vec<(usize, usize)> {
+    let Some((at, length)) = range(at, length) else { return Vec::new() };
+    let bounds = |(start, length): (HostAddr, u64)| {
+        Some((usize::try_from(start.0).ok()?, usize::try_from(start.0 + length).ok()?))
+    };
+    inside::run(|| process::pinned(at, length).into_iter().filter_map(bounds).collect())
+}

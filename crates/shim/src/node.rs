@@ -73,12 +73,13 @@ pub(crate) trait ServedFile: Send + Sync {
         Err(Errno::INVAL)
     }
 
-    /// As `read` with room for so many bytes, which the program may have no memory for: what it does not take stays to be read,
-    /// where the file can keep it.
-    fn read_to(&self, room: usize, to: Deliver<'_>) -> Result<usize> {
+    /// As `read` with room for so many bytes at `to`, where the program may have no memory: what it does not take stays to be read,
+    /// where the file can keep it. `deliver` puts bytes there, so far from `to`.
+    fn read_to(&self, to: UserAddr, room: usize, deliver: Deliver<'_>) -> Result<usize> {
+        let _ = to;
         with_buffer(room, |buffer| {
             let done = self.read(buffer)?;
-            to(0, buffer.get(..done).ok_or(Errno::IO)?)?;
+            deliver(0, buffer.get(..done).ok_or(Errno::IO)?)?;
             Ok(done)
         })
     }

@@ -113,6 +113,7 @@ functions! {
     munmap: fn(*mut c_void, size_t) -> c_int;
     mremap: fn(*mut c_void, size_t, size_t, c_int; ..) -> *mut c_void;
     madvise: fn(*mut c_void, size_t, c_int) -> c_int;
+    mprotect: fn(*mut c_void, size_t, c_int) -> c_int;
 
     sigaction: fn(c_int, *const libc::sigaction, *mut libc::sigaction) -> c_int;
     __sigaction: fn(c_int, *const libc::sigaction, *mut libc::sigaction) -> c_int;

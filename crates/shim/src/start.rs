@@ -11,6 +11,8 @@ static START: extern "C" fn() = start;
 
 extern "C" fn start() {
     crate::errno::preserved(|| {
+        // Before a child of vfork can be the first to ask.
+        crate::owner::is_caller();
         crate::configuration::apply();
         // SAFETY: needed because fork may be called by libc itself. The handlers are functions of this library, which is never
         // unloaded.
@@ -33,6 +35,7 @@ extern "C" fn parent() {
 }
 
 extern "C" fn child() {
+    crate::errno::preserved(crate::owner::is_caller);
     crate::registers::wanted::child();
     crate::share::child();
 }

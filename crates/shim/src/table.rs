@@ -7,6 +7,8 @@
 //! Descriptors that were duplicated share one [`Description`], as in the kernel; the served file is released when the last
 //! descriptor is closed and the last call on it has returned. Real descriptor numbers stand for all of them (the program's
 //! own kernel gave them), so close-on-exec, limits and `poll` are the kernel's affair.
+//!
+//! Only the process whose descriptors these are changes the table: see [`crate::owner`].
 
 use core::{
     ffi::c_int,
@@ -16,7 +18,7 @@ use std::sync::{Arc, OnceLock};
 
 use arc_swap::{ArcSwapOption, Guard};
 
-use crate::node::ServedFile;
+use crate::{node::ServedFile, owner};
 
 /// An open file, which several descriptors may share.
 pub(crate) struct Description {
@@ -59,13 +61,14 @@ pub(crate) fn get_full(fd: c_int) -> Option<Arc<Description>> {
     get(fd)?.as_ref().map(Arc::clone)
 }
 
-/// From now on `fd`, which is the program's, is `description`. Gives it back when the number is too large for the table.
+/// From now on `fd`, which is the program's, is `description`. Gives it back when the number is too large for the table, or not one
+/// of the process that the table is of.
 pub(crate) fn insert(fd: c_int, description: Arc<Description>) -> Result<(), Arc<Description>> {
     let Some(chunk) = usize::try_from(fd).ok().and_then(|fd| TABLE.get(fd / CHUNK)) else {
         return Err(description);
     };
     chunk.get_or_init(|| (0..CHUNK).map(|_| Slot::empty()).collect());
-    let Some(slot) = slot(fd) else { return Err(description) };
+    let Some(slot) = slot(fd).filter(|_| owner::is_caller()) else { return Err(description) };
     if slot.swap(Some(description)).is_none() {
         SERVED.fetch_add(1, Ordering::Relaxed);
     }
@@ -77,7 +80,12 @@ pub(crate) fn remove(fd: c_int) -> Option<Arc<Description>> {
     if !serves_any() {
         return None;
     }
-    let description = slot(fd)?.swap(None)?;
+    let slot = slot(fd)?;
+    // Nearly all are not served, and asking costs a system call.
+    if slot.load().is_none() || !owner::is_caller() {
+        return None;
+    }
+    let description = slot.swap(None)?;
     SERVED.fetch_sub(1, Ordering::Relaxed);
     Some(description)
 }

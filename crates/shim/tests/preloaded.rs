@@ -197,6 +197,53 @@ fn a_child_uses_what_its_parent_opened() {
     });
 }
 
+/// What a child of `vfork` closes and duplicates until it executes another program is its own, not its parent's.
+#[test]
+fn a_child_in_its_parents_memory_has_descriptors_of_its_own() {
+    static DESCRIPTORS: [AtomicUsize; 2] = [AtomicUsize::new(0), AtomicUsize::new(0)];
+
+    /// As Python does between `vfork` and `exec`.
+    extern "C" fn close_all(_argument: *mut c_void) -> c_int {
+        let [served, ordinary] =
+            [0, 1].map(|index| c_int::try_from(DESCRIPTORS[index].load(Ordering::Relaxed)).unwrap_or(-1));
+        let made = unsafe {
+            // A served one becomes an ordinary one, and an ordinary one served.
+            [libc::dup2(served, ordinary), libc::dup2(0, served), libc::close(ordinary), libc::dup(0)]
+        };
+        let closed = unsafe { libc::close_range(3, u32::MAX, 0) };
+        c_int::from(made != [ordinary, served, 0, ordinary] || closed != 0)
+    }
+
+    preloaded("a_child_in_its_parents_memory_has_descriptors_of_its_own", || {
+        let served = open(IOMMU, libc::O_RDWR);
+        let id = ioas_alloc(served).unwrap();
+        let ordinary = open(c"/dev/null", libc::O_RDWR);
+        for (place, descriptor) in DESCRIPTORS.iter().zip([served, ordinary]) {
+            place.store(usize::try_from(descriptor).unwrap(), Ordering::Relaxed);
+        }
+        let mut stack = vec![0_u128; 16 << 10];
+        let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
+        let top = stack.as_mut_ptr_range().end.cast();
+        let child = unsafe { libc::clone(close_all, top, flags, ptr::null_mut()) };
+        assert!(child > 0, "{}", errno());
+        let mut status = 0;
+        assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+        assert_eq!(status, 0);
+        assert_eq!(ioas_alloc(ordinary), Err(libc::ENOTTY));
+        assert_eq!(destroy(served, id), Ok(()));
+        // And a copy of the memory is a process like any other, however it was made.
+        let child = unsafe { libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) };
+        if child == 0 {
+            let same = unsafe { [libc::close(served), libc::dup(0)] } == [0, served];
+            let ordinary = ioas_alloc(served) == Err(libc::ENOTTY);
+            unsafe { libc::_exit(c_int::from(!(same && ordinary))) };
+        }
+        assert_eq!(unsafe { libc::waitpid(-1, &raw mut status, 0) }, c_int::try_from(child).unwrap());
+        assert_eq!(status, 0);
+        assert!(ioas_alloc(served).is_ok());
+    });
+}
+
 /// Runs `body` in a child and gives its exit status.
 fn in_child(body: impl FnOnce() -> c_int) -> c_int {
     let mut result = -1;
@@ -290,6 +337,44 @@ fn memory_is_mapped_for_devices() {
         assert!(ioas_map(fd, ioas, at, 1 << 16).is_ok());
         assert_eq!(ioas_map(fd, ioas, at, 0), Err(libc::EINVAL));
         assert_eq!(ioas_map(fd, ioas, at, usize::MAX), Err(libc::EOVERFLOW));
+    });
+}
+
+/// Whether the kernel can read a byte there on the program's behalf.
+fn is_readable(at: *mut c_void) -> bool {
+    let mut pipe = [0; 2];
+    assert_eq!(unsafe { libc::pipe(pipe.as_mut_ptr()) }, 0);
+    let done = unsafe { libc::write(pipe[1], at, 1) };
+    pipe.iter().for_each(|end| assert_eq!(unsafe { libc::close(*end) }, 0));
+    done == 1
+}
+
+#[test]
+fn memory_that_devices_use_stays_accessible() {
+    const TEST: libc::c_ulong = 0x3ba0;
+    const MOCK_DOMAIN: u64 = 2;
+    const UNMAP: libc::c_ulong = 0x3b86;
+    const PAGE: usize = 4096;
+    serving("memory_that_devices_use_stays_accessible", "mock-iommu", || {
+        let fd = open(IOMMU, libc::O_RDWR);
+        let ioas = ioas_alloc(fd).unwrap();
+        let (flags, both) = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, libc::PROT_READ | libc::PROT_WRITE);
+        let at = unsafe { libc::mmap(ptr::null_mut(), 4 * PAGE, both, flags, -1, 0) };
+        let pages = [0, 1, 2, 3].map(|page| unsafe { at.byte_add(page * PAGE) });
+        let mut device = [72 | MOCK_DOMAIN << 32, u64::from(ioas), 0, 0, 0, 0, 0, 0, 0];
+        assert_eq!(unsafe { libc::ioctl(fd, TEST, device.as_mut_ptr()) }, 0, "{}", errno());
+        ioas_map(fd, ioas, pages[1], PAGE).unwrap();
+        assert_eq!(unsafe { libc::mprotect(at, 4 * PAGE, libc::PROT_NONE) }, 0);
+        assert_eq!(pages.map(is_readable), [false, true, false, false]);
+        assert_eq!(unsafe { libc::mprotect(at, 4 * PAGE, both) }, 0);
+        assert_eq!(pages.map(is_readable), [true; 4]);
+        assert_eq!(unsafe { libc::mprotect(at.byte_add(1), PAGE, libc::PROT_NONE) }, -1);
+        assert_eq!(errno(), libc::EINVAL);
+        // Everything, when no device uses it any more.
+        let mut unmap = [24 | u64::from(ioas) << 32, 0, u64::MAX];
+        assert_eq!(unsafe { libc::ioctl(fd, UNMAP, unmap.as_mut_ptr()) }, 0, "{}", errno());
+        assert_eq!(unsafe { libc::mprotect(at, 4 * PAGE, libc::PROT_NONE) }, 0);
+        assert_eq!(pages.map(is_readable), [false; 4]);
     });
 }
 

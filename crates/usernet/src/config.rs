@@ -1,5 +1,6 @@
 //! What the network of one guest looks like.
 
+use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 /// An Ethernet address.
@@ -27,6 +28,15 @@ pub enum Transport {
     Tcp,
     /// UDP.
     Udp,
+}
+
+impl fmt::Display for Transport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "TCP",
+            Self::Udp => "UDP",
+        })
+    }
 }
 
 /// A port of the host that leads into the guest.

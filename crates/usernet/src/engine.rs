@@ -27,6 +27,7 @@
 //!
 //! Others talk to the engine by a [`Handle`]: a queue of commands, and an eventfd that wakes the loop.
 
+use std::collections::HashSet;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -113,7 +114,8 @@ impl Handle {
         Ok(bound)
     }
 
-    /// Ends the forwarding of a port, and with it the flows that came by it. Returns whether it was forwarded.
+    /// Ends the forwarding of a port, and with it the UDP flows that came by it; connections go on. Returns whether it
+    /// was forwarded.
     ///
     /// # Errors
     /// `BrokenPipe` if the engine has ended.
@@ -171,6 +173,8 @@ fn ask<T>(door: &Door, command: impl FnOnce(Sender<T>) -> Command) -> io::Result
 /// A guest's network: see above.
 pub struct Engine {
     config: Config,
+    /// What is in `config.forwards`, to be asked for one of them.
+    forwarded: HashSet<Forward>,
     link: Link,
     poller: Poller,
     /// Where frames are taken to.
@@ -270,6 +274,7 @@ impl Engine {
             stopped: false,
             ahead: Duration::ZERO,
             config: Config { forwards: Vec::new(), ..config.clone() },
+            forwarded: HashSet::new(),
         })
     }
 
@@ -425,8 +430,8 @@ impl Engine {
     }
 
     pub(crate) fn add_forward(&mut self, forward: Forward) -> io::Result<Forward> {
-        if self.config.forwards.contains(&forward) {
-            let error = format!("{:?} {} is forwarded already", forward.transport, forward.listen);
+        if self.forwarded.contains(&forward) {
+            let error = format!("{} {} is forwarded already", forward.transport, forward.listen);
             return Err(io::Error::new(io::ErrorKind::AlreadyExists, error));
         }
         let now = self.now();
@@ -438,6 +443,7 @@ impl Engine {
         };
         let listen = listen.map_err(|error| explained(&forward, &error))?;
         let forward = Forward { listen, ..forward };
+        self.forwarded.insert(forward.clone());
         self.config.forwards.push(forward.clone());
         Ok(forward)
     }
@@ -447,6 +453,7 @@ impl Engine {
             Transport::Tcp => self.tcp.unlisten(forward),
             Transport::Udp => self.udp.unlisten(forward),
         };
+        self.forwarded.remove(forward);
         self.config.forwards.retain(|other| other != forward);
         if let (Transport::Udp, Some(bypass)) = (forward.transport, &self.link.bypass) {
             bypass.forget_closed();

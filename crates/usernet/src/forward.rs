@@ -6,13 +6,21 @@ use rustix::io::Errno;
 
 use crate::config::{Forward, Transport};
 
+/// The kind of an error. `QuotaExceeded` if there are no descriptors left, for which the standard library has no name.
+pub(crate) fn kind(error: &io::Error) -> io::ErrorKind {
+    match Errno::from_io_error(error) {
+        Some(Errno::MFILE | Errno::NFILE) => io::ErrorKind::QuotaExceeded,
+        _ => error.kind(),
+    }
+}
+
 /// The error with the name of the port that could not be listened to, and a way out.
 pub(crate) fn explained(forward: &Forward, error: &io::Error) -> io::Error {
     let Forward { transport, listen, interface, .. } = forward;
     let port = listen.port();
-    let (name, listing) = match transport {
-        Transport::Tcp => ("TCP", "ss -ltnp"),
-        Transport::Udp => ("UDP", "ss -lunp"),
+    let listing = match transport {
+        Transport::Tcp => "ss -ltnp",
+        Transport::Udp => "ss -lunp",
     };
     let by = interface.as_ref().map_or(String::new(), |interface| format!(" by interface {interface}"));
     let advice = match Errno::from_io_error(error) {
@@ -33,7 +41,7 @@ pub(crate) fn explained(forward: &Forward, error: &io::Error) -> io::Error {
         Some(Errno::MFILE | Errno::NFILE) => {
             "no descriptors are left: forward fewer ports, or raise the limit (`ulimit -n`)".to_owned()
         }
-        _ => return io::Error::new(error.kind(), format!("cannot listen on {name} {listen}{by}: {error}")),
+        _ => return io::Error::new(error.kind(), format!("cannot listen on {transport} {listen}{by}: {error}")),
     };
-    io::Error::new(error.kind(), format!("cannot listen on {name} {listen}{by}: {error}; {advice}"))
+    io::Error::new(kind(error), format!("cannot listen on {transport} {listen}{by}: {error}; {advice}"))
 }

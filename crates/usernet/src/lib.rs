@@ -29,6 +29,7 @@ mod ndp;
 mod network;
 mod packet;
 mod poller;
+mod slots;
 mod socket;
 pub mod splice;
 pub mod stats;

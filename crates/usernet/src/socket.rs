@@ -1,8 +1,10 @@
 //! The host's sockets: what those of every protocol are bound to, and all of the datagram ones.
 //!
-//! Opening, and what needs control messages: which address a datagram came to ([`receive`]) and goes from
+//! Opening, and what needs control messages: which address a datagram came to ([`receive`], [`Inbox`]) and goes from
 //! ([`send`]), and why one did not get through ([`next_error`]; ip(7) IP_RECVERR). rustix has no types for those
 //! messages; nix does.
+
+mod inbox;
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -13,7 +15,7 @@ use nix::sys::socket::sockopt::{
     BindToDevice, Ipv4PacketInfo, Ipv4RecvErr, Ipv6RecvErr, Ipv6RecvPacketInfo, UdpGroSegment,
 };
 use nix::sys::socket::{
-    ControlMessage, ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, sendmsg, setsockopt,
+    ControlMessage, ControlMessageOwned, MsgFlags, RecvMsg, SockaddrStorage, recvmsg, sendmsg, setsockopt,
 };
 use rustix::io::Errno;
 use rustix::net::{
@@ -24,6 +26,7 @@ use rustix::net::{
 use crate::config::Forward;
 use crate::frame::IcmpError;
 use crate::packet::Datagrams;
+pub(crate) use inbox::{Appetite, Inbox};
 
 /// Room for the control messages asked for here.
 const CONTROL: usize = 256;
@@ -214,6 +217,7 @@ pub(crate) fn set_hop_limit(fd: &OwnedFd, v6: bool, hops: u8) {
 }
 
 /// A datagram that a socket took, or several of one peer's.
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Received {
     /// Bytes of all of them.
     pub(crate) length: usize,
@@ -241,6 +245,11 @@ pub(crate) fn receive(fd: &OwnedFd, buffer: &mut [u8]) -> io::Result<Received> {
     // syscalls: recvmsg
     let message =
         recvmsg::<SockaddrStorage>(fd.as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::MSG_DONTWAIT)?;
+    Ok(received(&message).ok_or(io::ErrorKind::InvalidData)?)
+}
+
+/// What a message and its control messages say; `None` if it is from nobody.
+fn received(message: &RecvMsg<'_, SockaddrStorage>) -> Option<Received> {
     let (mut local, mut segment) = (None, None);
     for message in message.cmsgs() {
         match message {
@@ -254,8 +263,8 @@ pub(crate) fn receive(fd: &OwnedFd, buffer: &mut [u8]) -> io::Result<Received> {
             _ => {}
         }
     }
-    let peer = message.address.as_ref().and_then(to_std).ok_or(io::ErrorKind::InvalidData)?;
-    Ok(Received { length: message.bytes, segment, peer, local })
+    let peer = message.address.as_ref().and_then(to_std)?;
+    Some(Received { length: message.bytes, segment, peer, local })
 }
 
 /// Sends a datagram, or several if `length` says how long each but the last is (`UDP_SEGMENT` in udp(7)); to `peer` by a socket

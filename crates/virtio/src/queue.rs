@@ -79,6 +79,14 @@ pub enum ChainError {
         /// Entries in the table.
         size: u32,
     },
+    /// More descriptors than the device has a use for.
+    #[error(
+        "more than {most} descriptors, which no driver may chain for this device (virtio 1.2, 2.7.5.3.1)"
+    )]
+    Long {
+        /// How many may be.
+        most: u32,
+    },
     /// An indirect descriptor without the feature, inside an indirect table, or with a next one.
     #[error("indirect descriptor where none may be")]
     Indirect,
@@ -225,6 +233,8 @@ pub struct Virtq<M: GuestMem> {
     kick: Arc<Event>,
     interrupts: Arc<Interrupts>,
     indirect: bool,
+    /// How many descriptors a chain may have.
+    longest: u32,
     broken: bool,
     /// [`wait_for_kick`](Self::wait_for_kick) saw a chain that was not popped yet.
     promised: bool,
@@ -248,6 +258,7 @@ impl<M: GuestMem> Virtq<M> {
             kick,
             interrupts,
             indirect,
+            longest: u32::MAX,
             broken: false,
             promised: false,
             unsignalled: 0,
@@ -264,6 +275,13 @@ impl<M: GuestMem> Virtq<M> {
     #[must_use]
     pub fn size(&self) -> usize {
         self.queue.size().into()
+    }
+
+    /// Lets a chain have `most` descriptors at most, those of an indirect table included. "A driver MUST NOT create a
+    /// descriptor chain longer than the Queue Size of the device" (virtio 1.2, 2.7.5.3.1); but Linux does with indirect
+    /// tables, where a request asks for it. So a device says it whose requests are never so long.
+    pub fn limit_chains(&mut self, most: u16) {
+        self.longest = most.into();
     }
 
     /// Signalled when the driver made buffers available; non-blocking.
@@ -301,7 +319,7 @@ impl<M: GuestMem> Virtq<M> {
         self.promised = false;
         let head = raw.head_index();
         let table = Table { address: GuestAddress(self.queue.desc_table()), size: self.queue.size().into() };
-        match walk(&*mem, table, head, self.indirect) {
+        match walk(&*mem, table, head, self.indirect, self.longest) {
             Ok((readable, writable)) => Some(Chain { head, readable, writable, raw: Some(raw) }),
             Err(reason) => {
                 self.break_by(&QueueError::Chain { queue: self.index, head, reason });
@@ -437,18 +455,20 @@ struct Table {
     size: u32,
 }
 
-/// Walks a chain: what the device reads and what it writes.
+/// Walks a chain of `longest` descriptors at most: what the device reads and what it writes.
 fn walk<G: Reach>(
     mem: &G,
     mut table: Table,
     head: u16,
     indirect_allowed: bool,
+    longest: u32,
 ) -> Result<(Buffers, Buffers), ChainError> {
     let mut readable = Buffers::default();
     let mut writable = Buffers::default();
     let mut index = u32::from(head);
     let mut in_indirect = false;
     let mut walked = 0;
+    let mut left = longest;
     loop {
         if index >= table.size {
             return Err(ChainError::Index { index, size: table.size });
@@ -457,6 +477,7 @@ fn walk<G: Reach>(
             return Err(ChainError::Loop { size: table.size });
         }
         walked += 1;
+        left = left.checked_sub(1).ok_or(ChainError::Long { most: longest })?;
         let address = u64::from(index) * u64::from(DESCRIPTOR_SIZE);
         let descriptor: Descriptor = table
             .address
@@ -532,7 +553,7 @@ mod tests {
     fn walk_direct(descriptors: &[(u64, u32, u16, u16)]) -> Result<(usize, usize), ChainError> {
         let mem = memory();
         put(&mem, 0x1000, descriptors);
-        walk(&mem, TABLE, 0, true).map(|(r, w)| (r.len(), w.len()))
+        walk(&mem, TABLE, 0, true, u32::MAX).map(|(r, w)| (r.len(), w.len()))
     }
 
     #[test]
@@ -567,7 +588,7 @@ mod tests {
         let mem = memory();
         put(&mem, 0x1000, &[(0x8000, 1, NEXT, 1), (0x4000, 32, INDIRECT, 0)]);
         put(&mem, 0x4000, &[(0x9000, 2, NEXT, 1), (0xa000, 3, WRITE, 0)]);
-        let lens = |allowed| walk(&mem, TABLE, 0, allowed).map(|(r, w)| (r.len(), w.len()));
+        let lens = |allowed| walk(&mem, TABLE, 0, allowed, u32::MAX).map(|(r, w)| (r.len(), w.len()));
         assert_eq!(lens(true), Ok((3, 3)));
         assert_eq!(lens(false), Err(ChainError::Indirect));
         put(&mem, 0x4000, &[(0x9000, 2, NEXT, 1), (0x4000, 32, INDIRECT, 0)]);
@@ -585,10 +606,24 @@ mod tests {
     }
 
     #[test]
+    fn chains_may_be_limited() {
+        let mem = memory();
+        put(&mem, 0x1000, &[(0x8000, 1, NEXT, 1), (0x4000, 48, INDIRECT, 0)]);
+        // Empty buffers are descriptors too.
+        put(&mem, 0x4000, &[(0, 0, NEXT, 1), (0, 0, NEXT, 2), (0x9000, 2, 0, 0)]);
+        let len = |longest| walk(&mem, TABLE, 0, true, longest).map(|(readable, _)| readable.len());
+        assert_eq!(len(5), Ok(3));
+        assert_eq!(len(4), Err(ChainError::Long { most: 4 }));
+        // A table that is longer than what is used of it does no harm.
+        put(&mem, 0x1000, &[(0x4000, 16 * 4096, INDIRECT, 0)]);
+        assert_eq!(len(4), Ok(2));
+    }
+
+    #[test]
     fn buffers_cross_regions_and_segments() {
         let mem = memory();
         put(&mem, 0x1000, &[(0xf_fffe, 4, NEXT | WRITE, 1), (0x9000, 4, WRITE, 0)]);
-        let (_, writable) = walk(&mem, TABLE, 0, true).unwrap();
+        let (_, writable) = walk(&mem, TABLE, 0, true, u32::MAX).unwrap();
         assert_eq!(writable.write(&mem, 1, b"abcdefghij"), 7);
         let mut data = [0; 10];
         assert_eq!(writable.read(&mem, 0, &mut data), 8);

@@ -103,6 +103,35 @@ fn frames_of_the_guest_arrive_with_what_is_left_to_do() {
 }
 
 #[test]
+fn a_frame_has_no_more_pieces_than_the_queue_has_entries() {
+    const NEXT: u16 = 1;
+    const INDIRECT: u16 = 4;
+    let (mut guest, mut tap) = running(ANY);
+    // What refers to the table counts as well.
+    for (pieces, fits) in [(255, true), (256, false)] {
+        let bytes = guest.put(&[0; 512]);
+        let piece = |number: u16| {
+            let flags = if number + 1 < pieces { NEXT } else { 0 };
+            let [address, length] = [bytes.to_le_bytes(), (2 | u64::from(flags) << 32).to_le_bytes()];
+            let mut descriptor = [address, length].concat();
+            descriptor[14..].copy_from_slice(&(number + 1).to_le_bytes());
+            descriptor
+        };
+        let table = (0..pieces).flat_map(piece).collect::<Vec<u8>>();
+        let address = guest.put(&table);
+        guest.offer(TRANSMIT, &[(address, table.len() as u32, INDIRECT)]);
+        guest.kick(TRANSMIT);
+        tap.acknowledge();
+        // The device's header is of these bytes too.
+        let frame = received(&mut tap).map(|(frame, _)| frame.len());
+        assert_eq!(frame, fits.then_some(2 * usize::from(pieces) - 12), "{pieces}");
+        if !fits {
+            guest.expect_needs_reset();
+        }
+    }
+}
+
+#[test]
 fn a_frame_may_be_cut_anywhere() {
     let (mut guest, mut tap) = running(ANY);
     let bytes = guest.put(&[[0; 12].as_slice(), b"cut anywhere"].concat());

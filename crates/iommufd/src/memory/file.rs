@@ -116,6 +116,20 @@ impl FileMemory {
         Ok(Self { file: SharedFile::of(file, writable)?, first, end })
     }
 
+    /// How often a page is pinned, by this or any other store of the file.
+    #[cfg(any(test, feature = "testing"))]
+    pub(crate) fn pin_count(&self, page: u64) -> Result<u64> {
+        let stat = fstat(&self.file.file)?;
+        let files = FILES.lock().unwrap_or_else(PoisonError::into_inner);
+        let stores = [false, true].map(|writable| files.get(&(stat.st_dev, stat.st_ino, writable)));
+        let offset = (self.first + page) * PAGE_SIZE;
+        let mappings = stores.into_iter().flatten().filter_map(Weak::upgrade).filter_map(|file| {
+            let mapping = file.mapping.lock().unwrap_or_else(PoisonError::into_inner);
+            mapping.clone().filter(|mapping| offset < mapping.length())
+        });
+        Ok(mappings.map(|mapping| pins::count(HostAddr(mapping.start().0 + offset))).sum())
+    }
+
     /// Where byte `offset` is, and the mapping that it is in.
     fn at(&self, offset: u64) -> Result<(HostAddr, Arc<FileMapping>)> {
         let offset = offset.checked_add(self.first * PAGE_SIZE).ok_or(Errno::FAULT)?;

@@ -8,6 +8,9 @@ use crate::{
     process::UserAddr,
 };
 
+/// How much of a bitmap is read at a time.
+const WINDOW: usize = 4096;
+
 impl Operation<'_> {
     /// Whether a page table leads to the memory that the process has at `uptr`. EINVAL when it does not.
     pub(super) fn check_map(&self) -> Result<()> {
@@ -57,16 +60,19 @@ impl Operation<'_> {
             return Err(Errno::OPNOTSUPP);
         }
         let pages = length / page_size;
-        let mut bits = [0];
+        let bytes = pages.div_ceil(8);
+        let mut window = [0; WINDOW];
         member.out_nr_dirty = 0;
-        for page in 0..pages {
-            if page % 8 == 0 {
-                let at = uptr.checked_add(page / 8).ok_or(Errno::FAULT)?;
-                self.caller.process().read(UserAddr(at), &mut bits)?;
-            }
-            if bits[0] & 1 << (page % 8) != 0 {
-                domain.dirty(Iova(iova + page * page_size));
-                member.out_nr_dirty += 1;
+        for before in (0..bytes).step_by(WINDOW) {
+            let at = uptr.checked_add(before).ok_or(Errno::FAULT)?;
+            let length = usize::try_from(bytes - before).unwrap_or(WINDOW).min(WINDOW);
+            let bits = window.get_mut(..length).unwrap_or_default();
+            self.caller.process().read(UserAddr(at), bits)?;
+            for (first, bits) in (before * 8..).step_by(8).zip(bits).filter(|(_, bits)| **bits != 0) {
+                for page in (first..pages.min(first + 8)).filter(|page| *bits & 1 << (page % 8) != 0) {
+                    domain.dirty(Iova(iova + page * page_size));
+                    member.out_nr_dirty += 1;
+                }
             }
         }
         self.respond(&member)

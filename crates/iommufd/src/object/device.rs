@@ -291,9 +291,11 @@ pub struct DeviceDma {
 fn errno(fault: Fault) -> Errno {
     match fault.reason {
         FaultReason::Permission => Errno::PERM,
-        FaultReason::Unmapped | FaultReason::Detached | FaultReason::Range | FaultReason::Target => {
-            Errno::NOENT
-        }
+        FaultReason::Unmapped
+        | FaultReason::Detached
+        | FaultReason::Range
+        | FaultReason::Target
+        | FaultReason::Interrupt => Errno::NOENT,
         FaultReason::Table | FaultReason::Reserved | FaultReason::Foreign | FaultReason::Moving => {
             Errno::FAULT
         }

@@ -9,7 +9,7 @@ use std::{
 pub(crate) mod local;
 mod remote;
 
-pub use local::{LocalProcess, carry, forget, quiet, vacate, vacate_private};
+pub use local::{LocalProcess, carry, forget, pinned, quiet, vacate, vacate_private};
 pub use remote::RemoteProcess;
 
 use crate::{Result, account::Usage, domain::HostAddr, hostmem::PinnedPages};

@@ -42,6 +42,10 @@ pub enum FaultReason {
     /// The guest's page table leads to where the guest has no memory.
     #[error("the guest's page table leads to no memory")]
     Target,
+    /// The address is not the guest's page table's to translate: a write of four bytes there would be an interrupt request, and
+    /// nothing else is answered.
+    #[error("the address is one of interrupt requests")]
+    Interrupt,
     /// It is mapped, but not known to be memory of this process.
     #[error("what is mapped cannot be accessed by its address")]
     Foreign,

@@ -26,24 +26,21 @@
 //!
 //! Locks: `slots` and `gate` are leaves and never held together. Nobody waits while holding `slots`, so that members come
 //! and go while somebody waits.
+//!
+//! What this is made of comes from [`super::sync`], so that a model checker can put its own there: crate `ring3-models`
+//! runs this very file through every order in which the threads of small programs can go on, and every value that a load may
+//! return.
 
-use core::{
-    sync::atomic::{AtomicU64, Ordering, fence},
-    time::Duration,
-};
-use std::{
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
-    time::Instant,
+use std::sync::{Arc, PoisonError};
+
+use super::sync::{
+    AtomicU64, Condvar, EXCHANGE_IS_FENCE, Mutex, MutexGuard, Ordering, PAUSES, compiler_fence, fence, pause,
 };
 
 /// What a member outside has in its slot.
 const OUTSIDE: u64 = 0;
 /// Somebody waits for this one to leave.
 const AWAITED: u64 = 1 << 63;
-
-/// How long a waiter does not look, in turn, before it sleeps. Most sections are shorter than going to sleep.
-const PAUSES: [Duration; 4] =
-    [Duration::from_micros(1), Duration::from_micros(2), Duration::from_micros(4), Duration::from_micros(4)];
 
 /// A member's state, on cache lines of its own: two, because processors fetch them in pairs.
 #[derive(Debug)]
@@ -61,14 +58,11 @@ impl Slot {
     /// Its owner comes in: what it loads after this is loaded after this is seen.
     #[inline]
     fn publish(&self, time: u64) {
-        // An exchange is a fence for everything there, and a store with a fence is the slower of the two.
-        #[cfg(target_arch = "x86_64")]
-        {
+        if EXCHANGE_IS_FENCE {
+            // A store with a fence is the slower of the two.
             self.state.swap(time, Ordering::SeqCst);
-            core::sync::atomic::compiler_fence(Ordering::SeqCst);
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        {
+            compiler_fence(Ordering::SeqCst);
+        } else {
             self.state.store(time, Ordering::Release);
             fence(Ordering::SeqCst);
         }
@@ -117,11 +111,8 @@ impl Epoch {
         if busy.is_empty() {
             return;
         }
-        for pause in PAUSES {
-            let begin = Instant::now();
-            while begin.elapsed() < pause {
-                core::hint::spin_loop();
-            }
+        for duration in PAUSES {
+            pause(duration);
             if !busy.iter().any(|(slot, time)| slot.time() == *time) {
                 return;
             }
@@ -136,6 +127,12 @@ impl Epoch {
     pub(super) fn is_quiet(&self) -> bool {
         fence(Ordering::SeqCst);
         lock(&self.slots).iter().all(|slot| slot.time() == OUTSIDE)
+    }
+
+    /// How many members there are.
+    #[cfg(test)]
+    pub(super) fn members(&self) -> usize {
+        lock(&self.slots).len()
     }
 
     #[cold]
@@ -178,105 +175,17 @@ impl Member {
     }
 }
 
+#[cfg(test)]
+impl Member {
+    /// Whether somebody sleeps, or is about to, until it leaves.
+    pub(super) fn is_awaited(&self) -> bool {
+        self.slot.state.load(Ordering::SeqCst) & AWAITED != 0
+    }
+}
+
 impl Drop for Member {
     fn drop(&mut self) {
         self.leave();
         lock(&self.epoch.slots).retain(|slot| !Arc::ptr_eq(slot, &self.slot));
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use core::sync::atomic::{AtomicBool, AtomicUsize};
-    use std::{sync::mpsc, thread};
-
-    use super::*;
-
-    /// A value that is "freed" by being set to false after a grace period must be seen true by all inside.
-    #[test]
-    fn nobody_sees_what_was_freed_after_a_grace_period() {
-        const ROUNDS: usize = 2_000;
-        let epoch = Epoch::new();
-        let cells: Vec<_> = (0..=ROUNDS).map(|_| AtomicBool::new(true)).collect();
-        let current = AtomicUsize::new(0);
-        thread::scope(|scope| {
-            for _ in 0..2 {
-                let mut member = epoch.join();
-                let (cells, current) = (&cells, &current);
-                scope.spawn(move || {
-                    loop {
-                        member.enter();
-                        let at = current.load(Ordering::Acquire);
-                        for _ in 0..20 {
-                            assert!(cells[at].load(Ordering::Relaxed), "cell {at} was freed under a reader");
-                        }
-                        member.leave();
-                        if at == ROUNDS {
-                            break;
-                        }
-                    }
-                });
-            }
-            for (round, cell) in cells.iter().enumerate().take(ROUNDS) {
-                current.store(round + 1, Ordering::Release);
-                epoch.synchronize();
-                cell.store(false, Ordering::Relaxed);
-            }
-        });
-    }
-
-    #[test]
-    fn who_is_inside_holds_up_the_wait_and_nothing_else() {
-        let epoch = Epoch::new();
-        let mut inside = epoch.join();
-        inside.enter();
-        let (done, is_done) = mpsc::channel();
-        thread::scope(|scope| {
-            let waiter = &epoch;
-            scope.spawn(move || {
-                waiter.synchronize();
-                done.send(()).unwrap();
-            });
-            // The waiter sleeps or is about to; others come, go and register meanwhile.
-            while inside.slot.state.load(Ordering::SeqCst) & AWAITED == 0 {
-                let mut other = epoch.join();
-                other.enter();
-                other.leave();
-            }
-            assert_eq!(is_done.try_recv(), Err(mpsc::TryRecvError::Empty));
-            let mut later = epoch.join();
-            later.enter();
-            // One that came later is not waited for.
-            inside.leave();
-            is_done.recv().unwrap();
-            later.leave();
-        });
-    }
-
-    #[test]
-    fn coming_in_again_ends_the_time_before() {
-        let epoch = Epoch::new();
-        let mut member = epoch.join();
-        member.enter();
-        thread::scope(|scope| {
-            let waiter = scope.spawn(|| epoch.synchronize());
-            while member.slot.state.load(Ordering::SeqCst) & AWAITED == 0 {
-                thread::yield_now();
-            }
-            // The guard of the first time was forgotten: the mark of who waits for it must not be lost.
-            member.enter();
-            waiter.join().unwrap();
-        });
-        member.leave();
-    }
-
-    #[test]
-    fn a_member_that_is_dropped_inside_is_not_waited_for() {
-        let epoch = Epoch::new();
-        let mut member = epoch.join();
-        member.enter();
-        drop(member);
-        epoch.synchronize();
-        assert!(lock(&epoch.slots).is_empty());
     }
 }

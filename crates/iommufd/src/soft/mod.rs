@@ -20,7 +20,7 @@
 //! Memory that moves is not unmapped: who comes to it finds [`FaultReason::Moving`], leaves its section, and waits until it
 //! has arrived.
 //!
-//! Contents: `epoch`, who waits for whom; `table`, the radix table, and `section`, reading it; `domain`, the
+//! Contents: `epoch`, who waits for whom, made of `sync`; `table`, the radix table, and `section`, reading it; `domain`, the
 //! [`Domain`](crate::domain::Domain) made of it; `hardware`, the IOMMU that `iommufd` binds devices to; `port`, what a device's
 //! DMA goes through, and `dma`, copies by that; [`vtd`], a vIOMMU for guests, whose page tables are translated by the same.
 //! `unsafe` code is in `table`, `section` and `port`, where memory is looked at, and in `domain` and `vtd::table`, where it is
@@ -34,6 +34,7 @@ mod epoch;
 mod hardware;
 mod port;
 mod section;
+mod sync;
 mod table;
 #[cfg(test)]
 mod tests;

@@ -19,6 +19,8 @@ use crate::{
     iova::{Iova, IovaRange, PAGE_SIZE},
 };
 
+mod epoch;
+
 use super::*;
 
 const MIB2: u64 = 2 << 20;

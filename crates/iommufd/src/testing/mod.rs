@@ -24,7 +24,10 @@ use crate::{
     hostmem::PinnedPages,
     iova::PAGE_SIZE,
     memory::{FileMemory, Memory},
-    process::{PageId, PinObserver, Process, UserAddr, local::LocalProcess},
+    process::{
+        PageId, PinObserver, Process, UserAddr,
+        local::{maps, pins},
+    },
 };
 
 /// Where the program's memory begins.
@@ -57,6 +60,19 @@ impl Arena {
         let offset = at.0.checked_sub(MEMORY).ok_or(Errno::FAULT)?;
         let end = offset.checked_add(length).ok_or(Errno::FAULT)?;
         if end > LENGTH { Err(Errno::FAULT) } else { Ok(offset) }
+    }
+
+    /// Which pages are pinned wherever this process has them mapped. The kernel says where, once for all of them: it takes a
+    /// while.
+    fn pinned(&self) -> Result<Vec<u64>> {
+        let stat = fstat(&self.file)?;
+        let theirs = maps::all()?.into_iter().filter(|mapping| mapping.is_of(stat.st_dev, stat.st_ino));
+        let pages = theirs.flat_map(|mapping| {
+            let addresses = (mapping.start..mapping.end).step_by(PAGE_SIZE as usize);
+            let pinned = addresses.filter(|at| pins::count(HostAddr(*at)) > 0);
+            pinned.map(move |at| mapping.offset_of(at) / PAGE_SIZE)
+        });
+        Ok(pages.collect())
     }
 
     /// Where a page is in this process.
@@ -106,9 +122,9 @@ impl Process for Arena {
         self.page_id(UserAddr(MEMORY.checked_add(offset).ok_or(Errno::FAULT)?))
     }
 
+    /// As the stores of the file know it: a fuzzer's program may ask for all of its pages, time and again.
     fn pin_count(&self, at: UserAddr) -> Result<u64> {
-        let host = self.host(at)?;
-        LocalProcess::get().pin_count(UserAddr(host.0))
+        self.memory.pin_count(Self::offset(at, 1)? / PAGE_SIZE)
     }
 
     fn usage(&self) -> &Usage {
@@ -136,6 +152,7 @@ impl Process for Arena {
 #[derive(Debug)]
 pub struct Program {
     process: Arc<dyn Process>,
+    arena: Arc<Arena>,
     /// Its descriptors from 10 on.
     files: Mutex<BTreeMap<i32, Arc<dyn File>>>,
     /// What it may do: CAP_IPC_LOCK and so on.
@@ -151,7 +168,8 @@ impl core::fmt::Debug for dyn File {
 impl Program {
     /// One with all capabilities.
     pub fn new() -> Result<Self> {
-        Ok(Self { process: Arc::new(Arena::new()?), files: Mutex::default(), capable: true })
+        let arena = Arc::new(Arena::new()?);
+        Ok(Self { process: arena.clone(), arena, files: Mutex::default(), capable: true })
     }
 
     fn files(&self) -> MutexGuard<'_, BTreeMap<i32, Arc<dyn File>>> {
@@ -165,12 +183,10 @@ impl Program {
     }
 
     /// # Panics
-    /// A page of its memory is pinned.
+    /// A page of its memory is pinned, wherever it is mapped.
     fn assert_unpinned(&self) {
-        for page in 0..LENGTH / PAGE_SIZE {
-            let pins = self.process.pin_count(UserAddr(MEMORY + page * PAGE_SIZE));
-            assert_eq!(pins, Ok(0), "page {page} stays pinned");
-        }
+        let pinned = self.arena.pinned().expect("the kernel says what is mapped");
+        assert_eq!(pinned, [0; 0], "pages that stay pinned");
     }
 
     /// Puts bytes into its memory.
@@ -222,5 +238,31 @@ impl Caller for Program {
 
     fn installed(&self, fd: i32) -> Result<Arc<dyn File>> {
         self.files().get(&fd).cloned().ok_or(Errno::BADF)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pins_of_a_program_are_found() {
+        let program = Program::new().unwrap();
+        let pins = |page| program.process.pin_count(UserAddr(MEMORY + page * PAGE_SIZE)).unwrap();
+        program.assert_unpinned();
+        let at = UserAddr(MEMORY + 3 * PAGE_SIZE);
+        let pinned = program.process.pin(at, 2, true, Weak::<Nobody>::new()).unwrap();
+        // By another store of the same file, which has a mapping of its own.
+        let file = program.process.file(MEMORY_FD).unwrap();
+        let store = FileMemory::new(&file, 4, LENGTH, false).unwrap();
+        let other = store.pin(0, 1, false, Weak::<Nobody>::new()).unwrap();
+        assert_eq!([2, 3, 4, 5].map(pins), [0, 1, 2, 0]);
+        let mut found = program.arena.pinned().unwrap();
+        found.sort_unstable();
+        assert_eq!(found, [3, 4, 4]);
+        drop(pinned);
+        assert_eq!((pins(4), program.arena.pinned()), (1, Ok(vec![4])));
+        drop(other);
+        program.assert_unpinned();
     }
 }

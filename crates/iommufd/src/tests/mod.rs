@@ -30,3 +30,11 @@ fn store(process: &Arc<process::TestProcess>, start: UserAddr, length: u64) -> A
     let process: Arc<dyn Process> = process.clone();
     Pages::user(process, start, length, true, Accounting::None).unwrap()
 }
+
+#[test]
+fn the_first_program_is_an_example() {
+    let (_, program) = include_str!("../../../../docs/iommufd.md").split_once("```rust\n").unwrap();
+    let (program, _) = program.split_once("```").unwrap();
+    let example = include_str!("../../examples/first_program.rs");
+    assert!(example.contains(program), "the example has no:\n{program}");
+}

@@ -1,8 +1,9 @@
-//! `mmap` of what is served.
+//! `mmap` of what is served, and what else changes memory that devices may use.
 
 use core::{
     ffi::{c_int, c_void},
     ptr,
+    sync::atomic::{AtomicBool, Ordering},
 };
 use std::os::fd::AsRawFd;
 
@@ -143,4 +144,34 @@ unsafe extern "C" fn madvise(at: *mut c_void, length: size_t, advice: c_int) -> 
     }
     // SAFETY: the caller's arguments, for the function that it meant to call.
     unsafe { real::madvise()(at, length, advice) }
+}
+
+/// Pages that devices use are used by their addresses in this process: if the program took its own access away, it would take the
+/// devices' away. So these stay as they are.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn mprotect(at: *mut c_void, length: size_t, prot: c_int) -> c_int {
+    const BOTH: c_int = libc::PROT_READ | libc::PROT_WRITE;
+    static SAID: AtomicBool = AtomicBool::new(false);
+    // SAFETY: a part of the caller's range, for the function that it meant to call.
+    let protect = |from: usize, to: usize| unsafe { real::mprotect()(from as *mut c_void, to - from, prot) };
+    let (mut from, end) = (at as usize, (at as usize).saturating_add(length));
+    let aligned = from.is_multiple_of(4096);
+    let kept = if prot & BOTH == BOTH || !aligned { Vec::new() } else { moving::in_use(from, length) };
+    for (start, behind) in &kept {
+        if from < *start {
+            let result = protect(from, *start);
+            if result != 0 {
+                return result;
+            }
+        }
+        from = *behind;
+    }
+    if !kept.is_empty() && !SAID.swap(true, Ordering::Relaxed) {
+        crate::errno::preserved(|| {
+            crate::complain(
+                "mprotect: memory that is pinned for devices stays accessible to the program, too",
+            );
+        });
+    }
+    if kept.is_empty() || from < end { protect(from, end) } else { 0 }
 }

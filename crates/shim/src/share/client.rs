@@ -5,7 +5,11 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use iommufd::{Errno, Result, caller::Capability, process::UserAddr};
+use iommufd::{
+    Errno, Result,
+    caller::{Capability, Deliver},
+    process::UserAddr,
+};
 use rustix::process::Resource;
 use vfio::doors::Caller;
 
@@ -123,8 +127,9 @@ impl ServedFile for RemoteFile {
         i32::try_from(answer.result()?).map_err(|_| Errno::IO)
     }
 
-    fn read(&self, to: &mut [u8]) -> Result<usize> {
-        self.fill(&Message::new(Kind::Read, [self.id, to.len().min(MOST) as u64]), to)
+    /// The other puts it there: only so does it know what was taken.
+    fn read_to(&self, to: UserAddr, room: usize, _deliver: Deliver<'_>) -> Result<usize> {
+        self.count(&Message::new(Kind::Read, [self.id, room as u64, to.0]))
     }
 
     fn write(&self, from: &[u8]) -> Result<usize> {

@@ -10,12 +10,14 @@
 //! the child has a connection of its own to the same server. When the server ends, what it served is gone, and the
 //! children's calls answer EIO. This is the one thing in which it differs from the kernel.
 //!
-//! `posix_spawn` and `vfork` share the parent's memory until exec and need none of this.
+//! `posix_spawn` and `vfork` share the parent's memory until exec and need none of this ([`crate::owner`]).
 
 mod client;
 mod lend;
 mod server;
 mod signals;
+#[cfg(test)]
+mod tests;
 mod usage;
 mod wire;
 

@@ -183,12 +183,14 @@ impl Server {
                 let result = file.ioctl(&caller, request, UserAddr(b));
                 Message::answer(result.map(i64::from))
             }
-            Kind::Read | Kind::ReadAt => {
-                let mut bytes = vec![0; bounded(if message.kind == Kind::Read { a } else { b })];
-                let done = match message.kind {
-                    Kind::Read => file.read(&mut bytes),
-                    _ => file.read_at(a, &mut bytes),
-                };
+            Kind::Read => {
+                let mut deliver =
+                    |at: usize, bytes: &[u8]| process.write(UserAddr(b.wrapping_add(at as u64)), bytes);
+                count(file.read_to(UserAddr(b), bounded(a), &mut deliver))
+            }
+            Kind::ReadAt => {
+                let mut bytes = vec![0; bounded(b)];
+                let done = file.read_at(a, &mut bytes);
                 bytes.truncate(done.unwrap_or(0));
                 Message { bytes, ..count(done) }
             }

@@ -1,24 +1,24 @@
 //! The splicer's own listening sockets.
 
+use std::collections::HashSet;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 use rustix::net::{SocketFlags, acceptfrom_with, getsockname};
 
 use crate::config::Transport;
+use crate::forward;
 use crate::poller::{Poller, Token};
+use crate::slots::Slots;
 use crate::socket;
 
 use super::udp::Arrival;
 use super::{Forward, Side, Sides, is_loopback};
-
-/// How long to wait before accepting again where something was used up.
-const RETRY: Duration = Duration::from_millis(100);
 
 #[derive(Debug)]
 struct Listener {
@@ -26,7 +26,6 @@ struct Listener {
     forward: Forward,
     /// Whether it is among those that have something.
     queued: bool,
-    retry_at: Option<Instant>,
 }
 
 /// What came to a listening socket.
@@ -51,7 +50,9 @@ pub(super) enum Taken {
 /// All of the splicer's listening sockets.
 #[derive(Default, Debug)]
 pub(super) struct Listeners {
-    slots: Vec<Option<Listener>>,
+    slots: Slots<Listener>,
+    /// What they listen for.
+    forwards: HashSet<Forward>,
     /// Those that may have something.
     queue: Vec<u32>,
 }
@@ -63,18 +64,17 @@ impl Listeners {
     /// It cannot, or does already; the error names the address.
     pub(super) fn add(&mut self, poller: &Poller, sides: &Sides, forward: Forward) -> io::Result<Forward> {
         let named = |error: io::Error| {
-            let what = match forward.transport {
-                Transport::Tcp => "TCP",
-                Transport::Udp => "UDP",
-            };
-            let Forward { listen, from, .. } = &forward;
+            let Forward { listen, from, transport, .. } = &forward;
             let place = match from {
                 Side::Host => "the host",
                 Side::Guest => "the namespace",
             };
-            io::Error::new(error.kind(), format!("cannot listen on {listen} ({what}) in {place}: {error}"))
+            io::Error::new(
+                forward::kind(&error),
+                format!("cannot listen on {transport} {listen} in {place}: {error}"),
+            )
         };
-        if self.slots.iter().flatten().any(|listener| listener.forward == forward) {
+        if self.forwards.contains(&forward) {
             return Err(named(io::ErrorKind::AlreadyExists.into()));
         }
         let bound = sides[forward.from]
@@ -82,11 +82,7 @@ impl Listeners {
             // syscalls(pasta): getsockname
             .and_then(|socket| Ok((SocketAddr::try_from(getsockname(&socket)?)?, socket)));
         let (listen, socket) = bound.map_err(named)?;
-        let vacant = self.slots.iter().position(Option::is_none).unwrap_or_else(|| {
-            self.slots.push(None);
-            self.slots.len() - 1
-        });
-        let number = vacant as u32;
+        let number = self.slots.next_number();
         let token = match forward.transport {
             Transport::Tcp => Token::TcpListener(number),
             Transport::Udp => Token::UdpListener(number),
@@ -94,29 +90,24 @@ impl Listeners {
         // Changes only: when descriptors run out, what cannot be accepted must not wake us without end.
         poller.add(&socket, token, EventFlags::IN | EventFlags::ET)?;
         let forward = Forward { listen, ..forward };
-        self.slots[vacant] = Some(Listener {
-            socket: Arc::new(socket),
-            forward: forward.clone(),
-            queued: false,
-            retry_at: None,
-        });
+        self.forwards.insert(forward.clone());
+        self.slots.insert(Listener { socket: Arc::new(socket), forward: forward.clone(), queued: false });
         Ok(forward)
     }
 
     /// Stops to listen. Whether it did.
     pub(super) fn remove(&mut self, forward: &Forward) -> bool {
-        let slot = self.slots.iter_mut().find(|slot| slot.as_ref().is_some_and(|l| l.forward == *forward));
-        slot.is_some_and(|slot| slot.take().is_some())
+        self.forwards.remove(forward) && self.slots.remove(|listener| listener.forward == *forward).is_some()
     }
 
     /// What is listened for.
     pub(super) fn forwards(&self) -> Vec<Forward> {
-        self.slots.iter().flatten().map(|listener| listener.forward.clone()).collect()
+        self.slots.iter().map(|listener| listener.forward.clone()).collect()
     }
 
     /// Listener `number` has something.
     pub(super) fn ready(&mut self, number: u32) {
-        if let Some(Some(listener)) = self.slots.get_mut(number as usize)
+        if let Some(listener) = self.slots.get_mut(number)
             && !std::mem::replace(&mut listener.queued, true)
         {
             self.queue.push(number);
@@ -130,19 +121,12 @@ impl Listeners {
 
     /// Those that are to be asked at `now`.
     pub(super) fn turn(&mut self, now: Instant) -> Vec<u32> {
-        let due = |slot: &mut Option<Listener>| {
-            slot.as_mut().is_some_and(|listener| listener.retry_at.take_if(|at| *at <= now).is_some())
-        };
-        if self.next().is_some_and(|at| at <= now) {
-            for number in 0..self.slots.len() {
-                if due(&mut self.slots[number]) {
-                    self.ready(number as u32);
-                }
-            }
+        while let Some(number) = self.slots.due(now) {
+            self.ready(number);
         }
         let queue = std::mem::take(&mut self.queue);
         for number in &queue {
-            if let Some(Some(listener)) = self.slots.get_mut(*number as usize) {
+            if let Some(listener) = self.slots.get_mut(*number) {
                 listener.queued = false;
             }
         }
@@ -151,7 +135,7 @@ impl Listeners {
 
     /// When the next listener is to be tried again.
     pub(super) fn next(&self) -> Option<Instant> {
-        self.slots.iter().flatten().filter_map(|listener| listener.retry_at).min()
+        self.slots.next_due()
     }
 
     /// Takes one connection or datagram of listener `number`.
@@ -159,16 +143,16 @@ impl Listeners {
     /// # Errors
     /// When descriptors or memory are used up. It is tried again after a while.
     pub(super) fn take(&mut self, number: u32, buffer: &mut [u8], now: Instant) -> Result<Taken, Errno> {
-        let Some(Some(listener)) = self.slots.get_mut(number as usize) else { return Ok(Taken::Nothing) };
+        let Some(listener) = self.slots.get_mut(number) else { return Ok(Taken::Nothing) };
         match listener.forward.transport {
-            Transport::Tcp => listener.accept(now),
+            Transport::Tcp => listener.accept().inspect_err(|_| self.slots.retry(number, now)),
             Transport::Udp => Ok(listener.receive(buffer)),
         }
     }
 }
 
 impl Listener {
-    fn accept(&mut self, now: Instant) -> Result<Taken, Errno> {
+    fn accept(&self) -> Result<Taken, Errno> {
         loop {
             // syscalls(pasta): accept4
             match acceptfrom_with(&self.socket, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC) {
@@ -184,7 +168,6 @@ impl Listener {
                 }
                 Err(Errno::AGAIN) => return Ok(Taken::Nothing),
                 Err(error @ (Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM)) => {
-                    self.retry_at = Some(now + RETRY);
                     return Err(error);
                 }
                 // The connection broke before it was accepted (accept(2)).

@@ -7,7 +7,7 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv, sockopt};
 
 use super::emit::{Control, Segment, emit};
-use super::flow::Flow;
+use super::flow::{Flow, Peek};
 use super::kernel;
 use super::seq::Seq;
 use super::shared::Shared;
@@ -59,7 +59,9 @@ impl Flow {
                 _ => break,
             }
         }
-        self.peek_at = self.peek_at.map(|at| at.later(self.head));
+        if let Peek::At(at) = self.peek {
+            self.peek = Peek::At(at.later(self.head));
+        }
     }
 
     /// Peeks at what begins at `from`, at most `want` bytes.
@@ -67,22 +69,25 @@ impl Flow {
         let Some(socket) = &self.socket else { return Peeked::Broken };
         let offset = from.past(self.head);
         let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
-        let skip = match self.peek_at {
-            Some(at) => {
-                if at != from && kernel::set_peek_offset(socket, offset).is_err() {
-                    return Peeked::Broken;
-                }
-                0
+        self.peek = match self.peek {
+            Peek::Head if offset == 0 => Peek::Head,
+            Peek::Head if kernel::set_peek_offset(socket, offset).is_err() => Peek::HeadOnly,
+            Peek::At(at) if at != from && kernel::set_peek_offset(socket, offset).is_err() => {
+                return Peeked::Broken;
             }
-            None => offset as usize,
+            Peek::Head | Peek::At(_) => Peek::At(from),
+            Peek::HeadOnly => Peek::HeadOnly,
         };
+        let skip = if self.peek == Peek::HeadOnly { offset as usize } else { 0 };
         let end = (skip + want).min(scratch.len());
         if skip >= end {
             return Peeked::Nothing;
         }
         match recv(socket, &mut scratch[..end], flags) {
             Ok((_, n)) if n > skip => {
-                self.peek_at = self.peek_at.map(|_| from.plus(n as u32));
+                if let Peek::At(at) = &mut self.peek {
+                    *at = from.plus(n as u32);
+                }
                 Peeked::Bytes(skip..n)
             }
             // Without the kernel's help, what was read before hides whether more is to come.
@@ -130,7 +135,8 @@ impl Flow {
                 }
                 Peeked::Nothing => {
                     // What is on its way fills the scratch, or nothing is there.
-                    self.more = self.peek_at.is_none() && self.tx.in_flight();
+                    self.more = self.peek == Peek::HeadOnly && self.tx.in_flight();
+                    self.marked &= self.more;
                     break;
                 }
                 Peeked::End if !self.failed && !span.again => {
@@ -142,7 +148,7 @@ impl Flow {
             let (found, drained) = (range.len(), range.len() < want);
             let sent = self.send_data(cx, &shared.scratch[range], span.from, drained);
             if drained && sent == found && !span.again {
-                self.more = self.ended;
+                self.more = self.ended || self.marked;
             }
             turn = turn.saturating_sub(sent.max(1));
         }

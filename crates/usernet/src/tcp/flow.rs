@@ -23,8 +23,11 @@ use crate::socket::Binding;
 use crate::tap::Sent;
 
 /// The events that a flow's socket is watched for: changes only, because what is not acknowledged stays readable.
-pub(super) const EVENTS: EventFlags =
-    EventFlags::IN.union(EventFlags::OUT).union(EventFlags::RDHUP).union(EventFlags::ET);
+pub(super) const EVENTS: EventFlags = EventFlags::IN
+    .union(EventFlags::PRI)
+    .union(EventFlags::OUT)
+    .union(EventFlags::RDHUP)
+    .union(EventFlags::ET);
 
 /// The shift of our windows: 16 MiB at most.
 const SCALE: u8 = 8;
@@ -59,6 +62,17 @@ pub(super) enum State {
     TimeWait,
 }
 
+/// Where in the receive queue of the host's socket the kernel peeks.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Peek {
+    /// At its head. It is told to go on from elsewhere (SO_PEEK_OFF) when that is first needed: never, for a question and its answer.
+    Head,
+    /// There, next.
+    At(Seq),
+    /// At its head, and it cannot be told.
+    HeadOnly,
+}
+
 /// Whether a flow goes on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[must_use]
@@ -79,12 +93,14 @@ pub(super) struct Flow {
     pub(super) rx: Receiver,
     /// The sequence number of the first byte in the host's receive queue.
     pub(super) head: Seq,
-    /// Where the kernel peeks next; `None` where it cannot be told.
-    pub(super) peek_at: Option<Seq>,
+    /// Where the kernel peeks.
+    pub(super) peek: Peek,
     /// Whether the host's queue may hold something that was not sent yet.
     pub(super) more: bool,
     /// Whether the host's peer has ended or broken the connection, so that reading comes to an end.
     pub(super) ended: bool,
+    /// Whether urgent data may be in the host's queue: reading stops short before it, although there is more.
+    pub(super) marked: bool,
     /// Whether the host refused what was written: all that is left is to deliver what came before.
     pub(super) failed: bool,
     /// Whether the guest's FIN was handed on.
@@ -125,9 +141,8 @@ impl Flow {
         iss: Seq,
         rx: Receiver,
     ) -> Self {
-        let (now, peek_offset) = (cx.now, shared.peek_offset);
-        let head = iss.plus(1);
-        let peek_at = (peek_offset && kernel::set_peek_offset(&socket, 0).is_ok()).then_some(head);
+        let now = cx.now;
+        let peek = if shared.peek_offset { Peek::Head } else { Peek::HeadOnly };
         Self {
             ends,
             number,
@@ -135,10 +150,12 @@ impl Flow {
             socket: Some(socket),
             tx: Sender::new(iss),
             rx,
-            head,
-            peek_at,
-            more: true,
+            head: iss.plus(1),
+            peek,
+            // The poller tells, of what came before it watched too.
+            more: false,
             ended: false,
+            marked: false,
             failed: false,
             shut: false,
             ended_first: false,
@@ -343,11 +360,15 @@ impl Flow {
             self.rx.fin = Some(payload_end);
         }
         if let Some(fin) = self.rx.fin {
-            if self.rx.next == fin {
+            let is_new = self.rx.next == fin;
+            if is_new {
                 self.rx.next = fin.plus(1);
                 self.ended_first = self.tx.is_complete();
             }
-            if view.flags.fin {
+            if is_new && self.tx.fin.is_none() {
+                // The other end's mostly follows at once, and goes with the acknowledgement of this one.
+                self.interactive = true;
+            } else if view.flags.fin {
                 self.ack_now = true;
             }
         }
@@ -406,6 +427,10 @@ impl Flow {
         if flags.intersects(EventFlags::IN) {
             self.more = true;
         }
+        if flags.intersects(EventFlags::PRI) {
+            self.more = true;
+            self.marked = true;
+        }
         if flags.intersects(EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR) {
             self.more = true;
             self.ended = true;
@@ -423,22 +448,24 @@ impl Flow {
     /// Whether the host's socket has connected; answers the guest if so, or if it never will.
     pub(super) fn connected(&mut self, cx: &mut Context<'_>, shared: &mut Shared) -> Fate {
         let Some(socket) = &self.socket else { return Fate::Gone };
-        // syscalls: getsockopt
-        match sockopt::socket_error(socket) {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) | Err(error) => {
-                tracing::debug!(ends = ?self.ends, %error, "no connection");
-                if !unreachable::tell(cx, &self.ends, self.rx.next.minus(1), error) {
-                    shared.reset(cx, &self.ends, Seq(0), Some(self.rx.next));
-                }
-                return Fate::Gone;
-            }
-        }
+        // One that does not connect any more has no peer, as one that does not yet: only then is there an error to ask for.
         // syscalls: getpeername
         if rustix::net::getpeername(socket).is_err() {
-            return Fate::Stays;
+            // syscalls: getsockopt
+            return match sockopt::socket_error(socket) {
+                Ok(Ok(())) => Fate::Stays,
+                Ok(Err(error)) | Err(error) => {
+                    tracing::debug!(ends = ?self.ends, %error, "no connection");
+                    if !unreachable::tell(cx, &self.ends, self.rx.next.minus(1), error) {
+                        shared.reset(cx, &self.ends, Seq(0), Some(self.rx.next));
+                    }
+                    Fate::Gone
+                }
+            };
         }
         self.state = State::SynReceived;
+        // That it may be written to has said that it is connected, and nothing else.
+        self.space = false;
         let free = self.free_space(cx);
         self.rx.allow(free);
         self.send_syn(cx);
@@ -491,8 +518,7 @@ impl Flow {
 
     /// As [`Self::send_ack`], with the window that the host's socket allows now.
     fn acknowledge_now(&mut self, cx: &mut Context<'_>) {
-        let free = self.free_space(cx);
-        self.rx.allow(free);
+        self.widen(cx);
         self.ack_now = true;
         self.send_ack(cx);
     }
@@ -585,8 +611,7 @@ impl Flow {
             return;
         }
         let before = self.rx.window();
-        let free = self.free_space(cx);
-        self.rx.allow(free);
+        let free = self.widen(cx);
         self.space = false;
         let mss = u32::from(self.own_mss(cx));
         let grown = self.rx.window() - before;
@@ -597,6 +622,17 @@ impl Flow {
         } else if unsaid > 0 {
             self.ack_at.get_or_insert(cx.now + DELAYED_ACK);
         }
+    }
+
+    /// Moves the window on, unless it is about as wide as it was: asking the host's socket costs a system call.
+    /// Returns what that has room for, if it was asked.
+    fn widen(&mut self, cx: &Context<'_>) -> u32 {
+        if self.rx.is_wide(2 * u32::from(self.own_mss(cx))) {
+            return 0;
+        }
+        let free = self.free_space(cx);
+        self.rx.allow(free);
+        free
     }
 
     /// What the host's socket has room for. Where that is little, an event is asked for that comes when it is more.

@@ -3,7 +3,7 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
@@ -12,18 +12,16 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, acceptfrom_with, liste
 use crate::config::{Forward, Transport};
 use crate::context::Context;
 use crate::poller::Token;
+use crate::slots::Slots;
 use crate::socket::bind_forward;
 
 /// Connections that wait to be accepted, as the kernel's own default has it.
 const BACKLOG: i32 = 4096;
-/// How long to wait before accepting again where something was used up.
-const RETRY: Duration = Duration::from_millis(100);
 
 /// A socket that listens.
 struct Listener {
     socket: OwnedFd,
     forward: Forward,
-    retry_at: Option<Instant>,
 }
 
 /// A connection that was accepted.
@@ -36,14 +34,14 @@ pub(super) struct Accepted {
 
 /// All sockets that listen.
 pub(super) struct Listeners {
-    slots: Vec<Option<Listener>>,
+    slots: Slots<Listener>,
     /// Whether other engines listen on the same ports: the kernel spreads the connections (SO_REUSEPORT).
     shares_ports: bool,
 }
 
 impl Listeners {
     pub(super) fn new(shares_ports: bool) -> Self {
-        Self { slots: Vec::new(), shares_ports }
+        Self { slots: Slots::default(), shares_ports }
     }
 
     /// Listens for `forward`. Returns where, which tells the port if the kernel was to choose it.
@@ -61,21 +59,16 @@ impl Listeners {
         // syscalls: listen getsockname
         listen(&socket, BACKLOG)?;
         let bound = SocketAddr::try_from(rustix::net::getsockname(&socket)?)?;
-        let vacant = self.slots.iter().position(Option::is_none).unwrap_or_else(|| {
-            self.slots.push(None);
-            self.slots.len() - 1
-        });
         // Changes only: when descriptors run out, what cannot be accepted must not wake us without end.
-        cx.poller.add(&socket, Token::TcpListener(vacant as u32), EventFlags::IN | EventFlags::ET)?;
-        self.slots[vacant] =
-            Some(Listener { socket, forward: Forward { listen: bound, ..forward.clone() }, retry_at: None });
+        let token = Token::TcpListener(self.slots.next_number());
+        cx.poller.add(&socket, token, EventFlags::IN | EventFlags::ET)?;
+        self.slots.insert(Listener { socket, forward: Forward { listen: bound, ..forward.clone() } });
         Ok(bound)
     }
 
     /// Stops to listen. Connections that were accepted go on. Whether there was such a forward.
     pub(super) fn remove(&mut self, forward: &Forward) -> bool {
-        let slot = self.slots.iter_mut().find(|slot| slot.as_ref().is_some_and(|l| l.forward == *forward));
-        slot.is_some_and(|slot| slot.take().is_some())
+        self.slots.remove(|listener| listener.forward == *forward).is_some()
     }
 
     /// Accepts the next connection of listener `number`, if there is one.
@@ -83,7 +76,7 @@ impl Listeners {
     /// # Errors
     /// When descriptors or memory are used up. It is tried again after a while.
     pub(super) fn accept(&mut self, number: u32, now: Instant) -> Result<Option<Accepted>, Errno> {
-        let Some(Some(listener)) = self.slots.get_mut(number as usize) else { return Ok(None) };
+        let Some(listener) = self.slots.get_mut(number) else { return Ok(None) };
         loop {
             // syscalls: accept4
             match acceptfrom_with(&listener.socket, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC) {
@@ -94,7 +87,7 @@ impl Listeners {
                 }
                 Err(Errno::AGAIN) => return Ok(None),
                 Err(error @ (Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM)) => {
-                    listener.retry_at = Some(now + RETRY);
+                    self.slots.retry(number, now);
                     return Err(error);
                 }
                 // The connection broke before it was accepted, or the network says something about it (accept(2)).
@@ -105,14 +98,11 @@ impl Listeners {
 
     /// A listener that is to be tried again at `now`.
     pub(super) fn due(&mut self, now: Instant) -> Option<u32> {
-        let number = self.slots.iter_mut().position(|slot| {
-            slot.as_mut().is_some_and(|listener| listener.retry_at.take_if(|at| *at <= now).is_some())
-        })?;
-        Some(number as u32)
+        self.slots.due(now)
     }
 
     /// When the next listener is to be tried again.
     pub(super) fn next(&self) -> Option<Instant> {
-        self.slots.iter().flatten().filter_map(|listener| listener.retry_at).min()
+        self.slots.next_due()
     }
 }

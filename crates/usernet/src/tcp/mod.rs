@@ -333,9 +333,8 @@ impl Tcp {
         if !self.watch(cx, &socket, number) {
             return Err(Errno::NOSPC);
         }
+        // Whether it is connected is told by the poller, even if it is already.
         self.table.add(Flow::outward(cx, &self.shared, ends, number, socket, iss, view));
-        // It may be connected already.
-        self.enqueue(number, true);
         Ok(())
     }
 

@@ -68,6 +68,8 @@ pub(super) struct Receiver {
     pub(super) next: Seq,
     /// What the guest may not go beyond.
     pub(super) edge: Seq,
+    /// How wide the window was when the edge was last looked at.
+    widest: u32,
     /// What the last segment to the guest acknowledged.
     pub(super) acknowledged: Seq,
     /// Where the guest's FIN stands, once seen.
@@ -91,6 +93,7 @@ impl Receiver {
         Self {
             next,
             edge: next,
+            widest: 0,
             acknowledged: next,
             fin: None,
             scale,
@@ -120,6 +123,14 @@ impl Receiver {
         if window > 0 {
             self.edge = self.edge.later(self.next.plus(window));
         }
+        self.widest = self.window();
+    }
+
+    /// Whether the guest has used little of the window since [`Self::allow`], and may still send more than `enough`: then
+    /// there is no hurry to move the edge on.
+    pub(super) fn is_wide(&self, enough: u32) -> bool {
+        let window = self.window();
+        window > enough && window > self.widest - self.widest / 8
     }
 
     /// The window field of a segment that acknowledges `next`. Rounded up, so that the guest never sees the edge move
@@ -368,6 +379,23 @@ mod tests {
         receiver.allow(10);
         assert_eq!(receiver.edge, edge);
         assert!(u32::from(receiver.window_field()) << 4 >= receiver.window());
+    }
+
+    #[test]
+    fn a_window_is_wide_until_an_eighth_of_it_is_used() {
+        let mut receiver = Receiver::new(Seq(u32::MAX), 4);
+        assert!(!receiver.is_wide(0), "nothing was allowed yet");
+        receiver.allow(16_000);
+        assert!(receiver.is_wide(2920) && !receiver.is_wide(16_000));
+        receiver.next = receiver.next.plus(1999);
+        assert!(receiver.is_wide(2920));
+        receiver.next = receiver.next.plus(1);
+        assert!(!receiver.is_wide(2920));
+        // The host's socket has not moved: what is left is what there is.
+        receiver.allow(14_000);
+        assert!(receiver.is_wide(2920));
+        receiver.next = receiver.next.plus(14_000);
+        assert!(!receiver.is_wide(0));
     }
 
     #[test]

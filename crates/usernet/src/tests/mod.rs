@@ -45,7 +45,7 @@ fn guest_v6(port: u16) -> SocketAddr {
 }
 
 /// A UDP datagram that the guest was sent: from, to, payload. Its checksums must be right.
-#[derive(PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 struct Datagram {
     from: SocketAddr,
     to: SocketAddr,

@@ -465,3 +465,54 @@ fn many_datagrams_to_a_closed_port_are_answered_for() {
     // Of datagrams that went together the kernel may answer for all at once.
     assert!(message.body[4 + 28..].starts_with(b"anybody?"));
 }
+
+/// The datagrams in a frame of a link that takes several in one.
+fn datagrams_of(mut frame: Vec<u8>, offload: Offload) -> Vec<Datagram> {
+    let sum = Sum16BitWords::new().add_slice(&frame[34..]).ones_complement();
+    frame[40..42].copy_from_slice(&sum.to_ne_bytes());
+    let whole = as_udp(&frame).unwrap();
+    let length = offload.segment.map_or(usize::MAX, usize::from);
+    let pieces =
+        if whole.payload.is_empty() { vec![&[][..]] } else { whole.payload.chunks(length).collect() };
+    pieces.into_iter().map(|payload| Datagram { payload: payload.to_vec(), ..whole.clone() }).collect()
+}
+
+#[test]
+fn what_waits_for_the_guest_goes_together_as_it_was_sent() {
+    // Runs of one length, a shorter one, a longer one, none at all; more than one call takes.
+    let lengths = [[700; 40].as_slice(), &[1, 700, 700, 800, 800, 0, 0, 3, 3, 2]].concat();
+    let (server, port) = host(Ipv4Addr::LOCALHOST);
+    let (other, other_port) = host(Ipv4Addr::LOCALHOST);
+    let mut net = Net::with(config(), Abilities { checksum: true, datagrams: true, ..PLAIN }, 256);
+    let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let forward = net.engine.add_forward(Forward::new(Transport::Udp, any, 53)).unwrap();
+    net.guest.send(udp_frame(guest_v4(9), (GATEWAY_V4, port).into(), b"?"));
+    net.settle();
+    let (_, from) = receive(&server);
+    // By a flow of the guest's, and by a forwarded port, where another peer's may come in between.
+    for (to, guest, others) in [(from, guest_v4(9), 0), (forward.listen, guest_v4(53), 2)] {
+        drop(net.frames());
+        for (number, &length) in lengths.iter().enumerate() {
+            server.send_to(&vec![number as u8; length], to).unwrap();
+            if others > 0 && number % 20 == 19 {
+                other.send_to(b"other", to).unwrap();
+            }
+        }
+        net.settle();
+        let frames: Vec<_> = std::iter::from_fn(|| net.guest.receive()).collect();
+        assert!(frames.len() < lengths.len() / 2, "{to}: {} frames", frames.len());
+        let (own, strange): (Vec<_>, Vec<_>) = frames
+            .into_iter()
+            .flat_map(|(frame, offload)| datagrams_of(frame, offload))
+            .partition(|datagram| datagram.from.port() == port);
+        assert_eq!(own.len(), lengths.len(), "{to}");
+        for (number, (datagram, &length)) in own.iter().zip(&lengths).enumerate() {
+            let payload = vec![number as u8; length];
+            let from = (GATEWAY_V4, port).into();
+            assert_eq!(*datagram, Datagram { from, to: guest, payload }, "{number} to {to}");
+        }
+        let expected =
+            Datagram { from: (GATEWAY_V4, other_port).into(), to: guest, payload: b"other".to_vec() };
+        assert_eq!(strange, vec![expected; others]);
+    }
+}

@@ -1,9 +1,9 @@
-//! Datagrams of the guest's that leave the host's socket together.
+//! Datagrams that go on together.
 //!
-//! A guest that sends fast sends many datagrams of one length by one flow. While frames are taken from the link these are
-//! gathered, and then given to the kernel by one call, which cuts them apart again (`UDP_SEGMENT` in udp(7)): that
-//! costs little more than one of them alone. Everything else ends a burst: another flow, another length, another hop
-//! limit, and the end of the engine's turn.
+//! Who sends fast sends many datagrams of one length by one flow. Those that are there at the same time are gathered and
+//! given to a kernel by one call, which cuts them apart again: that costs little more than one of them alone. From the guest
+//! they leave by the host's socket (`UDP_SEGMENT` in udp(7)), to the guest in one frame, if its link takes such.
+//! Everything else ends a burst: another flow, another length, another hop limit, and the end of what is there.
 
 /// Datagrams that go together. More than the kernel takes (UDP_MAX_SEGMENTS) are twice as many; but whoever receives them
 /// has them all at once, and should have room.
@@ -12,13 +12,10 @@ const MOST: usize = 32;
 /// Bytes that go together: no packet is longer, with its headers.
 const MOST_BYTES: usize = 65535 - 40 - 8;
 
-/// Datagrams of one flow: see above.
+/// Datagrams that have `K` in common: see above.
 #[derive(Debug, Default)]
-pub(super) struct Burst {
-    /// The flow's number.
-    pub(super) flow: u32,
-    /// What their packets have.
-    pub(super) hop_limit: u8,
+pub(super) struct Burst<K> {
+    common: K,
     bytes: Vec<u8>,
     /// The length of each but the last, which may be shorter.
     length: usize,
@@ -27,16 +24,16 @@ pub(super) struct Burst {
     whole: bool,
 }
 
-impl Burst {
+impl<K: Copy + PartialEq> Burst<K> {
     /// Adds a datagram. If it is `false`, what there is has to go first.
-    pub(super) fn add(&mut self, flow: u32, hop_limit: u8, payload: &[u8]) -> bool {
+    pub(super) fn add(&mut self, common: K, payload: &[u8]) -> bool {
         if self.count == 0 {
-            (self.flow, self.hop_limit, self.length) = (flow, hop_limit, payload.len());
+            (self.common, self.length) = (common, payload.len());
             self.bytes.clear();
         } else if self.whole
             // One without bytes would leave no trace.
             || payload.is_empty()
-            || (self.flow, self.hop_limit) != (flow, hop_limit)
+            || self.common != common
             || payload.len() > self.length
             || self.bytes.len() + payload.len() > MOST_BYTES
         {
@@ -51,6 +48,11 @@ impl Burst {
     /// Forgets what there was.
     pub(super) fn clear(&mut self) {
         (self.count, self.whole) = (0, false);
+    }
+
+    /// What they have in common.
+    pub(super) fn common(&self) -> K {
+        self.common
     }
 
     /// How many datagrams there are.
@@ -78,20 +80,20 @@ impl Burst {
 mod tests {
     use super::*;
 
-    fn pieces(burst: &Burst) -> Vec<Vec<u8>> {
+    fn pieces(burst: &Burst<(u32, u8)>) -> Vec<Vec<u8>> {
         burst.each().map(<[u8]>::to_vec).collect()
     }
 
     #[test]
     fn datagrams_of_one_length_go_together_and_a_shorter_one_is_the_last() {
         let mut burst = Burst::default();
-        assert!(burst.add(1, 64, b"abc") && burst.add(1, 64, b"def") && burst.add(1, 64, b"g"));
-        assert!(!burst.add(1, 64, b"h"), "nothing follows a shorter one");
+        assert!(burst.add((1, 64), b"abc") && burst.add((1, 64), b"def") && burst.add((1, 64), b"g"));
+        assert!(!burst.add((1, 64), b"h"), "nothing follows a shorter one");
         assert_eq!(burst.together(), (&b"abcdefg"[..], 3));
         assert_eq!(pieces(&burst), [&b"abc"[..], b"def", b"g"]);
         burst.clear();
         assert_eq!(pieces(&burst), Vec::<Vec<u8>>::new());
-        assert!(burst.add(1, 64, b"h"));
+        assert!(burst.add((1, 64), b"h"));
         assert_eq!(pieces(&burst), [b"h"]);
     }
 
@@ -99,17 +101,17 @@ mod tests {
     fn everything_else_ends_a_burst() {
         for (flow, hops, payload) in [(2, 64, &b"abc"[..]), (1, 63, b"abc"), (1, 64, b"abcd")] {
             let mut burst = Burst::default();
-            assert!(burst.add(1, 64, b"abc"));
-            assert!(!burst.add(flow, hops, payload));
+            assert!(burst.add((1, 64), b"abc"));
+            assert!(!burst.add((flow, hops), payload));
         }
         let mut burst = Burst::default();
-        assert!(burst.add(1, 64, b""));
-        assert!(!burst.add(1, 64, b""), "no length tells them apart");
+        assert!(burst.add((1, 64), b""));
+        assert!(!burst.add((1, 64), b""), "no length tells them apart");
         let mut burst = Burst::default();
-        assert!((0..MOST).all(|_| burst.add(1, 64, &[0; 1472])));
-        assert!(!burst.add(1, 64, &[0; 1472]));
+        assert!((0..MOST).all(|_| burst.add((1, 64), &[0; 1472])));
+        assert!(!burst.add((1, 64), &[0; 1472]));
         let mut burst = Burst::default();
-        assert!(burst.add(1, 64, &[0; 40000]));
-        assert!(!burst.add(1, 64, &[0; 40000]));
+        assert!(burst.add((1, 64), &[0; 40000]));
+        assert!(!burst.add((1, 64), &[0; 40000]));
     }
 }

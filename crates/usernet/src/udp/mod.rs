@@ -6,8 +6,8 @@
 //! stands for the host's loopback or for a resolver is replaced: [`Context::outside`]), with the guest's own port if
 //! the host has it free. Multicast and broadcast do not leave the link.
 //!
-//! Datagrams that the guest sends in one go leave the host in one go ([`burst`]), and those that the host's kernel has put
-//! together are given to a guest together, if its link can do that.
+//! Datagrams that the guest sends in one go leave the host in one go ([`burst`]). The other way, several are taken from a
+//! socket by one call ([`Inbox`]), and those that are alike are given to the guest together, if its link can do that.
 //!
 //! **Into the guest.** A forwarded port is one socket for all of its peers. A datagram on it makes a flow
 //! without a socket of its own: the guest's answers go out by the same one, from the address that the peer had sent to.
@@ -23,9 +23,11 @@
 //! stay in the host's receive buffers.
 
 mod burst;
+mod deliver;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
+use std::iter;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -43,8 +45,9 @@ use crate::flow::{Class, FlowTable, Patience};
 use crate::frame::{HOP_LIMIT, IcmpError, quoted_udp};
 use crate::packet::{Addresses, Datagrams, UdpView};
 use crate::poller::Token;
-use crate::socket::{self, Received};
+use crate::socket::{self, Appetite, Inbox, Received};
 use burst::Burst;
+use deliver::deliver;
 
 /// How long flows may be idle: without an answer as long as a resolver's patience, with one as long as
 /// RFC 4787 4.3 asks of translators at least, and some.
@@ -104,6 +107,7 @@ struct Flow {
     failed: bool,
     /// Whether its datagrams go one by one, because the host cannot take them together.
     alone: bool,
+    appetite: Appetite,
 }
 
 impl Flow {
@@ -113,7 +117,14 @@ impl Flow {
     }
 
     fn new(way: Way) -> Self {
-        Self { way, hop_limit: HOP_LIMIT, queued: false, failed: false, alone: false }
+        Self {
+            way,
+            hop_limit: HOP_LIMIT,
+            queued: false,
+            failed: false,
+            alone: false,
+            appetite: Appetite::default(),
+        }
     }
 }
 
@@ -123,6 +134,7 @@ struct Listener {
     fd: Arc<OwnedFd>,
     queued: bool,
     failed: bool,
+    appetite: Appetite,
 }
 
 /// A socket with something to read.
@@ -145,7 +157,12 @@ pub(crate) struct Udp {
     listeners: HashMap<u32, Listener>,
     next_listener: u32,
     queue: VecDeque<Source>,
-    burst: Burst,
+    /// What the guest sent: by which flow, and the hop limit.
+    burst: Burst<(u32, u8)>,
+    /// What the guest is sent.
+    inward: Burst<()>,
+    inbox: Inbox,
+    /// Where errors are taken to, with what they are about.
     buffer: Vec<u8>,
     shares_ports: bool,
 }
@@ -159,6 +176,8 @@ impl Udp {
             next_listener: 0,
             queue: VecDeque::new(),
             burst: Burst::default(),
+            inward: Burst::default(),
+            inbox: Inbox::new(),
             buffer: vec![0; LONGEST],
             shares_ports,
         }
@@ -193,7 +212,8 @@ impl Udp {
         self.next_listener = number.wrapping_add(1);
         cx.poller.add(&fd, Token::UdpListener(number), EventFlags::IN | EventFlags::ET)?;
         let fd = Arc::new(fd);
-        self.listeners.insert(number, Listener { forward, fd, queued: false, failed: false });
+        let appetite = Appetite::default();
+        self.listeners.insert(number, Listener { forward, fd, queued: false, failed: false, appetite });
         Ok(listen)
     }
 
@@ -275,7 +295,7 @@ impl Udp {
         socket::receive_together(&fd);
         let flow = Flow::new(Way::Own(fd));
         // The guest's next datagram will find whose it is.
-        let number = self.insert(cx, key, flow).ok_or(io::ErrorKind::AlreadyExists)?;
+        let number = insert(&mut self.flows, cx, key, flow).ok_or(io::ErrorKind::AlreadyExists)?;
         if let Some((_, Flow { way: Way::Own(fd), .. })) = self.flows.get_mut(number) {
             // Something may have come before it was watched: epoll tells.
             if let Err(error) = cx.poller.add(&*fd, Token::Udp(number), EventFlags::IN | EventFlags::ET) {
@@ -286,20 +306,13 @@ impl Udp {
         Ok(number)
     }
 
-    /// Adds a flow, unless another engine has just done so.
-    fn insert(&mut self, cx: &mut Context<'_>, key: Key, flow: Flow) -> Option<u32> {
-        let (number, evicted) = self.flows.insert(key, flow, cx.now)?;
-        cx.link.stats.evicted += u64::from(evicted.is_some());
-        Some(number)
-    }
-
     /// Sends what the guest sent by its flow, now or with what follows.
     fn send(&mut self, cx: &mut Context<'_>, number: u32, datagram: &UdpView<'_>) {
-        let hops = datagram.ip.hop_limit;
+        let common = (number, datagram.ip.hop_limit);
         for payload in datagram.payload.each() {
-            if !self.burst.add(number, hops, payload) {
+            if !self.burst.add(common, payload) {
                 self.send_burst(cx);
-                self.burst.add(number, hops, payload);
+                self.burst.add(common, payload);
             }
         }
         if self.flows.get_mut(number).is_some_and(|(_, flow)| flow.alone) {
@@ -310,9 +323,9 @@ impl Udp {
     /// Sends what was gathered.
     fn send_burst(&mut self, cx: &mut Context<'_>) {
         let burst = std::mem::take(&mut self.burst);
-        let number = burst.flow;
+        let (number, hop_limit) = burst.common();
         if burst.len() > 0
-            && let Some(class) = self.set_off(number, burst.hop_limit)
+            && let Some(class) = self.set_off(number, hop_limit)
         {
             self.flows.touch(number, class, cx.now);
             let (bytes, length) = burst.together();
@@ -491,12 +504,14 @@ impl Udp {
                 }
                 continue;
             }
-            match socket::receive(fd, &mut self.buffer) {
-                Ok(received) => {
+            match self.inbox.receive(fd, &mut flow.appetite) {
+                Ok(more) => {
                     self.flows.touch(number, Class::BothWays, cx.now);
-                    let datagrams = received.datagrams(&self.buffer);
-                    taken += datagrams.count();
-                    deliver(cx, key, datagrams);
+                    taken += self.inbox.count();
+                    deliver(cx, &mut self.inward, key, self.inbox.taken().map(|(_, datagrams)| datagrams));
+                    if !more {
+                        return Drained::Yes;
+                    }
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Drained::Yes,
                 Err(_) => flow.failed = true,
@@ -528,23 +543,13 @@ impl Udp {
                 }
                 continue;
             }
-            match socket::receive(&listener.fd, &mut self.buffer) {
-                Ok(received) => {
-                    let datagrams = received.datagrams(&self.buffer);
-                    taken += datagrams.count();
-                    if bypass(cx, listener, &received, datagrams) {
-                        continue;
+            match self.inbox.receive(&listener.fd, &mut listener.appetite) {
+                Ok(more) => {
+                    taken += self.inbox.count();
+                    self.arrived(cx, number);
+                    if !more {
+                        return Drained::Yes;
                     }
-                    let flow = flow_of(&mut self.flows, cx, &listener.forward, received.peer);
-                    // A guest without an address is not there.
-                    let Some((key, flow)) = flow else { continue };
-                    let Received { peer, local, length, segment } = received;
-                    self.note_peer(cx, key, flow, Way::Forwarded { listener: number, peer, local });
-                    deliver(
-                        cx,
-                        key,
-                        Datagrams { bytes: self.buffer.get(..length).unwrap_or_default(), segment },
-                    );
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Drained::Yes,
                 Err(_) => listener.failed = true,
@@ -553,19 +558,30 @@ impl Udp {
         Drained::No
     }
 
-    /// A datagram came by a forwarded port: makes its flow or keeps it alive.
-    fn note_peer(&mut self, cx: &mut Context<'_>, key: Key, number: Option<u32>, way: Way) {
-        let Some(number) = number else {
-            self.insert(cx, key, Flow::new(way));
-            return;
-        };
-        let class = self.flows.class(number).unwrap_or(Class::OneWay);
-        self.flows.touch(number, class, cx.now);
-        if let Some((_, flow)) = self.flows.get_mut(number)
-            && matches!(flow.way, Way::Forwarded { .. })
-        {
-            // Several of the host's own addresses are one to the peer: it is answered from the last that it spoke to.
-            flow.way = way;
+    /// Hands on what came by forwarded port `number`.
+    fn arrived(&mut self, cx: &mut Context<'_>, number: u32) {
+        let Some(listener) = self.listeners.get(&number) else { return };
+        let mut arrivals = self.inbox.taken().peekable();
+        while let Some((first, datagrams)) = arrivals.next() {
+            // What comes between the same ends without a break goes the same way.
+            let ends = (first.peer, first.local);
+            let mut rest = iter::from_fn(|| {
+                arrivals.next_if(|(next, _)| (next.peer, next.local) == ends).map(|(_, datagrams)| datagrams)
+            });
+            if bypass(cx, listener, first, datagrams) {
+                for datagrams in rest {
+                    bypass(cx, listener, first, datagrams);
+                }
+                continue;
+            }
+            let Some((key, flow)) = flow_of(&mut self.flows, cx, &listener.forward, first.peer) else {
+                // A guest without an address is not there.
+                rest.by_ref().for_each(drop);
+                continue;
+            };
+            let way = Way::Forwarded { listener: number, peer: first.peer, local: first.local };
+            note_peer(&mut self.flows, cx, key, flow, way);
+            deliver(cx, &mut self.inward, key, iter::once(datagrams).chain(rest));
         }
     }
 
@@ -589,6 +605,35 @@ impl Spare for Udp {
     fn give_up(&mut self, now: Instant) -> bool {
         let since = now.checked_sub(IDLE);
         since.is_some_and(|since| self.flows.remove_oldest_of(since, Flow::has_socket).is_some())
+    }
+}
+
+/// Adds a flow, unless another engine has just done so.
+fn insert(flows: &mut FlowTable<Key, Flow>, cx: &mut Context<'_>, key: Key, flow: Flow) -> Option<u32> {
+    let (number, evicted) = flows.insert(key, flow, cx.now)?;
+    cx.link.stats.evicted += u64::from(evicted.is_some());
+    Some(number)
+}
+
+/// Something came by a forwarded port: makes its flow, if it has no number yet, or keeps it alive.
+fn note_peer(
+    flows: &mut FlowTable<Key, Flow>,
+    cx: &mut Context<'_>,
+    key: Key,
+    number: Option<u32>,
+    way: Way,
+) {
+    let Some(number) = number else {
+        insert(flows, cx, key, Flow::new(way));
+        return;
+    };
+    let class = flows.class(number).unwrap_or(Class::OneWay);
+    flows.touch(number, class, cx.now);
+    if let Some((_, flow)) = flows.get_mut(number)
+        && matches!(flow.way, Way::Forwarded { .. })
+    {
+        // Several of the host's own addresses are one to the peer: it is answered from the last that it spoke to.
+        flow.way = way;
     }
 }
 
@@ -687,13 +732,6 @@ fn is_subnet_broadcast(cx: &Context<'_>, address: std::net::Ipv4Addr) -> bool {
             address.to_bits() == family.guest.to_bits() | host
         }
     })
-}
-
-/// Gives the guest datagrams from the other end.
-fn deliver(cx: &mut Context<'_>, key: Key, datagrams: Datagrams<'_>) {
-    if let Some((addresses, (guest, remote))) = key.outbound() {
-        cx.send_datagrams(addresses.reversed(), (remote, guest), datagrams);
-    }
 }
 
 /// Tells the guest that its datagram with this payload did not get through.

@@ -4,8 +4,9 @@
 //!
 //! Replies to our commands and commands of the peer come over the same socket, mixed. No thread is there only to sort
 //! them: whoever waits for something and finds nobody reading reads himself, and hands out what comes. So a reply usually
-//! arrives on the thread that waits for it, without a switch of threads; and a server whose command waits for memory of
-//! the client (DMA_READ) reads that reply itself, while new commands pile up until it is done (within bounds).
+//! arrives on the thread that waits for it, without a switch of threads and by one system call; and a server whose command
+//! waits for memory of the client (DMA_READ) reads that reply itself, while new commands pile up until it is done (within
+//! bounds).
 //!
 //! A sender whom the socket does not take more from reads as well meanwhile, unless somebody does: so two sides that both
 //! send a lot do not wait for each other.
@@ -62,6 +63,8 @@ enum Slot {
 struct State {
     /// Somebody reads the socket.
     reading: bool,
+    /// How many wait for who reads.
+    sleeping: usize,
     /// By the number of the command.
     waiting: HashMap<u16, Slot>,
     next_id: u16,
@@ -93,6 +96,7 @@ impl Connection {
     pub fn new(socket: OwnedFd, takes_commands: bool, patience: Patience) -> Self {
         let state = State {
             reading: false,
+            sleeping: 0,
             waiting: HashMap::new(),
             next_id: 0,
             commands: VecDeque::new(),
@@ -101,7 +105,8 @@ impl Connection {
             broken: None,
         };
         Self {
-            socket: Socket::new(socket),
+            // Half of what a caller waits at most: so who begins to wait for a reply lets the socket wait for him.
+            socket: Socket::new(socket, patience.reply / 2),
             takes_commands,
             patience,
             writing: Mutex::new(()),
@@ -235,35 +240,28 @@ impl Connection {
             if let Some(broken) = state.broken {
                 return Err(broken);
             }
-            let now = Instant::now();
-            if until.is_some_and(|until| until <= now) {
+            let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+            if left.is_some_and(|left| left.is_zero()) {
                 return Ok(None);
             }
             if state.reading {
-                state = match until {
+                state.sleeping += 1;
+                state = match left {
                     None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
-                    Some(until) => {
-                        let waited = self.changed.wait_timeout(state, until - now);
+                    Some(left) => {
+                        let waited = self.changed.wait_timeout(state, left);
                         waited.unwrap_or_else(PoisonError::into_inner).0
                     }
                 };
+                state.sleeping -= 1;
             } else {
                 state.reading = true;
                 drop(state);
-                let came = self.read(Ready { readable: true, writable: false }, until);
+                let came = self.socket.receive(until, self.patience.message);
                 state = lock(&self.state);
                 self.hand_out(&mut state, came);
             }
         }
-    }
-
-    /// Waits for the socket, and reads a message if one has come. Only who has set `reading` calls this.
-    fn read(&self, what: Ready, until: Option<Instant>) -> Result<Option<Message>, Broken> {
-        let ready = self.socket.wait(what, until)?;
-        if !ready.readable {
-            return Ok(None);
-        }
-        self.socket.receive(Instant::now() + self.patience.message).map(Some)
     }
 
     /// Gives what was read to who waits for it. Ends being the one who reads.
@@ -278,7 +276,10 @@ impl Connection {
             state.broken.get_or_insert(broken);
             self.socket.shut_down();
         }
-        self.changed.notify_all();
+        // To wake nobody is a system call too.
+        if state.sleeping > 0 {
+            self.changed.notify_all();
+        }
     }
 
     /// Sends one message.
@@ -324,7 +325,11 @@ impl Connection {
                 .map(|_| ())
                 .map_err(|broken| self.break_off(broken));
         }
-        let came = self.read(Ready { readable: true, writable: true }, Some(until));
+        let came = match self.socket.wait(Ready { readable: true, writable: true }, Some(until)) {
+            Ok(ready) if ready.readable => self.socket.receive(Some(Instant::now()), self.patience.message),
+            Ok(_) => Ok(None),
+            Err(broken) => Err(broken),
+        };
         let mut state = lock(&self.state);
         self.hand_out(&mut state, came);
         state.broken.map_or(Ok(()), Err)

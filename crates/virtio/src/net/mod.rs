@@ -29,6 +29,9 @@
 //! segmentation) is taken from the header; where it says something impossible the frame becomes an empty one, which
 //! the engine counts and drops.
 //!
+//! **Bounds.** A chain for a frame has as many descriptors as the queue has entries at most, in indirect tables too; one that
+//! has more breaks the queue, as any other that is against the rules.
+//!
 //! **The end.** When the guest powers off, what it has put into its queues is still taken: a command that has sent its
 //! last bytes and ended has been told that they are on their way.
 
@@ -51,7 +54,7 @@ use tap::Link;
 
 pub use tap::QueueTap;
 
-/// Entries of a queue for frames. A longest frame takes 17 pages.
+/// Entries of a queue for frames, and descriptors of a chain for one. A longest frame takes 17 pages.
 const QUEUE_SIZE: u16 = 256;
 /// Entries of the control queue. The driver waits for one command before the next.
 const CONTROL_SIZE: u16 = 16;
@@ -169,6 +172,10 @@ impl<M: GuestMem> VirtioDevice<M> for Net<M> {
                 (_, None) if number == 0 => return Err(ActivateError::MissingQueue(1)),
                 _ => continue,
             };
+            let (mut receive, mut transmit) = (receive, transmit);
+            for queue in [&mut receive, &mut transmit] {
+                queue.limit_chains(QUEUE_SIZE);
+            }
             let rings = tap::Rings::new(
                 receive,
                 transmit,

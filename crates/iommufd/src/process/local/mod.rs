@@ -25,7 +25,7 @@ mod descriptor;
 pub(crate) mod maps;
 pub(crate) mod pins;
 
-pub use pins::{carry, forget, quiet, vacate, vacate_private};
+pub use pins::{carry, forget, pinned, quiet, vacate, vacate_private};
 
 /// This process.
 #[derive(Debug, Default)]

@@ -10,6 +10,7 @@
 //!
 //! Lock order: the table, then the stretches of a pin. Observers are called with neither.
 
+use core::sync::atomic::{AtomicUsize, Ordering};
 use std::{
     collections::BTreeMap,
     sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, RwLock, Weak},
@@ -24,6 +25,10 @@ use crate::{
 };
 
 static TABLE: LazyLock<Mutex<Table>> = LazyLock::new(Mutex::default);
+
+/// How many pins there are. Who unmaps memory where nothing ever was pinned, which may be an allocator in the middle of its
+/// work, takes no lock and allocates nothing.
+static PINS: AtomicUsize = AtomicUsize::new(0);
 
 fn table() -> MutexGuard<'static, Table> {
     TABLE.lock().unwrap_or_else(PoisonError::into_inner)
@@ -163,6 +168,7 @@ impl Table {
         stretches: Vec<Stretch>,
     ) -> Arc<Pin> {
         self.next_id += 1;
+        PINS.fetch_add(1, Ordering::Relaxed);
         let pin = Arc::new(Pin {
             id: self.next_id,
             from,
@@ -283,6 +289,7 @@ impl Drop for LocalPin {
             table.forget(&self.pin, stretch);
         }
         table.abandon(stretches.as_slice());
+        PINS.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -342,8 +349,17 @@ fn whole_pages(start: HostAddr, length: u64) -> Option<Range> {
     Some(Range { first, last: first.saturating_add(pages.checked_sub(1)?) })
 }
 
+/// The pages of a range that are pinned where they are, as addresses and lengths in order: devices use them by these addresses,
+/// so they must stay accessible.
+pub fn pinned(start: HostAddr, length: u64) -> Vec<(HostAddr, u64)> {
+    let Some(all) = whole_pages(start, length).filter(|all| is_pinned(*all)) else { return Vec::new() };
+    let parts = table().overlapping(all).map(|(_, part)| part).collect();
+    let bytes = |range: Range| (HostAddr(range.first * PAGE_SIZE), range.pages() * PAGE_SIZE);
+    merged(parts).into_iter().map(bytes).collect()
+}
+
 fn is_pinned(all: Range) -> bool {
-    table().overlapping(all).next().is_some()
+    PINS.load(Ordering::Relaxed) != 0 && table().overlapping(all).next().is_some()
 }
 
 fn move_away(start: HostAddr, length: u64, behind: Behind) -> Result<bool> {
@@ -386,6 +402,13 @@ fn begin(all: Range) -> (Vec<Range>, Vec<Told>) {
             told.push((observer.clone(), UserAddr(pin.from + page * PAGE_SIZE), pages));
         }
     }
+    let ranges = merged(parts);
+    table.moving.clone_from(&ranges);
+    (ranges, told)
+}
+
+/// The same pages in order, none twice.
+fn merged(mut parts: Vec<Range>) -> Vec<Range> {
     parts.sort_by_key(|part| part.first);
     let mut ranges: Vec<Range> = Vec::new();
     for part in parts {
@@ -394,8 +417,7 @@ fn begin(all: Range) -> (Vec<Range>, Vec<Told>) {
             _ => ranges.push(part),
         }
     }
-    table.moving.clone_from(&ranges);
-    (ranges, told)
+    ranges
 }
 
 /// Moves the pages of `range` to a place of our own, and lets the pins know.

@@ -25,8 +25,9 @@ mod reason {
 }
 
 impl FaultRecord {
-    /// What the guest's IOMMU says of a fault; none when it had translated the access, or the device is attached to
-    /// nothing (which only who knows the context entries can tell more of).
+    /// What the guest's IOMMU says of a fault; none when it had translated the access, or had not because of the address (which
+    /// interrupt remapping would say, that there is not), or the device is attached to nothing (which only who knows the
+    /// context entries can tell more of).
     #[must_use]
     pub fn new(source: u16, fault: &Fault) -> Option<Self> {
         let reason = match (fault.reason, fault.access) {
@@ -35,9 +36,14 @@ impl FaultRecord {
             (FaultReason::Range, _) => reason::BEYOND_WIDTH,
             (FaultReason::Table, _) => reason::TABLE,
             (FaultReason::Reserved, _) => reason::RESERVED,
-            (FaultReason::Detached | FaultReason::Moving | FaultReason::Target | FaultReason::Foreign, _) => {
-                return None;
-            }
+            (
+                FaultReason::Detached
+                | FaultReason::Moving
+                | FaultReason::Target
+                | FaultReason::Interrupt
+                | FaultReason::Foreign,
+                _,
+            ) => return None,
         };
         Some(Self { source, reason, access: fault.access, address: fault.iova.0 & !0xfff })
     }

@@ -17,6 +17,9 @@
 //! While the parent notes writes, a page is entered for writing only when it is written to, because the parent has to see
 //! the first write; the parent drops what was entered whenever it forgets what was written to.
 //!
+//! Addresses of interrupt requests are never translated, whatever the table has there (VT-d 3.14). So nothing is entered that
+//! has some of them in it.
+//!
 //! The IOTLB has a limit. What fills it is dropped as a whole by the device that finds it full, when it leaves its section.
 
 #![allow(unsafe_code, reason = "what is memory in the parent is memory in the IOTLB")]
@@ -47,6 +50,8 @@ use crate::{
 pub(super) const LIMIT: usize = 16 << 10;
 /// The sizes that a walk is entered in, largest first.
 const SIZES: [u64; 3] = [1 << 30, 2 << 20, PAGE_SIZE];
+/// Addresses of interrupt requests: the first, and the first past them.
+const INTERRUPTS: [u64; 2] = [0xfee0_0000, 0xfef0_0000];
 
 /// A guest's page table.
 pub(in crate::soft) struct GuestTable {
@@ -121,6 +126,10 @@ impl GuestTable {
         iova: Iova,
         access: Access,
     ) -> core::result::Result<(Translation, bool), FaultReason> {
+        let [interrupts, behind] = INTERRUPTS;
+        if (interrupts..behind).contains(&iova.0) {
+            return Err(FaultReason::Interrupt);
+        }
         let generation = self.iotlb.generation();
         let tracked = self.parent.tracks_writes();
         let needed = match access {
@@ -145,6 +154,10 @@ impl GuestTable {
         let most = if tracked { PAGE_SIZE } else { leaf.size };
         let whole = SIZES.into_iter().filter(|size| *size <= most).find_map(|size| {
             let offset = iova.0 % size;
+            let first = iova.0 - offset;
+            if first < behind && interrupts < first + size {
+                return None;
+            }
             let host = found.host.0.checked_sub(offset)?;
             let (base, is_memory) = section.look(Iova(at - offset), access).ok()?;
             let together = base.length >= size && base.host.0 == host && is_memory == memory;
@@ -154,7 +167,10 @@ impl GuestTable {
         if tracked && access == Access::Read {
             prot.remove(Prot::WRITE);
         }
-        let found = Translation { length: found.length.min(leaf.size - iova.0 % leaf.size), prot, ..found };
+        let in_leaf = leaf.size - iova.0 % leaf.size;
+        let before_interrupts = interrupts.checked_sub(iova.0).unwrap_or(in_leaf);
+        let length = found.length.min(in_leaf).min(before_interrupts);
+        let found = Translation { length, prot, ..found };
         let Some((size, offset, host)) = whole else { return Ok((found, memory)) };
         // SAFETY: needed because devices access what they find by its address. Sound because the parent's leaf is memory, in all
         // of `size`, until the parent loses it and is synchronized; it invalidates the IOTLB first and synchronizes it

@@ -256,6 +256,48 @@ fn large_pages_and_four_levels() {
     assert_eq!(found.prot, RW);
 }
 
+/// VT-d 3.14: whatever the table has there.
+#[test]
+fn addresses_of_interrupt_requests_are_not_translated() {
+    const FIRST: u64 = 0xfee0_0000;
+    const BEHIND: u64 = 0xfef0_0000;
+    let guest = Guest::new();
+    // Pages on both sides and in it; and the same by one page of 1 GiB, where the guest has memory for that.
+    let (top, middle, low) = (FREE, FREE + PAGE_SIZE, FREE + 2 * PAGE_SIZE);
+    guest.write(top, middle | R | W);
+    guest.write(middle + 3 * 8, low | R | W);
+    for half in [FIRST - (2 << 20), FIRST] {
+        guest.write(low + (half >> 21 & 511) * 8, TABLE | R | W);
+    }
+    for page in [FIRST - PAGE_SIZE, FIRST, BEHIND - PAGE_SIZE, BEHIND] {
+        guest.write(TABLE + (page >> 12 & 511) * 8, (FREE + 4 * PAGE_SIZE) | R | W);
+    }
+    guest.write(FREE + 4 * PAGE_SIZE + 8, 4711);
+    let (from, at) = (UserAddr(MEMORY + FREE + 4 * PAGE_SIZE), Some(Iova(FIRST % (1 << 30) - PAGE_SIZE)));
+    guest.context.ioas_map_by(guest.ioas, &guest.program, from, 2 * PAGE_SIZE, at, RW).unwrap();
+    guest.device.attach(None, guest.table(top, 48)).unwrap();
+    for large in [false, true] {
+        if large {
+            guest.write(middle + 3 * 8, 1 << 7 | R | W);
+            guest.unit.invalidate(Invalidation::Iotlb(IotlbScope::Global));
+        }
+        assert_eq!(guest.load(FIRST - PAGE_SIZE + 8), Ok(4711));
+        for (at, inside) in [(FIRST, true), (FIRST + 8, true), (BEHIND - 8, true), (BEHIND + 8, false)] {
+            let expected = match (inside, large) {
+                (true, _) => Err(FaultReason::Interrupt),
+                (false, false) => Ok(4711),
+                (false, true) => Err(FaultReason::Target),
+            };
+            assert_eq!(guest.load(at), expected, "{at:#x}");
+            assert_eq!(guest.store(at, 4711), expected.map(|_| ()), "{at:#x}");
+        }
+        let last = guest.port.reader().section().translate(Iova(FIRST - 16), Access::Read).unwrap();
+        assert_eq!(last.length, 16);
+    }
+    let fault = Fault { iova: Iova(FIRST), access: Access::Write, reason: FaultReason::Interrupt };
+    assert_eq!(FaultRecord::new(SOURCE, &fault), None);
+}
+
 #[test]
 fn tables_that_cannot_be_are_refused() {
     let guest = Guest::new();
@@ -313,7 +355,8 @@ fn an_iotlb_has_a_limit() {
     let mut reader = guest.port.reader();
     for at in 0..(table::LIMIT as u64 * 5 / 4) {
         let section = reader.section();
-        let found = section.translate(Iova((at << 21) + 8), Access::Read).unwrap();
+        // None of interrupt requests' addresses.
+        let found = section.translate(Iova((at << 21) + (1 << 20) + 8), Access::Read).unwrap();
         assert_eq!(found.host.0, guest.host(FREE) + 8);
         drop(section);
     }

@@ -12,7 +12,8 @@
 //! invalidates it, and only then; whoever asks for that, by register or queue, goes on when no device uses any more what
 //! it was attached to before.
 //!
-//! An access that is not translated fails, and is recorded, unless the context entry says that it should not be.
+//! An access that is not translated fails, and is recorded, unless the context entry says that it should not be, or the
+//! address is one of interrupt requests: these are no DMA, and what devices signal does not come by here (`MsiSink`).
 //!
 //! A device of the host translates by the host's page tables, into which the guest's are carried over (`shadow`). It opens no views:
 //! when there is one, the unit is in caching mode, the guest says also what becomes present, and the device is attached

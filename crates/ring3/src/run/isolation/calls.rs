@@ -96,8 +96,9 @@ fn network() -> Vec<Call> {
                 libc::IPPROTO_UDP as u64,
             ],
         ),
-        // From sockets that are not connected, and what is said about them.
+        // From sockets that are not connected, and what is said about them; several datagrams at once.
         messages(),
+        all(&[libc::SYS_recvmmsg]),
     ]
     .into_iter()
     .flatten()
@@ -106,8 +107,16 @@ fn network() -> Vec<Call> {
 
 /// What serving a device to clients calls: crate `vfio`, on all of its threads.
 fn clients() -> Vec<Call> {
+    const SOCKET: u64 = libc::SOL_SOCKET as u64;
+    const RECEIVE_TIMEOUT: u64 = libc::SO_RCVTIMEO as u64;
+    /// The same with a time of 64 bits, which is tried first (linux/socket.h; not in libc on all targets).
+    const RECEIVE_TIMEOUT_NEW: u64 = 66;
+    let timeout = |option| when(libc::SYS_setsockopt, [arg(1, INT, SOCKET), arg(2, INT, option)]);
     [
         messages(),
+        // How long a read of a client waits.
+        timeout(RECEIVE_TIMEOUT),
+        timeout(RECEIVE_TIMEOUT_NEW),
         // The next client, and the second socket of one.
         all(&[libc::SYS_accept4, libc::SYS_socketpair]),
         // What kind of descriptor it was given.

@@ -4,6 +4,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
+use rustix::net::SendFlags;
 use smoltcp::socket::tcp::State;
 
 use super::sim::{Dice, Harm, Setup, Sim, Talk, accept, listener};
@@ -83,6 +84,33 @@ fn world_resets_after_its_bytes() {
     let n = sim.guest(handle).recv_slice(&mut buffer).unwrap_or(0);
     assert_eq!(&buffer[..n], b"last words");
     assert_eq!(sim.tcp.flows(), 0);
+}
+
+/// Reading stops at the mark of urgent data, and no event says that there is more behind it.
+#[test]
+fn urgent_data_comes_in_line() {
+    for peek_offset in [true, false] {
+        let mut sim = Sim::new(Setup::default());
+        if !peek_offset {
+            sim.tcp.forget_peek_offset();
+        }
+        let (handle, mut stream) = connected(&mut sim);
+        let mut heard = Vec::new();
+        for (before, after) in [("calm ", " calm"), ("", "at the start"), ("at the end", "")] {
+            heard.clear();
+            stream.write_all(before.as_bytes()).unwrap();
+            rustix::net::send(&stream, b"!", SendFlags::OOB).unwrap();
+            stream.write_all(after.as_bytes()).unwrap();
+            let expected = format!("{before}!{after}").into_bytes();
+            sim.run(|sim| {
+                let mut buffer = [0; 100];
+                let n = sim.guest(handle).recv_slice(&mut buffer).unwrap();
+                heard.extend_from_slice(&buffer[..n]);
+                (heard.len() >= expected.len(), n > 0)
+            });
+            assert_eq!(heard, expected, "{peek_offset}");
+        }
+    }
 }
 
 /// The world resets while our FIN is out already.

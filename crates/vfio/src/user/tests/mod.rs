@@ -2,6 +2,7 @@
 
 mod hostile;
 mod peer;
+mod transport;
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
