@@ -16,9 +16,9 @@ mod support;
 use std::path::{Path, PathBuf};
 
 use support::kernels::kernels;
-use support::process::{PATIENCE, Running, finish, ring3};
+use support::process::{PATIENCE, Running, boot, finish, ring3, run};
 use support::qemu::Guests;
-use support::{skip, temp_dir};
+use support::{Noise, skip, temp_dir, write};
 
 /// A machine with an IOMMU, and devices behind it. One processor: with two, invalidations of the emulated IOMMU can stall.
 const MACHINE: [&str; 14] = [
@@ -131,7 +131,8 @@ fn tree(from: &Path, to: &str, into: &mut Vec<(String, PathBuf)>) {
     }
 }
 
-/// Stock Linux in a machine of ring3's, in a stock Linux, in a machine of QEMU's: its disk is a controller of the outermost.
+/// Stock Linux in a machine of ring3's, in a stock Linux, in a machine of QEMU's: its disk is a controller of the outermost,
+/// behind an IOMMU that the innermost drives, whose mappings become those of the second's container, and by that QEMU's.
 #[test]
 fn a_guest_of_ring3_has_a_device_of_the_host() {
     let Some(kernels) = kernels() else { return };
@@ -144,9 +145,11 @@ fn a_guest_of_ring3_has_a_device_of_the_host() {
     tree(&kernels.newer().parent().unwrap().join("modules"), "/kernel/modules", &mut files);
     let script = format!(
         "{HAND_OVER}export HOME=/tmp
-ring3 run --kernel /kernel/vmlinuz --memory 256M --net none --device vfio-pci=0000:00:06.0 -- /bin/busybox sh -c '
+ring3 run --kernel /kernel/vmlinuz --memory 256M --net none --iommu virtio --append iommu.passthrough=0 \
+    --device vfio-pci=0000:00:06.0 -- /bin/busybox sh -c '
 while [ ! -b /dev/nvme0n1 ]; do sleep 0.1; done
 echo SERIAL $(cat /sys/class/nvme/nvme0/serial)
+echo DOMAIN $(cat /sys/class/nvme/nvme0/device/iommu_group/type)
 dd if=/dev/nvme0n1 bs=1M count=4 2>/dev/null | md5sum
 echo VECTORS $(grep -c PCI-MSIX.*nvme /proc/interrupts)' 2>/tmp/said || {{ cat /tmp/said; false; }}
 echo ENDED $?"
@@ -158,7 +161,7 @@ echo ENDED $?"
     let text = end.text();
     assert!(text.contains("ENDED 0"), "{text}\n{}", end.stderr);
     // The controller's disk is all zeros.
-    has(&text, &["SERIAL handed-over", "b5cfa9d6c8febd618f91ac2843d50a1c", "VECTORS 2"]);
+    has(&text, &["SERIAL handed-over", "DOMAIN DMA", "b5cfa9d6c8febd618f91ac2843d50a1c", "VECTORS 2"]);
 }
 
 /// The devices of `ring3 shim`: what is tried there are the calls, not the hardware.
@@ -175,6 +178,52 @@ fn under_the_shim(part: &str) -> String {
 #[test]
 fn ring3s_own_devices_by_both_doors() {
     under_the_shim("the_test_device");
+}
+
+/// Bytes of a disk.
+const DISK: usize = 8 << 20;
+
+/// A stock guest reads and writes by a host's controller, which is behind the IOMMU that the guest drives: the host is the
+/// shim, in whose iommufd the guest's mappings are.
+#[test]
+fn a_device_of_the_host_is_behind_the_guests_iommu() {
+    let Some(kernels) = kernels() else { return };
+    for kind in ["virtio", "intel"] {
+        let dir = temp_dir();
+        let mut bytes = vec![0; DISK];
+        Noise(5).fill(&mut bytes);
+        let disk = write(dir.path(), "disk", &bytes);
+        let script = "set -e
+while [ ! -b /dev/nvme0n1 ]; do sleep 0.1; done
+dd if=/dev/nvme0n1 of=/tmp/half bs=1M count=4 iflag=direct 2>/dev/null
+dd if=/tmp/half of=/dev/nvme0n1 bs=1M seek=4 oflag=direct 2>/dev/null
+echo TYPE $(cat /sys/class/nvme/nvme0/device/iommu_group/type)";
+        let options = [
+            "--iommu",
+            kind,
+            "--append",
+            "iommu.passthrough=0",
+            "--memory",
+            "256M",
+            "--net",
+            "none",
+            // With the others goes the right to lock as much memory as one likes.
+            "--isolation",
+            "off",
+            "--device",
+            "vfio-pci=0000:00:06.0,door=cdev",
+        ];
+        let guest = run(kernels.newer(), &options, &["sh", "-c", script]);
+        let mut command = ring3();
+        let device = format!("nvme,file={},addr=0000:00:06.0", disk.display());
+        command.args(["shim", "--device", &device, "--"]).arg(guest.get_program()).args(guest.get_args());
+        let end = boot(command);
+        end.expect(0);
+        assert!(end.text().contains("TYPE DMA"), "{}", end.text());
+        let after = std::fs::read(&disk).unwrap();
+        let (first, second) = after.split_at(DISK / 2);
+        assert!(first == &bytes[..DISK / 2] && second == first, "{kind}: the disk has something else");
+    }
 }
 
 #[test]

@@ -27,6 +27,7 @@ pub mod serial;
 mod signals;
 mod vcpu;
 mod virtio_pci;
+mod writes;
 
 pub use guest_abi::GuestAbi;
 pub use machine::{Ended, IommuKind, Machine, MachineConfig, MachineError, MachineHandle, MachineStats};

@@ -12,8 +12,10 @@ use std::thread;
 
 use cpu::state::seg;
 use cpu::{CpuState, Cpuid, GuestRam, Ram, Vcpu, VcpuConfig, VcpuStats, attention};
+use iommufd::Errno;
 use mmu::Gpa;
 use vfio::device::Device;
+use vfio::kernel::HostDevice;
 use virtio::device::VirtioDevice;
 use virtio::iommu::Faults;
 use virtio::pci::VirtioPci;
@@ -27,7 +29,7 @@ use crate::clock::Clock;
 use crate::dma::DeviceMemory;
 use crate::guest_abi::GuestAbi;
 use crate::iommu::vtd::{self, Vtd};
-use crate::iommu::{Endpoint, GuestIommu, IommuStats, PAGE_SIZES};
+use crate::iommu::{Endpoint, GuestIommu, HostEndpoint, IommuStats, PAGE_SIZES};
 use crate::kvm::{KvmVcpu, KvmVm};
 use crate::layout;
 use crate::loader::{self, BootProtocol, BootRequest, BootState, KernelImage, LoadError};
@@ -40,6 +42,7 @@ use crate::serial::{InterruptLine, Serial};
 use crate::signals::Signals;
 use crate::vcpu::{VcpuPlatform, VcpuThread, lock};
 use crate::virtio_pci::{Msi, VirtioFunction};
+use crate::writes::{Exposed, What};
 
 /// What a machine is made of.
 pub struct MachineConfig {
@@ -241,6 +244,17 @@ impl Iommu {
         .map_err(|errno| MachineError::Iommu(errno.into()))
     }
 
+    /// Puts a device of the host behind it.
+    fn add_host(&mut self, slot: usize, device: HostEndpoint) -> Result<Arc<Exposed>, Errno> {
+        match self {
+            Self::Virtio { iommu, behind, .. } => {
+                behind.push(slot);
+                lock(iommu).add_host_endpoint(endpoint(slot), device)
+            }
+            Self::Intel(unit) => unit.add_host_endpoint(endpoint(slot) as u16, device),
+        }
+    }
+
     fn describe(&self) -> acpi::Iommu {
         match self {
             Self::Virtio { slot, behind, .. } => acpi::Iommu::Virtio { slot: *slot, behind: behind.clone() },
@@ -403,27 +417,48 @@ impl Machine {
 
     /// Adds a device of any other kind, which must be a PCI function, in the next free PCI slot, and opens it. `reach`
     /// says whether it accesses guest memory by the way that it is given here, or knows another. By the first it is
-    /// behind the IOMMU if there is one; by the other it is outside, which VT-d does not know.
+    /// behind the IOMMU if there is one; by the other it cannot be.
     ///
     /// # Errors
     /// When the slots are taken, or the device makes no sense as a PCI function, or fails.
     pub fn add_device(&mut self, device: Arc<dyn Device>, reach: Reach) -> Result<(), MachineError> {
         let slot = self.pci.next_slot()?;
-        let reached = match reach {
-            Reach::Called => self.reached_from(slot)?,
-            Reach::Direct if matches!(self.iommu, Some(Iommu::Intel(_))) => {
-                return Err(AssignError::Outside.into());
+        let (reached, exposed) = match reach {
+            Reach::Called => (self.reached_from(slot)?, None),
+            Reach::Direct if self.iommu.is_some() => return Err(AssignError::Outside.into()),
+            Reach::Direct => (DeviceMemory::whole(&self.memory), Some(Exposed::new(&self.memory, What::All))),
+        };
+        self.assign(slot, device, reached, exposed)
+    }
+
+    /// Adds a device of the host, in the next free PCI slot, and opens it. Behind an IOMMU it must have been opened for a context
+    /// ([`HostDevice::for_context`]): what the guest maps is carried over to the host's. Without one the caller has
+    /// mapped the guest's memory in the device's address space.
+    ///
+    /// # Errors
+    /// As [`Self::add_device`]; and when the host does not map guest memory for it.
+    pub fn add_host_device(&mut self, device: Arc<HostDevice>) -> Result<(), MachineError> {
+        let slot = self.pci.next_slot()?;
+        let exposed = match &mut self.iommu {
+            None => return self.add_device(device, Reach::Direct),
+            Some(iommu) => {
+                let hardware = HostEndpoint::new(&device);
+                hardware.and_then(|it| iommu.add_host(slot, it)).map_err(AssignError::Behind)?
             }
-            Reach::Direct => DeviceMemory::whole(&self.memory),
         };
-        let seat = Seat {
-            ram: Arc::clone(&self.memory),
-            reached,
-            msi: Arc::new(Msi(Arc::clone(&self.apics))),
-            wires: Arc::clone(&self.wires),
-            slot,
-        };
-        let function = AssignedFunction::new(device, reach, seat)?;
+        self.assign(slot, device, DeviceMemory::whole(&self.memory), Some(exposed))
+    }
+
+    fn assign(
+        &mut self,
+        slot: usize,
+        device: Arc<dyn Device>,
+        reached: DeviceMemory,
+        exposed: Option<Arc<Exposed>>,
+    ) -> Result<(), MachineError> {
+        let msi = Arc::new(Msi(Arc::clone(&self.apics)));
+        let seat = Seat { reached, exposed, msi, wires: Arc::clone(&self.wires), slot };
+        let function = AssignedFunction::new(device, seat)?;
         self.pci.add(slot, Arc::new(Mutex::new(function)))?;
         Ok(())
     }

@@ -306,8 +306,8 @@ pub struct RunArgs {
     ///
     /// The guest decides then what of its memory each device may reach, and --stats shows what that took. For `virtio` the
     /// kernel needs the driver virtio_iommu: Debian's have it from 6.12 on. For `intel` it needs CONFIG_INTEL_IOMMU, as all of Debian's
-    /// have, and is told `intel_iommu=on iommu.passthrough=0`; what --append says comes later, such as iommu.strict=1. A device of
-    /// the host (--device vfio-pci=) is outside of the first, and cannot be had with the second.
+    /// have, and is told `intel_iommu=on iommu.passthrough=0`; what --append says comes later, such as iommu.strict=1. For a
+    /// device of the host (--device vfio-pci=) it is carried over to the host's IOMMU.
     #[arg(long, value_name = "KIND", value_enum, default_value_t = Iommu::None)]
     pub iommu: Iommu,
     /// How the guest's processor is run

@@ -22,7 +22,6 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 
-use cpu::GuestRam;
 use pci::msi::{Msi, MsiLayout};
 use pci::msix::{IntxLine, Message, MsiSink, Msix};
 use rustix::event::epoll;
@@ -31,9 +30,9 @@ use vfio::device::Device;
 use vfio::irq::{IrqAction, IrqData, IrqSet};
 use virtio::event::Event;
 
-use super::memory::written_elsewhere;
 use crate::pci::intx::Served;
 use crate::vcpu::lock;
+use crate::writes::Exposed;
 
 /// Part of a BAR that MSI-X takes, and where in it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -117,8 +116,8 @@ struct Shared {
     unmask: Event,
     stop: Event,
     epoll: OwnedFd,
-    /// Of a device that writes to it by itself.
-    memory: Option<Arc<GuestRam>>,
+    /// What it writes to by itself.
+    exposed: Option<Arc<Exposed>>,
 }
 
 /// The interrupts of one function, and the thread that waits for them; it ends when this is dropped.
@@ -128,8 +127,8 @@ pub(super) struct Interrupts {
 }
 
 impl Interrupts {
-    /// Waits for the device's interrupts, of which none is set up yet. `memory` is that of a device that writes there by
-    /// itself.
+    /// Waits for the device's interrupts, of which none is set up yet. `exposed` is what the device writes to
+    /// by itself.
     ///
     /// # Errors
     /// The host is out of descriptors or threads.
@@ -138,7 +137,7 @@ impl Interrupts {
         kinds: Kinds,
         sink: Arc<dyn MsiSink>,
         wire: Option<Box<dyn IntxLine>>,
-        memory: Option<Arc<GuestRam>>,
+        exposed: Option<Arc<Exposed>>,
     ) -> io::Result<Self> {
         let vectors = kinds.msix.max(kinds.msi.map_or(0, |msi| msi.vectors.into()));
         let state = State {
@@ -159,7 +158,7 @@ impl Interrupts {
             unmask: Event::new()?,
             stop: Event::new()?,
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
-            memory,
+            exposed,
         });
         let others = [(INTX, &shared.intx), (UNMASK, &shared.unmask), (STOP, &shared.stop)];
         for (datum, event) in (0..).zip(&shared.vectors).chain(others) {
@@ -320,7 +319,7 @@ impl Shared {
     fn raise(&self, vector: u32) {
         let Some(event) = self.vectors.get(vector as usize) else { return };
         event.clear();
-        self.look_at_code_again();
+        self.note_writes();
         let message = {
             let mut state = lock(&self.state);
             match state.mode {
@@ -334,7 +333,7 @@ impl Shared {
 
     fn raise_intx(&self) {
         self.intx.clear();
-        self.look_at_code_again();
+        self.note_writes();
         let mut state = lock(&self.state);
         state.raised = state.mode == Mode::Intx;
         self.drive(&state);
@@ -350,9 +349,9 @@ impl Shared {
     }
 
     /// Before the guest learns that data has come.
-    fn look_at_code_again(&self) {
-        if let Some(memory) = &self.memory {
-            written_elsewhere(memory);
+    fn note_writes(&self) {
+        if let Some(exposed) = &self.exposed {
+            exposed.note_writes();
         }
     }
 }

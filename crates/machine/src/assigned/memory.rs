@@ -1,12 +1,10 @@
 //! Guest RAM as an assigned device reaches it.
 
-use cpu::GuestRam;
 use iommufd::domain::Prot;
 use iommufd::iova::{Iova, IovaRange};
 use iommufd::soft::{Access, Fault, FaultReason};
 use vfio::dma::{Dma, DmaFault, after};
-use vm_memory::bitmap::Bitmap;
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryRegion};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use crate::dma::{DeviceMemory, View};
 
@@ -64,12 +62,5 @@ impl Dma for GuestDma {
             check(&self.0.memory(), range.start(), length, access)?;
         }
         Ok(())
-    }
-}
-
-/// Somebody else may have written anywhere: vCPUs decode again what they execute.
-pub(super) fn written_elsewhere(memory: &GuestRam) {
-    for region in memory.iter() {
-        region.bitmap().mark_dirty(0, region.len() as usize);
     }
 }

@@ -14,9 +14,9 @@
 //! - **Memory** (`memory`): the guest's RAM, its physical addresses as I/O virtual ones, or what the guest maps when the
 //!   device is behind its IOMMU. A device that accesses it by
 //!   itself, in another process or in hardware, writes unseen by the vCPUs, which keep decoded code: so whatever tells the
-//!   guest that data has come (an interrupt, or a register that it reads) first makes them look at their code again.
-//!   Data that the guest finds by polling memory alone may be code that a vCPU has in an older version: say so
-//!   where such devices are offered. Such a device is never behind the guest's IOMMU.
+//!   guest that data has come (an interrupt, or a register that it reads) first notes what it may have written to
+//!   (`crate::writes`). Data that the guest finds by polling memory alone may be code that a vCPU has in an older version:
+//!   say so where such devices are offered.
 //!
 //! A device that does not answer reads as all ones, as a real one that has gone does.
 
@@ -28,7 +28,6 @@ pub mod testing;
 
 use std::sync::Arc;
 
-use cpu::GuestRam;
 use pci::config::ConfigError;
 use pci::msix::MsiSink;
 use uapi::vfio::VFIO_PCI_CONFIG_REGION_INDEX;
@@ -38,6 +37,7 @@ use vfio::device::{Device, DeviceFlags};
 use crate::dma::DeviceMemory;
 use crate::pci::intx::Wires;
 use crate::pci::{BarInfo, PciFunction};
+use crate::writes::Exposed;
 use interrupts::Interrupts;
 pub use memory::GuestDma;
 use space::Space;
@@ -49,8 +49,16 @@ pub enum AssignError {
     #[error("the device is no PCI function")]
     NotPci,
     /// It accesses memory by itself, and the guest's IOMMU is in charge of all devices.
-    #[error("it reaches memory by itself, and cannot be behind this IOMMU: there is --iommu none, or virtio")]
+    #[error(
+        "it reaches memory by itself, and cannot be behind an IOMMU of the guest's: there is --iommu none"
+    )]
     Outside,
+    /// The host does not translate for it as the guest's IOMMU would have to.
+    #[error(
+        "the host's IOMMU does not take the guest's memory, of which all is mapped at first: `ulimit -l` must allow to lock as \
+         much as --memory says"
+    )]
+    Behind(#[source] Errno),
     /// The device failed.
     #[error("the device does not answer: {what}")]
     Device {
@@ -82,10 +90,10 @@ pub enum Reach {
 
 /// What the machine has for a device.
 pub(crate) struct Seat {
-    /// Guest RAM.
-    pub(crate) ram: Arc<GuestRam>,
-    /// What of it the device reaches when it asks.
+    /// What of guest RAM the device reaches when it asks.
     pub(crate) reached: DeviceMemory,
+    /// What of it the device writes to without asking, if it does.
+    pub(crate) exposed: Option<Arc<Exposed>>,
     /// Takes its messages.
     pub(crate) msi: Arc<dyn MsiSink>,
     /// Where its wire is.
@@ -99,8 +107,7 @@ pub(crate) struct AssignedFunction {
     device: Opened,
     space: Space,
     interrupts: Interrupts,
-    memory: Arc<GuestRam>,
-    reach: Reach,
+    exposed: Option<Arc<Exposed>>,
 }
 
 impl AssignedFunction {
@@ -108,7 +115,7 @@ impl AssignedFunction {
     ///
     /// # Errors
     /// It is no PCI function, or makes no sense, or fails.
-    pub(crate) fn new(device: Arc<dyn Device>, reach: Reach, seat: Seat) -> Result<Self, AssignError> {
+    pub(crate) fn new(device: Arc<dyn Device>, seat: Seat) -> Result<Self, AssignError> {
         let failed = |what| move |source| AssignError::Device { what, source };
         if !device.info().map_err(failed("what it is"))?.flags.contains(DeviceFlags::PCI) {
             return Err(AssignError::NotPci);
@@ -122,20 +129,20 @@ impl AssignedFunction {
             space.interrupts(),
             seat.msi,
             wire.as_ref().map(|wire| Box::new(wire.clone()) as _),
-            (reach == Reach::Direct).then(|| Arc::clone(&seat.ram)),
+            seat.exposed.clone(),
         )
         .map_err(AssignError::Interrupts)?;
         if let Some(wire) = wire {
             wire.listen(Arc::downgrade(&interrupts.served()));
         }
         interrupts.set_control(space.control());
-        Ok(Self { device, space, interrupts, memory: seat.ram, reach })
+        Ok(Self { device, space, interrupts, exposed: seat.exposed })
     }
 
     /// Before the guest learns that data has come.
-    fn look_at_code_again(&self) {
-        if self.reach == Reach::Direct {
-            memory::written_elsewhere(&self.memory);
+    fn note_writes(&self) {
+        if let Some(exposed) = &self.exposed {
+            exposed.note_writes();
         }
     }
 }
@@ -179,7 +186,7 @@ impl PciFunction for AssignedFunction {
                 if self.device.0.read(bar as u32, offset, data) != Ok(data.len()) {
                     data.fill(0xff);
                 }
-                self.look_at_code_again();
+                self.note_writes();
             }
         }
     }

@@ -12,7 +12,7 @@ use vfio::dma::Dma;
 use vfio::irq::{IrqData, IrqFlags, IrqInfo, IrqSet};
 use vfio::{Errno, Result};
 
-use super::{AssignedFunction, Reach, Seat};
+use super::{AssignedFunction, Seat};
 use crate::apic::{ApicBus, ApicBusConfig, IoApic, VcpuSignals};
 use crate::clock::{Clock, HostDeadline};
 use crate::dma::DeviceMemory;
@@ -136,7 +136,7 @@ fn seat() -> Option<Seat> {
     let config = ApicBusConfig { ids: vec![0], physical_bits: 40, extended_ids: false };
     let bus = ApicBus::new(&config, &Arc::new(Clock::manual(1_000_000)), Arc::new(Nowhere));
     let wires = Wires::new(IoApic::new(&bus));
-    Some(Seat { reached: DeviceMemory::whole(&ram), ram, msi: Arc::new(Nowhere), wires, slot: 4 })
+    Some(Seat { reached: DeviceMemory::whole(&ram), exposed: None, msi: Arc::new(Nowhere), wires, slot: 4 })
 }
 
 /// A configuration space that is a function's at least, with the capabilities of MSI and MSI-X where the first byte says so.
@@ -176,7 +176,7 @@ pub fn drive(data: &[u8]) {
         dead: AtomicBool::new(false),
         open: AtomicBool::new(false),
     });
-    if let Ok(mut function) = AssignedFunction::new(Arc::clone(&device) as _, Reach::Called, seat) {
+    if let Ok(mut function) = AssignedFunction::new(Arc::clone(&device) as _, seat) {
         for [kind, at, choice, value @ ..] in steps.as_chunks::<7>().0 {
             step(&device, &mut function, *kind, *at, *choice, *value);
         }
@@ -241,8 +241,7 @@ mod tests {
             dead: AtomicBool::new(false),
             open: AtomicBool::new(false),
         });
-        let mut function =
-            AssignedFunction::new(Arc::clone(&device) as _, Reach::Called, seat().unwrap()).unwrap();
+        let mut function = AssignedFunction::new(Arc::clone(&device) as _, seat().unwrap()).unwrap();
         function.config_write(0x04, &[4, 0]);
         function.config_write(0x62, &[0, 0x80]);
         assert_eq!(lock(&device.eventfds).len(), 4);

@@ -181,7 +181,7 @@ struct Assigned {
 const SLOT: usize = 4;
 
 fn assigned() -> Assigned {
-    assigned_with(Reach::Called, |_| ())
+    assigned_with(|_| ())
 }
 
 fn seat(io_apic: &Arc<IoApic>) -> (Seat, mpsc::Receiver<(u64, u32)>) {
@@ -189,7 +189,7 @@ fn seat(io_apic: &Arc<IoApic>) -> (Seat, mpsc::Receiver<(u64, u32)>) {
     let (sender, messages) = mpsc::channel();
     let seat = Seat {
         reached: DeviceMemory::whole(&memory),
-        ram: memory,
+        exposed: None,
         msi: Arc::new(Sink(sender)),
         wires: Wires::new(Arc::clone(io_apic)),
         slot: SLOT,
@@ -197,7 +197,7 @@ fn seat(io_apic: &Arc<IoApic>) -> (Seat, mpsc::Receiver<(u64, u32)>) {
     (seat, messages)
 }
 
-fn assigned_with(reach: Reach, change: impl FnOnce(&mut State)) -> Assigned {
+fn assigned_with(change: impl FnOnce(&mut State)) -> Assigned {
     let model = Model::new();
     let (unmask, unmasked) = mpsc::channel();
     model.with(|s| s.unmasked = Some(unmask));
@@ -206,7 +206,7 @@ fn assigned_with(reach: Reach, change: impl FnOnce(&mut State)) -> Assigned {
     let io_apic = IoApic::new(&rig.bus);
     let device = Arc::clone(&model) as Arc<dyn Device>;
     let (seat, messages) = seat(&io_apic);
-    let function = AssignedFunction::new(device, reach, seat).unwrap();
+    let function = AssignedFunction::new(device, seat).unwrap();
     Assigned { model, function, messages, unmasked, rig, io_apic }
 }
 
@@ -262,9 +262,9 @@ fn the_guest_sees_the_device_but_for_what_the_machine_lacks() {
     assert_eq!((it.config(0x3c), it.model.with(|s| s.config[0x3d])), ([11], 2));
     let bar = BarInfo { index: 0, address: 0, size: 0x4000, wide: true, enabled: false };
     assert_eq!(it.function.bars(), [bar], "no I/O BAR");
-    let mut it = assigned_with(Reach::Called, |s| s.no_msi = true);
+    let mut it = assigned_with(|s| s.no_msi = true);
     assert_eq!(it.config(0x34), [0x50], "VFIO does not offer MSI");
-    let mut it = assigned_with(Reach::Called, |s| s.config[0x3d] = 0);
+    let mut it = assigned_with(|s| s.config[0x3d] = 0);
     assert_eq!((it.config(0x3d), it.set_up()), ([0], vec![]), "no wire");
 }
 
@@ -355,7 +355,7 @@ fn each_vector_of_msi_has_its_message_over_vfio_user() {
     let device = RemoteDevice::connect(ours.into(), client::Options::default()).unwrap();
     let rig = Rig::new(&[0], false);
     let (seat, messages) = seat(&IoApic::new(&rig.bus));
-    let mut function = AssignedFunction::new(Arc::new(device), Reach::Called, seat).unwrap();
+    let mut function = AssignedFunction::new(Arc::new(device), seat).unwrap();
 
     let read = |function: &mut AssignedFunction, at: u16| {
         let mut byte = [0];
@@ -498,12 +498,12 @@ fn a_device_that_makes_no_sense_is_refused_and_closed() {
         let device = Arc::clone(&model) as Arc<dyn Device>;
         let seat = Seat {
             reached: DeviceMemory::whole(&memory),
-            ram: memory,
+            exposed: None,
             msi: Arc::new(Sink(mpsc::channel().0)),
             wires: Wires::new(IoApic::new(&Rig::new(&[0], false).bus)),
             slot: SLOT,
         };
-        let error = AssignedFunction::new(device, Reach::Called, seat).map(drop).unwrap_err();
+        let error = AssignedFunction::new(device, seat).map(drop).unwrap_err();
         assert!(model.with(|s| s.closed));
         error.to_string()
     };

@@ -3,7 +3,14 @@
 //! Each PCI function behind it is a device that is bound to one context. Each domain of the guest's is an IOAS
 //! over guest RAM (`ram`), which the device is attached to: the HWPT is made, and goes, with that. A domain that does
 //! not translate, and "no domain" while the guest allows it, is one IOAS in which RAM lies at its physical addresses.
+//!
+//! Most devices are software here, and go through ports of the software IOMMU. Those of the host (`host`) go through the host's
+//! IOMMU, into which their HWPTs are carried over, request by request: what the host refuses to map is refused to the guest.
+//! They write to memory unseen, so it is kept which of it the guest lets them write to (`writes`).
 
+#[cfg(test)]
+mod fake;
+mod host;
 mod ram;
 pub mod vtd;
 
@@ -21,12 +28,16 @@ use virtio::iommu::{FaultRecord, Faults, MapFlags, Refusal, Reserved, Translator
 
 use crate::dma::{self, Place, Remapper};
 use crate::layout;
+use crate::writes::{Exposed, Run, What};
+pub(crate) use host::HostEndpoint;
 use ram::GuestProcess;
 
 /// The sizes that mappings are made of, one bit each: any multiple of 4 KiB can be mapped, so all sizes from there.
 pub(crate) const PAGE_SIZES: u64 = !(PAGE_SIZE - 1);
 /// Bits of an address that is translated: as many as the software IOMMU has.
 const ADDRESS_BITS: u32 = 48;
+/// Ranges that an endpoint is said not to have: what a PROBE has room for.
+const MOST_RESERVED: usize = 10;
 
 /// What a guest's IOMMU counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,6 +91,7 @@ impl Remapper for Reporter {
 /// The IOMMU's side that does the work.
 #[derive(Debug)]
 pub struct GuestIommu {
+    ram: Arc<GuestRam>,
     context: Arc<Context>,
     process: Arc<dyn Process>,
     places: Vec<Place>,
@@ -96,23 +108,57 @@ pub struct GuestIommu {
 #[derive(Debug)]
 struct Attached {
     device: BoundDevice,
-    port: Arc<Port>,
+    kind: Kind,
     domain: Option<u32>,
     /// The IOAS that it is attached to.
     attached: Option<u32>,
+}
+
+/// Whose device it is.
+#[derive(Debug)]
+enum Kind {
+    /// One in software, which asks for each translation.
+    Soft(Arc<Port>),
+    /// One of the host's.
+    Host {
+        /// What it can have translated, in order.
+        usable: Vec<IovaRange>,
+        /// What it may write to.
+        exposed: Arc<Exposed>,
+    },
 }
 
 #[derive(Debug)]
 struct Domain {
     /// None when it does not translate.
     ioas: Option<u32>,
-    /// What is mapped: the last address of each mapping by its first one.
-    mappings: BTreeMap<u64, u64>,
+    /// What is mapped, by the first address.
+    mappings: BTreeMap<u64, Mapping>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Mapping {
+    last: u64,
+    /// Where it is in guest memory, if devices may write there.
+    writable: Option<Run>,
+}
+
+/// What devices in a domain may write to: all, where nothing is translated.
+fn exposed_by(domain: Option<&Domain>, bypass: bool) -> What {
+    let runs = |domain: &Domain| {
+        domain.mappings.iter().filter_map(|(at, mapping)| Some((*at, mapping.writable?))).collect()
+    };
+    match domain {
+        Some(domain) if domain.ioas.is_none() => What::All,
+        None if bypass => What::All,
+        domain => What::Runs(domain.map(runs).unwrap_or_default()),
+    }
 }
 
 fn refusal(errno: Errno) -> Refusal {
     match errno {
-        Errno::NOMEM => Refusal::NoMemory,
+        // The latter of a container of the host's that has as many mappings as it takes.
+        Errno::NOMEM | Errno::NOSPC => Refusal::NoMemory,
         Errno::EXIST | Errno::ADDRINUSE => Refusal::Invalid,
         Errno::INVAL | Errno::OVERFLOW | Errno::FAULT => Refusal::Range,
         _ => Refusal::Device,
@@ -135,6 +181,7 @@ impl GuestIommu {
             context.ioas_map(whole, &process, from, place.len, at, Prot::READ | Prot::WRITE)?;
         }
         Ok(Self {
+            ram: Arc::clone(ram),
             context,
             process,
             places,
@@ -153,26 +200,56 @@ impl GuestIommu {
     /// # Errors
     /// ENOMEM.
     pub fn add_endpoint(&mut self, endpoint: u32) -> Result<Endpoint, Errno> {
-        let device = SoftDevice::new(endpoint.into(), vec![interrupts()?]);
+        let device = SoftDevice::new(GROUPS | u64::from(endpoint), vec![interrupts()?]);
         let port = device.port(None);
-        let device = self.context.bind(device)?;
-        let made = Attached { device, port: Arc::clone(&port), domain: None, attached: None };
-        self.endpoints.insert(endpoint, made);
-        self.apply(endpoint).map_err(|_| Errno::NOMEM)?;
+        self.add(endpoint, self.context.bind(device)?, Kind::Soft(Arc::clone(&port)))?;
         Ok((port, Arc::new(Reporter { endpoint, faults: Arc::clone(&self.faults) })))
+    }
+
+    /// Adds an endpoint that is a device of the host's: what the guest's processors have to know that it writes to.
+    ///
+    /// # Errors
+    /// What the host says, when it does not map guest memory.
+    pub(crate) fn add_host_endpoint(
+        &mut self,
+        endpoint: u32,
+        device: HostEndpoint,
+    ) -> Result<Arc<Exposed>, Errno> {
+        let (device, usable) = device.bind(&self.context)?;
+        let exposed = Exposed::new(&self.ram, What::Runs(BTreeMap::new()));
+        self.add(endpoint, device, Kind::Host { usable, exposed: Arc::clone(&exposed) })?;
+        Ok(exposed)
+    }
+
+    fn add(&mut self, endpoint: u32, device: BoundDevice, kind: Kind) -> Result<(), Errno> {
+        self.endpoints.insert(endpoint, Attached { device, kind, domain: None, attached: None });
+        let attached = self.attach_to_wanted(endpoint);
+        if attached.is_err() {
+            self.endpoints.remove(&endpoint);
+        }
+        attached
     }
 
     /// What it counted until now. (Translations that a device only tries, to see what it may do, are not among the faults.)
     pub fn stats(&self) -> IommuStats {
-        let translations = self.endpoints.values().map(|it| it.port.counters().translations).sum();
+        let translations = |it: &Attached| match &it.kind {
+            Kind::Soft(port) => port.counters().translations,
+            Kind::Host { .. } => 0,
+        };
+        let translations = self.endpoints.values().map(translations).sum();
         let work = Work::Requests { maps: self.maps, unmaps: self.unmaps };
         IommuStats { translations, faults: self.faults.count(), work }
     }
 
     /// Attaches an endpoint to what it is to be attached to now.
     fn apply(&mut self, endpoint: u32) -> Result<(), Refusal> {
-        let it = self.endpoints.get_mut(&endpoint).ok_or(Refusal::NoEntry)?;
-        let target = match it.domain.and_then(|domain| self.domains.get(&domain)) {
+        self.attach_to_wanted(endpoint).map_err(refusal)
+    }
+
+    fn attach_to_wanted(&mut self, endpoint: u32) -> Result<(), Errno> {
+        let it = self.endpoints.get_mut(&endpoint).ok_or(Errno::NOENT)?;
+        let domain = it.domain.and_then(|domain| self.domains.get(&domain));
+        let target = match domain {
             Some(domain) => Some(domain.ioas.unwrap_or(self.whole)),
             None => self.bypass.then_some(self.whole),
         };
@@ -180,15 +257,26 @@ impl GuestIommu {
             return Ok(());
         }
         match (it.attached, target) {
-            (None, Some(to)) => it.device.attach(None, to).map_err(refusal)?,
-            (Some(_), Some(to)) => it.device.replace(None, to).map_err(refusal)?,
+            (None, Some(to)) => it.device.attach(None, to)?,
+            (Some(_), Some(to)) => it.device.replace(None, to)?,
             (_, None) => {
                 it.device.detach(None);
                 0
             }
         };
         it.attached = target;
+        if let Kind::Host { exposed, .. } = &it.kind {
+            exposed.change(exposed_by(domain, self.bypass));
+        }
         Ok(())
+    }
+
+    /// What the host's devices in a domain may write to.
+    fn exposed(&self, domain: u32) -> impl Iterator<Item = &Arc<Exposed>> {
+        self.endpoints.values().filter_map(move |it| match &it.kind {
+            Kind::Host { exposed, .. } if it.domain == Some(domain) => Some(exposed),
+            _ => None,
+        })
     }
 
     /// Ends a domain that no endpoint is attached to.
@@ -212,15 +300,22 @@ impl GuestIommu {
     }
 
     /// A domain that translates: its IOAS and mappings.
-    fn translating(&mut self, domain: u32) -> Result<(u32, &mut BTreeMap<u64, u64>), Refusal> {
+    fn translating(&mut self, domain: u32) -> Result<(u32, &mut BTreeMap<u64, Mapping>), Refusal> {
         let domain = self.domains.get_mut(&domain).ok_or(Refusal::NoEntry)?;
         Ok((domain.ioas.ok_or(Refusal::Invalid)?, &mut domain.mappings))
     }
 }
 
 impl Translator for GuestIommu {
+    /// What all endpoints can have translated: the host's IOMMU may have fewer bits.
     fn input_range(&self) -> (u64, u64) {
-        (0, (1 << ADDRESS_BITS) - 1)
+        let ends = self.endpoints.values().filter_map(|it| match &it.kind {
+            Kind::Host { usable, .. } => usable.first().zip(usable.last()),
+            Kind::Soft(_) => None,
+        });
+        ends.fold((0, (1 << ADDRESS_BITS) - 1), |(start, end), (first, last)| {
+            (start.max(first.start().0), end.min(last.last().0))
+        })
     }
 
     fn attach(&mut self, domain: u32, endpoint: u32, bypass: bool) -> Result<(), Refusal> {
@@ -278,7 +373,11 @@ impl Translator for GuestIommu {
         prot.set(Prot::READ, flags.read);
         prot.set(Prot::WRITE, flags.write);
         context.ioas_map(ioas, &process, from, length, Some(Iova(start)), prot).map_err(refusal)?;
-        mappings.insert(start, last);
+        let writable = flags.write.then_some(Run { physical: to, length });
+        mappings.insert(start, Mapping { last, writable });
+        if let Some(run) = writable {
+            self.exposed(domain).for_each(|exposed| exposed.add(start, run));
+        }
         self.maps += 1;
         Ok(())
     }
@@ -286,12 +385,13 @@ impl Translator for GuestIommu {
     fn unmap(&mut self, domain: u32, start: u64, last: u64) -> Result<(), Refusal> {
         let context = Arc::clone(&self.context);
         let (ioas, mappings) = self.translating(domain)?;
-        if let Some((_, end)) = mappings.range(..start).next_back()
-            && *end >= start
+        if let Some((_, before)) = mappings.range(..start).next_back()
+            && before.last >= start
         {
             return Err(Refusal::Range);
         }
-        let inside: Vec<(u64, u64)> = mappings.range(start..=last).map(|(from, to)| (*from, *to)).collect();
+        let inside: Vec<(u64, u64)> =
+            mappings.range(start..=last).map(|(from, to)| (*from, to.last)).collect();
         let Some((_, end)) = inside.last() else { return Ok(()) };
         if *end > last {
             return Err(Refusal::Range);
@@ -301,14 +401,30 @@ impl Translator for GuestIommu {
         for (from, _) in &inside {
             mappings.remove(from);
         }
+        for exposed in self.exposed(domain) {
+            inside.iter().for_each(|(from, _)| exposed.remove(*from));
+        }
         self.unmaps += inside.len() as u64;
         Ok(())
     }
 
     fn reserved(&self, endpoint: u32) -> Result<Vec<Reserved>, Refusal> {
-        self.endpoints.get(&endpoint).ok_or(Refusal::NoEntry)?;
-        let start = layout::LOCAL_APIC.0;
-        Ok(vec![Reserved { start, last: start + (layout::LOCAL_APIC_SIZE - 1), msi: true }])
+        let endpoint = self.endpoints.get(&endpoint).ok_or(Refusal::NoEntry)?;
+        let messages = interrupts().map_err(refusal)?;
+        let gaps = match &endpoint.kind {
+            Kind::Soft(_) => Vec::new(),
+            Kind::Host { usable, .. } => IovaRange::gaps(usable),
+        };
+        let region = |range: IovaRange, msi| Reserved { start: range.start().0, last: range.last().0, msi };
+        let mut regions = vec![region(messages, true)];
+        for gap in gaps.into_iter().flat_map(|gap| without(gap, messages)) {
+            match regions.get_mut(MOST_RESERVED - 1) {
+                // Where there is no room for more, what lies between two is given up.
+                Some(last) => last.last = gap.last().0,
+                None => regions.push(region(gap, false)),
+            }
+        }
+        Ok(regions)
     }
 
     fn set_bypass(&mut self, bypass: bool) {
@@ -329,6 +445,19 @@ impl Translator for GuestIommu {
             let _ = self.detach(domain, endpoint);
         }
     }
+}
+
+/// Groups of devices in software; the host's have numbers of 32 bits.
+const GROUPS: u64 = 1 << 32;
+
+/// What of `range` is not in `other`.
+fn without(range: IovaRange, other: IovaRange) -> impl Iterator<Item = IovaRange> {
+    let part = |start: Option<u64>, last: Option<u64>| {
+        IovaRange::new(Iova(start?), Iova(last?)).ok()?.intersection(range)
+    };
+    let before = part(Some(0), other.start().0.checked_sub(1));
+    let after = part(other.last().0.checked_add(1), Some(u64::MAX));
+    [before, after].into_iter().flatten()
 }
 
 /// Where message-signalled interrupts are written to: nothing is mapped there.

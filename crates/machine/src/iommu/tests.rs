@@ -1,5 +1,7 @@
 //! Requests against guest memory, without a guest.
 
+mod hosts;
+
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use cpu::GuestRam;

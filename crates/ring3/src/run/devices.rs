@@ -5,7 +5,8 @@
 //!
 //! - A vfio-user server's reaches guest memory by asking for each access: so the processor sees what it writes.
 //! - One of the host's own, which the kernel's VFIO gives away, reaches guest memory by itself, through the host's IOMMU: all of
-//!   it is mapped there and locked, and the processor looks at its code again whenever the device may have written.
+//!   it is mapped there and locked, and the processor looks at its code again whenever the device may have written. With
+//!   `--iommu` it is what the guest maps for the device, which is then in an address space of its own.
 
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -17,10 +18,10 @@ use machine::{Machine, MachineError};
 use uapi::vfio::VFIO_PCI_CONFIG_REGION_INDEX;
 use vfio::Errno;
 use vfio::device::Device;
-use vfio::kernel::{AddressSpace, HostDevice, HostDeviceName, KernelError, MapError, PciAddress};
+use vfio::kernel::{AddressSpace, HostDevice, HostDeviceName, HostIommu, KernelError, MapError, PciAddress};
 use vfio::user::client::{Options, RemoteDevice};
 
-use crate::cli::NamedDevice;
+use crate::cli::{Iommu, NamedDevice};
 
 /// Why a device cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +50,19 @@ pub enum DeviceError {
         /// Why not.
         source: KernelError,
     },
+    /// Two that the host cannot keep apart.
+    #[error(
+        "the host's devices {first} and {second} are both in IOMMU group {group}, so they cannot be in different address spaces \
+         of the guest's: leave one of them out, or say --iommu none"
+    )]
+    OneGroup {
+        /// One.
+        first: PciAddress,
+        /// The other.
+        second: PciAddress,
+        /// Their group.
+        group: u32,
+    },
     /// It does, and the device does not answer.
     #[error("the host's device {address} does not tell what it is")]
     Silent {
@@ -68,22 +82,29 @@ pub enum DeviceError {
 /// A device that is connected.
 #[derive(Debug)]
 pub struct Connected {
-    device: Arc<dyn Device>,
+    device: Given,
     class: [u8; 3],
-    /// What it reaches by itself; none for one that asks.
-    space: Option<Arc<AddressSpace>>,
+}
+
+/// Who gives it.
+#[derive(Debug)]
+enum Given {
+    Server(Arc<RemoteDevice>),
+    Host(Arc<HostDevice>),
 }
 
 /// Connects to all of them. Starts no thread.
 ///
 /// # Errors
 /// A [`DeviceError`].
-pub fn connect(names: &[NamedDevice]) -> Result<Vec<Connected>, DeviceError> {
-    // One for each door: the host's devices share what they reach.
-    let mut spaces: Vec<Arc<AddressSpace>> = Vec::new();
+pub fn connect(names: &[NamedDevice], iommu: Iommu) -> Result<Vec<Connected>, DeviceError> {
+    let mut hosts = match iommu {
+        Iommu::None => Hosts::Together(Vec::new()),
+        Iommu::Virtio | Iommu::Intel => Hosts::Apart { iommufd: None, groups: Vec::new() },
+    };
     let connect = |name: &NamedDevice| match name {
         NamedDevice::VfioUser(path) => connect_server(path),
-        NamedDevice::VfioPci(name) => connect_host(*name, &mut spaces),
+        NamedDevice::VfioPci(name) => hosts.connect(*name),
     };
     names.iter().map(connect).collect()
 }
@@ -95,26 +116,48 @@ fn connect_server(path: &Path) -> Result<Connected, DeviceError> {
         UnixStream::connect(path()).map_err(|source| DeviceError::Connect { path: path(), source })?;
     let device = RemoteDevice::connect(socket.into(), Options::default()).map_err(refused)?;
     let class = class(&device).map_err(refused)?;
-    Ok(Connected { device: Arc::new(device), class, space: None })
+    Ok(Connected { device: Given::Server(Arc::new(device)), class })
 }
 
-fn connect_host(
-    HostDeviceName { address, door }: HostDeviceName,
-    spaces: &mut Vec<Arc<AddressSpace>>,
-) -> Result<Connected, DeviceError> {
-    let failed = |source| DeviceError::Host { address, source };
-    let door = HostDevice::door(address, door).map_err(failed)?;
-    let space = match spaces.iter().find(|space| space.door() == door) {
-        Some(space) => Arc::clone(space),
-        None => {
-            let space = AddressSpace::new(door).map_err(failed)?;
-            spaces.push(Arc::clone(&space));
-            space
-        }
-    };
-    let device = HostDevice::open_in(address, &space).map_err(failed)?;
-    let class = class(&device).map_err(|source| DeviceError::Silent { address, source })?;
-    Ok(Connected { device: Arc::new(device), class, space: Some(space) })
+/// Where the host's devices are.
+enum Hosts {
+    /// They share what they reach: an address space for each door.
+    Together(Vec<Arc<AddressSpace>>),
+    /// Each is where the guest's IOMMU puts it.
+    Apart { iommufd: Option<Arc<HostIommu>>, groups: Vec<(u32, PciAddress)> },
+}
+
+impl Hosts {
+    fn connect(
+        &mut self,
+        HostDeviceName { address, door }: HostDeviceName,
+    ) -> Result<Connected, DeviceError> {
+        let failed = |source| DeviceError::Host { address, source };
+        let door = HostDevice::door(address, door).map_err(failed)?;
+        let device = match self {
+            Self::Together(spaces) => {
+                let space = match spaces.iter().find(|space| space.door() == door) {
+                    Some(space) => Arc::clone(space),
+                    None => {
+                        let space = AddressSpace::new(door).map_err(failed)?;
+                        spaces.push(Arc::clone(&space));
+                        space
+                    }
+                };
+                HostDevice::open_in(address, &space).map_err(failed)?
+            }
+            Self::Apart { iommufd, groups } => {
+                let group = HostDevice::group_of(address).map_err(failed)?;
+                if let Some((_, first)) = groups.iter().find(|(known, _)| *known == group) {
+                    return Err(DeviceError::OneGroup { first: *first, second: address, group });
+                }
+                groups.push((group, address));
+                HostDevice::for_context(address, door, iommufd).map_err(failed)?
+            }
+        };
+        let class = class(&device).map_err(|source| DeviceError::Silent { address, source })?;
+        Ok(Connected { device: Given::Host(Arc::new(device)), class })
+    }
 }
 
 /// The class code's place in configuration space, interface first (PCI Local Bus 3.0, section 6.2.1).
@@ -143,7 +186,7 @@ impl Connected {
     /// Whether the host's own VFIO gives it.
     #[must_use]
     pub fn is_of_host(&self) -> bool {
-        self.space.is_some()
+        matches!(self.device, Given::Host(_))
     }
 }
 
@@ -153,15 +196,19 @@ impl Connected {
 /// The machine's, when a device makes no sense, and what the host says about memory.
 pub fn assign(devices: Vec<Connected>, machine: &mut Machine) -> Result<(), DeviceError> {
     let mut mapped: Vec<Arc<AddressSpace>> = Vec::new();
-    for Connected { device, space, .. } in devices {
-        let reach = if space.is_some() { Reach::Direct } else { Reach::Called };
-        if let Some(space) = space
-            && !mapped.iter().any(|known| Arc::ptr_eq(known, &space))
-        {
-            space.map_guest(machine.memory())?;
-            mapped.push(space);
+    for Connected { device, .. } in devices {
+        match device {
+            Given::Server(device) => machine.add_device(device, Reach::Called)?,
+            Given::Host(device) => {
+                if let Some(space) = device.space()
+                    && !mapped.iter().any(|known| Arc::ptr_eq(known, space))
+                {
+                    space.map_guest(machine.memory())?;
+                    mapped.push(Arc::clone(space));
+                }
+                machine.add_host_device(device)?;
+            }
         }
-        machine.add_device(device, reach)?;
     }
     Ok(())
 }
@@ -173,7 +220,7 @@ mod tests {
     #[test]
     fn a_server_that_is_not_there_is_named() {
         let name = NamedDevice::VfioUser("/nonexistent/socket".into());
-        let error = connect(&[name]).unwrap_err();
+        let error = connect(&[name], Iommu::None).unwrap_err();
         assert!(error.to_string().contains("/nonexistent/socket"), "{error}");
     }
 
@@ -181,9 +228,11 @@ mod tests {
     fn a_device_that_the_host_has_not_is_named() {
         // No host has so many domains.
         let name = NamedDevice::VfioPci("fffe:1f:1f.7".parse().unwrap());
-        let error = connect(&[name]).unwrap_err();
-        assert!(error.to_string().contains("fffe:1f:1f.7"), "{error}");
-        let reason = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
-        assert!(reason.contains("lspci -D"), "{reason}");
+        for iommu in [Iommu::None, Iommu::Virtio] {
+            let error = connect(std::slice::from_ref(&name), iommu).unwrap_err();
+            assert!(error.to_string().contains("fffe:1f:1f.7"), "{error}");
+            let reason = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
+            assert!(reason.contains("lspci -D"), "{reason}");
+        }
     }
 }

@@ -40,7 +40,7 @@ use crate::kernel::image::ImageError;
 use crate::kernel::{self, KernelError};
 use console::Console;
 use devices::{Connected, DeviceError};
-use isolation::{Inherited, Use, Uses};
+use isolation::{HostDevices, Inherited, Use, Uses};
 use network::{Network, NetworkError};
 use session::Session;
 use spec::{Duplex, Outcome, Ports, Serial, VmSpec};
@@ -175,7 +175,7 @@ where
     let kernel = kernel::choose(args.kernel.as_deref())?;
     let kernel_bytes = kernel::image::read(&kernel.image)?;
     let disks = plan::open_disks(&args.disks)?;
-    let devices = devices::connect(&args.devices)?;
+    let devices = devices::connect(&args.devices, args.iommu)?;
     let root = plan::checked_root(&args.root)?;
     let network = network::open(args)?;
     let is_terminal = [io::stdin().is_terminal(), io::stdout().is_terminal(), io::stderr().is_terminal()];
@@ -205,7 +205,11 @@ where
     let uses = Uses {
         network: network.as_ref().map_or(Use::Nothing, Network::needs),
         messages: !devices.iter().all(Connected::is_of_host),
-        host_devices: devices.iter().any(Connected::is_of_host),
+        host_devices: match devices.iter().any(Connected::is_of_host) {
+            false => HostDevices::None,
+            true if args.iommu == cli::Iommu::None => HostDevices::Mapped,
+            true => HostDevices::Mapping,
+        },
     };
     let confined = inherited.map(|inherited| isolation::confine(inherited, shared_root.as_deref(), uses));
 

@@ -1,7 +1,8 @@
 //! What the registers drive: objects of crate `iommufd`, by the table in [`iommufd::soft::vtd`].
 //!
 //! Guest RAM is an IOAS, and the HWPT on it is the parent of all others. The guest's page tables are nested HWPTs, one for each that a
-//! device is attached to; the invalidation queue is a HW_QUEUE, which a thread of its own serves.
+//! device is attached to; the invalidation queue is a HW_QUEUE, which a thread of its own serves. Devices of the host are bound to the
+//! same context, and attached to guest RAM or to shadows of the guest's page tables.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -11,7 +12,7 @@ use iommufd::account::Accounting;
 use iommufd::caller::LibraryCaller;
 use iommufd::domain::Prot;
 use iommufd::hardware::UserData;
-use iommufd::iova::Iova;
+use iommufd::iova::{Iova, IovaRange};
 use iommufd::process::{Process, UserAddr};
 use iommufd::soft::vtd::{
     HWPT_DATA_TYPE, Invalidation, IotlbScope, Listener, QUEUE_TYPE, Queue, TableData, VIOMMU_TYPE,
@@ -21,9 +22,10 @@ use iommufd::soft::{Port, SoftDevice};
 use iommufd::{BoundDevice, Context, Errno, HwptOptions};
 
 use super::context::{Table, Target};
+use super::shadow::Shadows;
 use crate::dma;
-use crate::iommu::interrupts;
 use crate::iommu::ram::GuestProcess;
+use crate::iommu::{GROUPS, HostEndpoint, interrupts};
 use crate::layout;
 use crate::vcpu::lock;
 
@@ -50,6 +52,8 @@ impl Ring {
 #[derive(Debug)]
 pub(super) struct Engine {
     context: Arc<Context>,
+    /// What devices of the host have instead of nested HWPTs.
+    shadows: Shadows,
     _itself: BoundDevice,
     /// The HWPT in which guest RAM lies at its physical addresses.
     parent: u32,
@@ -90,7 +94,8 @@ impl Engine {
         let viommu = context.viommu_alloc(&caller, itself.id(), parent, caller.data(VIOMMU_TYPE))?;
         let driver = context.viommu(viommu)?.as_any().downcast().map_err(|_| Errno::INVAL)?;
         let (tables, queue) = Default::default();
-        Ok(Self { context, _itself: itself, parent, viommu, driver, tables, queue })
+        let shadows = Shadows::new(ram, &context, &process, ioas);
+        Ok(Self { context, shadows, _itself: itself, parent, viommu, driver, tables, queue })
     }
 
     /// Who hears of what the queue and the devices do.
@@ -103,11 +108,24 @@ impl Engine {
     /// # Errors
     /// ENOMEM; EEXIST when there is one of this number.
     pub(super) fn bind(&self, source: u16) -> Result<(BoundDevice, Arc<Port>), Errno> {
-        let device = SoftDevice::new(source.into(), vec![interrupts()?]);
+        let device = SoftDevice::new(GROUPS | u64::from(source), vec![interrupts()?]);
         let port = device.port(None);
         let device = self.context.bind(device)?;
         self.context.vdevice_alloc(self.viommu, device.id(), source.into())?;
         Ok((device, port))
+    }
+
+    /// Adds a device of the host, which is attached to nothing: with the addresses that it can have translated.
+    ///
+    /// # Errors
+    /// The host's.
+    pub(super) fn bind_host(&self, device: HostEndpoint) -> Result<(BoundDevice, Vec<IovaRange>), Errno> {
+        device.bind(&self.context)
+    }
+
+    /// What devices of the host are attached to.
+    pub(super) fn shadows(&self) -> &Shadows {
+        &self.shadows
     }
 
     /// Attaches a device that is attached to nothing.

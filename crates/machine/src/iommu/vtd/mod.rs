@@ -15,18 +15,24 @@
 //! An access that is not translated fails, and is recorded, unless the context entry says that it should not be, or the
 //! address is one of interrupt requests: these are no DMA, and what devices signal does not come by here (`MsiSink`).
 //!
+//! A device of the host translates by the host's page tables, into which the guest's are carried over (`shadow`). It opens no views:
+//! when there is one, the unit is in caching mode, the guest says also what becomes present, and the device is attached
+//! and its table is looked at then. Its faults are the host's, and not recorded here.
+//!
 //! Not offered: interrupt remapping, device TLBs, scalable mode, protected memory regions.
 //!
 //! # Locks
 //!
 //! A device's thread may hold a view, which is a section of its port, and then takes an endpoint's `state`, `mode`, the engine's locks,
-//! or `registers`. So who waits for sections holds none of these, but `changing`, which devices never take.
+//! or `registers`. So who waits for sections holds none of these, but `changing`, which devices never take. The lock of shadows
+//! comes after a `state`; nobody waits for sections with it.
 
 mod context;
 mod engine;
 mod event;
 mod faults;
 mod registers;
+mod shadow;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 #[cfg(test)]
@@ -36,21 +42,24 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 use cpu::GuestRam;
-use iommufd::soft::vtd::{ContextScope, FaultRecord, Listener, QueueError};
+use iommufd::iova::Iova;
+use iommufd::soft::vtd::{ContextScope, FaultRecord, IotlbScope, Listener, QueueError};
 use iommufd::soft::{Fault, FaultReason, Port};
 use iommufd::{BoundDevice, Errno};
 use pci::msix::{Message, MsiSink};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestAddress, GuestMemory, GuestMemoryRegion};
 
-use super::{IommuStats, Work};
+use super::{HostEndpoint, IommuStats, Work};
 use crate::bus::MmioDevice;
 use crate::dma::Remapper;
 use crate::vcpu::lock;
+use crate::writes::{Exposed, What};
 use context::{Context, NoContext, Target};
 use engine::{Engine, Ring};
 pub use registers::SIZE;
-use registers::{Action, Global, Registers};
+use registers::{Action, Global, Hosts, NARROW, Registers, WIDTH};
+use shadow::HostDevice;
 
 /// The unit. Its queue ends with it.
 #[derive(Debug)]
@@ -90,11 +99,18 @@ struct Mode {
 struct Endpoint {
     /// Bus, device and function number.
     source: u16,
-    device: BoundDevice,
-    port: Arc<Port>,
+    kind: Kind,
     /// What `state` says: attached, and not leaving.
     attached: AtomicBool,
     state: Mutex<State>,
+}
+
+/// Whose device it is.
+#[derive(Debug)]
+enum Kind {
+    /// One in software, which goes through a port.
+    Soft(BoundDevice, Arc<Port>),
+    Host(HostDevice),
 }
 
 /// What a device is attached to.
@@ -111,6 +127,7 @@ enum State {
 struct Behind {
     unit: Arc<Unit>,
     endpoint: Arc<Endpoint>,
+    port: Arc<Port>,
 }
 
 /// The unit, as the engine's threads call it.
@@ -149,22 +166,40 @@ impl Vtd {
     /// ENOMEM; EEXIST when there is one of this number.
     pub fn add_endpoint(&self, source: u16) -> Result<super::Endpoint, Errno> {
         let (device, port) = self.unit.engine.bind(source)?;
-        let endpoint = Arc::new(Endpoint {
-            source,
-            device,
-            port: Arc::clone(&port),
-            attached: AtomicBool::new(false),
-            state: Mutex::new(State::Nothing),
-        });
-        let mut endpoints = self.unit.endpoints.write().unwrap_or_else(PoisonError::into_inner);
-        endpoints.push(Arc::clone(&endpoint));
-        Ok((port, Arc::new(Behind { unit: Arc::clone(&self.unit), endpoint })))
+        let endpoint = self.unit.add(source, Kind::Soft(device, Arc::clone(&port)));
+        let behind = Behind { unit: Arc::clone(&self.unit), endpoint, port: Arc::clone(&port) };
+        Ok((port, Arc::new(behind)))
+    }
+
+    /// Adds a device of the host by its bus, device and function number, before the guest runs: what the guest's processors have
+    /// to know that it writes to.
+    ///
+    /// # Errors
+    /// What the host says, when it does not map guest memory; EOPNOTSUPP when it translates too few addresses.
+    pub(crate) fn add_host_endpoint(&self, source: u16, device: HostEndpoint) -> Result<Arc<Exposed>, Errno> {
+        let (device, usable) = self.unit.engine.bind_host(device)?;
+        let end = usable.last().map_or(Iova(0), |range| range.last());
+        if end.0 < (1 << NARROW) - 1 {
+            return Err(Errno::OPNOTSUPP);
+        }
+        let exposed = Exposed::new(&self.unit.ram, What::Runs(Default::default()));
+        let host = HostDevice { device, exposed: Arc::clone(&exposed) };
+        // Nothing is translated until the guest says so: it is attached to memory.
+        let endpoint = self.unit.add(source, Kind::Host(host));
+        self.unit.try_attach(&endpoint)?;
+        let hosts = &mut lock(&self.unit.registers).hosts;
+        *hosts = Hosts { caching: true, narrow: hosts.narrow || end.0 < (1 << WIDTH) - 1 };
+        Ok(exposed)
     }
 
     /// What it counted until now.
     pub fn stats(&self) -> IommuStats {
         let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let translations = self.unit.endpoints().iter().map(|it| it.port.counters().translations).sum();
+        let translations = |it: &Arc<Endpoint>| match &it.kind {
+            Kind::Soft(_, port) => port.counters().translations,
+            Kind::Host(_) => 0,
+        };
+        let translations = self.unit.endpoints().iter().map(translations).sum();
         let work = Work::Tables { attached: count(&self.unit.attached) };
         IommuStats { translations, faults: count(&self.unit.faults), work }
     }
@@ -181,6 +216,14 @@ impl Unit {
         self.endpoints.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    fn add(&self, source: u16, kind: Kind) -> Arc<Endpoint> {
+        let (attached, state) = (AtomicBool::new(false), Mutex::new(State::Nothing));
+        let endpoint = Arc::new(Endpoint { source, kind, attached, state });
+        let mut endpoints = self.endpoints.write().unwrap_or_else(PoisonError::into_inner);
+        endpoints.push(Arc::clone(&endpoint));
+        endpoint
+    }
+
     /// What the guest wants a device to be translated by.
     fn context(&self, source: u16) -> Result<Context, NoContext> {
         let mode = *self.mode.read().unwrap_or_else(PoisonError::into_inner);
@@ -192,23 +235,27 @@ impl Unit {
 
     /// Attaches a device that is attached to nothing, if its context entry is present.
     fn attach(&self, endpoint: &Endpoint) {
+        if let Err(errno) = self.try_attach(endpoint) {
+            tracing::warn!(%errno, source = endpoint.source, "a device cannot be attached");
+        }
+    }
+
+    fn try_attach(&self, endpoint: &Endpoint) -> Result<(), Errno> {
         let mut state = lock(&endpoint.state);
         if !matches!(*state, State::Nothing) {
-            return;
+            return Ok(());
         }
-        let Ok(context) = self.context(endpoint.source) else { return };
-        match self.engine.attach(&endpoint.device, context.target) {
-            Ok(()) => {
-                *state = State::Attached(context);
-                endpoint.attached.store(true, Ordering::Release);
-                if matches!(context.target, Target::Table(_)) {
-                    self.attached.fetch_add(1, Ordering::Relaxed);
-                }
-            }
-            Err(errno) => {
-                tracing::warn!(%errno, ?context, source = endpoint.source, "a device cannot be attached");
-            }
+        let Ok(context) = self.context(endpoint.source) else { return Ok(()) };
+        match &endpoint.kind {
+            Kind::Soft(device, _) => self.engine.attach(device, context.target),
+            Kind::Host(host) => self.engine.shadows().attach(host, context.target),
+        }?;
+        *state = State::Attached(context);
+        endpoint.attached.store(true, Ordering::Release);
+        if matches!(context.target, Target::Table(_)) {
+            self.attached.fetch_add(1, Ordering::Relaxed);
         }
+        Ok(())
     }
 
     /// Looks again at what devices are to be attached to. None uses anything else when this returns.
@@ -226,8 +273,15 @@ impl Unit {
                 *state = State::Leaving;
                 context
             };
-            self.engine.detach(&endpoint.device, context.target);
+            match &endpoint.kind {
+                Kind::Soft(device, _) => self.engine.detach(device, context.target),
+                Kind::Host(host) => self.engine.shadows().detach(host, context.target),
+            }
             *lock(&endpoint.state) = State::Nothing;
+        }
+        // One of the host's does not say when it begins to use memory.
+        for endpoint in self.endpoints().iter().filter(|it| matches!(it.kind, Kind::Host(_))) {
+            self.attach(endpoint);
         }
     }
 
@@ -313,6 +367,12 @@ impl Listener for Ear {
         }
     }
 
+    fn translations(&self, scope: IotlbScope) {
+        if let Some(unit) = self.0.upgrade() {
+            unit.engine.shadows().look_again(scope);
+        }
+    }
+
     fn fault(&self, record: FaultRecord) {
         let Some(unit) = self.0.upgrade() else { return };
         let quiet = |it: &Arc<Endpoint>| {
@@ -383,7 +443,7 @@ impl Remapper for Behind {
     fn report(&self, fault: Fault) {
         self.unit.faults.fetch_add(1, Ordering::Relaxed);
         if fault.reason != FaultReason::Detached {
-            return self.endpoint.port.report(&fault);
+            return self.port.report(&fault);
         }
         // If the entry is present now, the guest has changed it under the device.
         let source = self.endpoint.source;

@@ -41,19 +41,34 @@ pub(super) mod at {
 /// Bits of a guest address that are translated: by tables of four levels, or 39 by three.
 pub(super) const WIDTH: u32 = 48;
 
-/// The capability register (VT-d 10.4.2). Not offered: caching of what is not present (CM), write-buffer flushing, protected memory
-/// regions, advanced fault logging, posted interrupts.
-const fn capability() -> u64 {
+/// Bits that tables of three levels translate.
+pub(super) const NARROW: u32 = 39;
+
+/// What a unit with devices of the host behind it says of itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Hosts {
+    /// There is one: the guest is to say also what becomes present (CM).
+    pub(super) caching: bool,
+    /// One has fewer than [`WIDTH`] bits of address: [`NARROW`].
+    pub(super) narrow: bool,
+}
+
+/// The capability register (VT-d 10.4.2). Not offered: write-buffer flushing, protected memory regions, advanced fault logging,
+/// posted interrupts; caching of what is not present (CM) only where there are devices of the host.
+const fn capability(hosts: Hosts) -> u64 {
     // 64 Ki domains.
     let domains = 6;
     // Tables of three and four levels; superpages of 2 MiB and 1 GiB.
-    let (table_widths, superpages) = (0b0110, 0b0011);
+    let (table_widths, width) = if hosts.narrow { (0b0010, NARROW) } else { (0b0110, WIDTH) };
+    let superpages = 0b0011;
+    let caching_mode = if hosts.caching { 1 << 7 } else { 0 };
     let pages_selective = 1 << 39;
     let zero_length_reads = 1 << 22;
     let draining = 1 << 54 | 1 << 55;
     domains
+        | caching_mode
         | table_widths << 8
-        | (WIDTH as u64 - 1) << 16
+        | (width as u64 - 1) << 16
         | zero_length_reads
         | (at::RECORDS / 16) << 24
         | superpages << 34
@@ -126,6 +141,7 @@ pub(super) struct Registers {
     queue_tail: u32,
     completion: u32,
     completion_event: Event,
+    pub(super) hosts: Hosts,
     pub(super) faults: FaultLog,
 }
 
@@ -153,6 +169,7 @@ impl Registers {
             queue_tail: 0,
             completion: 0,
             completion_event: Event::RESET,
+            hosts: Hosts::default(),
             faults: FaultLog::new(),
         }
     }
@@ -171,7 +188,7 @@ impl Registers {
             at::RECORDS..0x2a0 => self.faults.read_record(((offset - at::RECORDS) / 4) as usize),
             _ => {
                 let value = match offset & !7 {
-                    at::CAPABILITY => capability(),
+                    at::CAPABILITY => capability(self.hosts),
                     at::EXTENDED => extended(),
                     at::ROOT => self.root,
                     at::CONTEXT => self.context,

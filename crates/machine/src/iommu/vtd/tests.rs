@@ -1,5 +1,7 @@
 //! The unit as a guest's driver and a device see it, without a guest.
 
+mod hosts;
+
 use std::sync::atomic::AtomicUsize;
 
 use virtio::device::Reach;

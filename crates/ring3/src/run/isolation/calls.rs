@@ -20,10 +20,16 @@ use seccompiler::{
     SeccompRule, TargetArch, apply_filter_all_threads,
 };
 
-use uapi::iommufd::{IOMMU_DESTROY, IOMMU_IOAS_UNMAP};
-use uapi::vfio::{VFIO_DEVICE_RESET, VFIO_DEVICE_SET_IRQS, VFIO_IOMMU_UNMAP_DMA};
+use uapi::iommufd::{
+    IOMMU_DESTROY, IOMMU_HWPT_ALLOC, IOMMU_IOAS_ALLOC, IOMMU_IOAS_IOVA_RANGES, IOMMU_IOAS_MAP,
+    IOMMU_IOAS_UNMAP,
+};
+use uapi::vfio::{
+    VFIO_DEVICE_ATTACH_IOMMUFD_PT, VFIO_DEVICE_DETACH_IOMMUFD_PT, VFIO_DEVICE_RESET, VFIO_DEVICE_SET_IRQS,
+    VFIO_IOMMU_MAP_DMA, VFIO_IOMMU_UNMAP_DMA,
+};
 
-use super::{Use, Uses};
+use super::{HostDevices, Use, Uses};
 
 /// A condition on one argument: its bits under `mask` are `value`.
 pub(crate) struct Arg {
@@ -128,10 +134,26 @@ fn messages() -> Vec<Call> {
 
 /// What the host's devices need while the guest runs, and when they are given back: crate `vfio`, on the threads of vCPUs
 /// and devices.
-fn host_devices() -> Vec<Call> {
-    let calls =
+fn host_devices(devices: HostDevices) -> Vec<Call> {
+    const DRIVING: [u32; 5] =
         [VFIO_DEVICE_SET_IRQS, VFIO_DEVICE_RESET, VFIO_IOMMU_UNMAP_DMA, IOMMU_IOAS_UNMAP, IOMMU_DESTROY];
-    one_of(libc::SYS_ioctl, 1, &calls.map(u64::from))
+    const MAPPING: [u32; 7] = [
+        VFIO_IOMMU_MAP_DMA,
+        IOMMU_IOAS_MAP,
+        // A page table for each address space of the guest's.
+        IOMMU_IOAS_ALLOC,
+        IOMMU_IOAS_IOVA_RANGES,
+        IOMMU_HWPT_ALLOC,
+        VFIO_DEVICE_ATTACH_IOMMUFD_PT,
+        VFIO_DEVICE_DETACH_IOMMUFD_PT,
+    ];
+    let calls: &[&[u32]] = match devices {
+        HostDevices::None => &[],
+        HostDevices::Mapped => &[&DRIVING],
+        HostDevices::Mapping => &[&DRIVING, &MAPPING],
+    };
+    let calls: Vec<u64> = calls.iter().copied().flatten().map(|call| u64::from(*call)).collect();
+    one_of(libc::SYS_ioctl, 1, &calls)
 }
 
 /// What the process `pid` may call, and why.
@@ -211,7 +233,7 @@ fn allowed(pid: u32, uses: Uses) -> Vec<Call> {
             Use::Sockets => network(),
             Use::Ports => network().into_iter().chain(all(&[libc::SYS_listen])).collect(),
         },
-        if uses.host_devices { host_devices() } else { Vec::new() },
+        host_devices(uses.host_devices),
     ]
     .into_iter()
     .flatten()
@@ -348,16 +370,17 @@ mod tests {
     use super::*;
 
     const fn plain(network: Use) -> Uses {
-        Uses { network, messages: false, host_devices: false }
+        Uses { network, messages: false, host_devices: HostDevices::None }
     }
 
-    const USES: [Uses; 6] = [
+    const USES: [Uses; 7] = [
         plain(Use::Nothing),
         plain(Use::Clients),
         plain(Use::Sockets),
         plain(Use::Ports),
-        Uses { network: Use::Nothing, messages: true, host_devices: false },
-        Uses { network: Use::Sockets, messages: false, host_devices: true },
+        Uses { network: Use::Nothing, messages: true, host_devices: HostDevices::None },
+        Uses { network: Use::Sockets, messages: false, host_devices: HostDevices::Mapped },
+        Uses { network: Use::Nothing, messages: false, host_devices: HostDevices::Mapping },
     ];
 
     #[test]

@@ -53,12 +53,23 @@ pub struct Uses {
     /// Messages with whoever has the guest's devices, over sockets that are open.
     pub messages: bool,
     /// Devices of the host, which are open.
-    pub host_devices: bool,
+    pub host_devices: HostDevices,
+}
+
+/// What is done with the host's devices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HostDevices {
+    /// There are none.
+    None,
+    /// They are driven; what they reach has been mapped.
+    Mapped,
+    /// What they reach changes, as the guest says to its IOMMU.
+    Mapping,
 }
 
 impl From<Use> for Uses {
     fn from(network: Use) -> Self {
-        Self { network, messages: false, host_devices: false }
+        Self { network, messages: false, host_devices: HostDevices::None }
     }
 }
 
