@@ -293,7 +293,7 @@ impl Splicer {
             }
             let now = Instant::now();
             self.listen(now);
-            self.tcp.turn();
+            self.tcp.turn(&self.poller);
             self.udp.turn(now);
             self.deadline = [self.udp.timers(now), self.listeners.next()].into_iter().flatten().min();
         }

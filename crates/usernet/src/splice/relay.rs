@@ -8,7 +8,8 @@
 //! in all connections together [`MOST_HELD`] bytes at most: beyond that bytes are only peeked at, and thrown away once
 //! the sink has them. So it goes without pipes, too, when there are too many or no descriptors for them.
 //!
-//! **Back-pressure.** Nothing is read while the sink takes nothing: it is the kernel's own.
+//! **Back-pressure.** Nothing is read while the sink takes nothing: it is the kernel's own. A source that goes on telling of
+//! bytes meanwhile is not listened to until then ([`Direction::is_pestered`]).
 //!
 //! **Readiness** is edge-triggered. A read that is shorter than its buffer has emptied the source's queue, except
 //! before its end or urgent data, of which epoll tells beforehand. About splice(2) nothing of that sort can be said, since
@@ -90,6 +91,8 @@ pub(super) struct Direction {
     writable: bool,
     /// The source's queue has urgent data in it, or its end: a short read does not mean that it is empty.
     marked: bool,
+    /// The source has told again of what was known, while the sink takes nothing.
+    insists: bool,
     /// Splicing rather than copying.
     much: bool,
     /// Bytes moved since the source was last empty.
@@ -111,6 +114,7 @@ impl Direction {
             readable: false,
             writable: false,
             marked: false,
+            insists: false,
             much: false,
             burst: 0,
             pipe: None,
@@ -128,8 +132,19 @@ impl Direction {
 
     /// The source may have something; `marked` if urgent data, or its end or an error, is in its queue.
     pub(super) fn source_ready(&mut self, marked: bool) {
+        self.insists = self.is_stopped();
         self.readable = true;
         self.marked |= marked;
+    }
+
+    /// Whether what the source has waits for the sink alone.
+    pub(super) fn is_stopped(&self) -> bool {
+        self.readable && !self.writable && self.end.is_none()
+    }
+
+    /// Whether it is so, and the source has told of more meanwhile.
+    pub(super) fn is_pestered(&self) -> bool {
+        self.insists && self.is_stopped()
     }
 
     /// The sink may have room.

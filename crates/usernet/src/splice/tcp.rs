@@ -21,6 +21,9 @@ const EVENTS: EventFlags = EventFlags::IN
     .union(EventFlags::PRI)
     .union(EventFlags::RDHUP)
     .union(EventFlags::ET);
+/// What it is watched for while its bytes wait for the other one: not for more of them. Urgent data is told of by the
+/// same wake-up, and again when all is watched.
+const WITHOUT_BYTES: EventFlags = EventFlags::OUT.union(EventFlags::RDHUP).union(EventFlags::ET);
 /// Those of them after which a queue holds more than bytes.
 const MARKS: EventFlags = EventFlags::PRI.union(EventFlags::RDHUP).union(FAILED);
 /// An error, or both directions have ended: any call will tell.
@@ -44,6 +47,8 @@ enum Fate {
 struct Connection {
     ends: [OwnedFd; 2],
     directions: [Direction; 2],
+    /// Ends that are not watched for bytes.
+    unwatched: [bool; 2],
     queued: bool,
 }
 
@@ -96,6 +101,7 @@ impl Tcp {
                 let connection = Connection {
                     ends: [accepted, socket],
                     directions: [Direction::new(), Direction::new()],
+                    unwatched: [false; 2],
                     queued: false,
                 };
                 if let Some(place) = self.connections.get_mut(number as usize) {
@@ -160,14 +166,14 @@ impl Tcp {
     }
 
     /// Lets each connection that can go on do so for one turn.
-    pub(super) fn turn(&mut self) {
+    pub(super) fn turn(&mut self, poller: &Poller) {
         for _ in 0..self.work.len() {
             let Some(number) = self.work.pop_front() else { return };
             let Some(place) = self.connections.get_mut(number as usize) else { continue };
             let Some(connection) = place else { continue };
             connection.queued = false;
             match connection.turn(&mut self.means) {
-                Fate::Waits => {}
+                Fate::Waits => connection.watch(poller, number),
                 Fate::Again => {
                     connection.queued = true;
                     self.work.push_back(number);
@@ -193,6 +199,25 @@ impl Tcp {
 }
 
 impl Connection {
+    /// Has each end watched for bytes unless they are known of and wait for the other end. Otherwise every segment that
+    /// arrives would wake us, for nothing, until the queue is full.
+    fn watch(&mut self, poller: &Poller, number: u32) {
+        for (end, direction) in self.directions.iter().enumerate() {
+            let unwatched = &mut self.unwatched[end];
+            let events = match *unwatched {
+                false if direction.is_pestered() => WITHOUT_BYTES,
+                // The poller tells of what has come meanwhile.
+                true if !direction.is_stopped() => EVENTS,
+                _ => continue,
+            };
+            // syscalls(pasta): epoll_ctl
+            // Refused to no socket that is watched; it would be woken for nothing.
+            if poller.modify(&self.ends[end], Token::Tcp(number << 1 | end as u32), events).is_ok() {
+                *unwatched = !*unwatched;
+            }
+        }
+    }
+
     fn turn(&mut self, means: &mut Means) -> Fate {
         let mut again = false;
         for number in [0, 1] {

@@ -254,7 +254,7 @@ impl Udp {
             cx.link.stats.dropped.address += 1;
             return;
         }
-        let number = match self.flows.find(&key) {
+        let number = match self.gathered_by(key).or_else(|| self.flows.find(&key)) {
             Some(number) => number,
             None => match self.open_after_burst(cx, key) {
                 Ok(number) => number,
@@ -267,6 +267,13 @@ impl Udp {
             },
         };
         self.send(cx, number, datagram);
+    }
+
+    /// The flow of what is gathered, if that is `key`'s: who sends fast sends by one flow, and need not be looked up again.
+    fn gathered_by(&mut self, key: Key) -> Option<u32> {
+        let (number, _) = self.burst.common();
+        let (known, _) = self.flows.get_mut(number)?;
+        (self.burst.len() > 0 && known == key).then_some(number)
     }
 
     /// Makes a flow of the guest's own. One that it takes the place of still sends what it was given.

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use rustix::net::{SendFlags, sockopt};
 
-use super::super::Splicer;
+use super::super::{Splicer, tcp};
 use super::*;
+use crate::poller::{Events, Poller, Token};
 
 /// Bytes in an order that shows when some are missing, doubled or exchanged.
 struct Bytes(u64);
@@ -114,6 +115,59 @@ fn nothing_is_lost_while_nobody_reads() {
     (&server).read_to_end(&mut all).unwrap();
     assert_eq!(all.len(), sent);
     assert!(all.iter().all(|byte| *byte == 7));
+}
+
+#[test]
+fn a_sink_that_is_full_lets_the_source_wake_nobody() {
+    let listener = TcpListener::bind(any()).unwrap();
+    let (poller, mut events, mut splicer) = (Poller::new().unwrap(), Events::new(), tcp::Tcp::new(1));
+    let entrance = TcpListener::bind(any()).unwrap();
+    let mut client = TcpStream::connect(entrance.local_addr().unwrap()).unwrap();
+    let (accepted, _) = entrance.accept().unwrap();
+    accepted.set_nonblocking(true).unwrap();
+    splicer.open(&poller, &Here, accepted.into(), listener.local_addr().unwrap()).unwrap();
+    let (mut server, _) = listener.accept().unwrap();
+    client.set_nonblocking(true).unwrap();
+    server.set_nonblocking(true).unwrap();
+    // One turn of the splicer's loop: whether it was woken, and whether bytes moved.
+    let mut turn = move || {
+        poller.wait(&mut events, Some(Duration::ZERO)).unwrap();
+        for ready in events.iter() {
+            let Token::Tcp(number) = ready.token else { panic!("{ready:?}") };
+            splicer.ready(number, ready.flags);
+        }
+        let before = splicer.bytes();
+        splicer.turn(&poller);
+        (events.iter().count() > 0, splicer.bytes() > before)
+    };
+    let block = [7; 4096];
+    let (mut sent, mut in_vain, mut stopped) = (0, 0, 0);
+    while let Ok(n) = client.write(&block) {
+        sent += n;
+        let (woken, moved) = turn();
+        if moved {
+            stopped = 0;
+        } else {
+            stopped += 1;
+            in_vain += usize::from(woken);
+        }
+    }
+    assert!(stopped > 16, "the source took {stopped} blocks more when the sink was full");
+    // It may fill more than once before its buffer has grown.
+    assert!(in_vain < stopped / 2, "woken {in_vain} times in vain, for {stopped} blocks");
+    drop(client);
+    let (mut got, mut buffer) = (0, vec![0; 1 << 20]);
+    let end = Instant::now() + PATIENCE;
+    loop {
+        match server.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(n) => got += n,
+            Err(error) => assert_eq!(error.kind(), ErrorKind::WouldBlock),
+        }
+        turn();
+        assert!(Instant::now() < end, "{got} of {sent} bytes");
+    }
+    assert_eq!(got, sent);
 }
 
 #[test]
