@@ -96,6 +96,10 @@ impl Ping {
             cx.link.stats.dropped.unsupported += 1;
             return;
         }
+        if !cx.config.services.icmp {
+            cx.link.stats.dropped.disabled += 1;
+            return;
+        }
         let target = addresses.destination();
         if cx.is_ours(target) {
             cx.send_icmp(addresses.reversed(), HOP_LIMIT, (reply, 0), message.word, message.payload);
@@ -103,10 +107,6 @@ impl Ping {
         }
         if target.is_multicast() || matches!(target, IpAddr::V4(a) if a.is_broadcast()) {
             cx.link.stats.dropped.multicast += 1;
-            return;
-        }
-        if !cx.config.services.icmp {
-            cx.link.stats.dropped.disabled += 1;
             return;
         }
         if addresses.source().is_unspecified() {
