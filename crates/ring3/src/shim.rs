@@ -3,7 +3,7 @@
 //! The library is part of ring3 and has to be a file for the loader, at a path that lasts: the program's children load it too,
 //! long after ring3 has become the program. So it is kept in the user's cache, under a name of its contents, and where there is
 //! no cache in a directory of the user's own below the one for temporary files. Those of other versions of ring3 go when they have not
-//! been used for [`UNUSED`].
+//! been used for a month.
 
 mod tree;
 

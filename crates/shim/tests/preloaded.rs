@@ -225,15 +225,18 @@ fn who_closes_what_he_does_not_know_keeps_what_is_served() {
         let (mut go, mut done) = ([0; 2], [0; 2]);
         assert_eq!(unsafe { [libc::pipe(go.as_mut_ptr()), libc::pipe(done.as_mut_ptr())] }, [0; 2]);
         let child = unsafe { libc::fork() };
+        let wait = |end: c_int| unsafe { libc::read(end, ptr::from_mut(&mut 0_u8).cast(), 1) };
+        let tell = |end: c_int| unsafe { libc::write(end, c"x".as_ptr().cast(), 1) };
         if child == 0 {
-            let waited = unsafe { libc::read(go[0], ptr::from_mut(&mut 0_u8).cast(), 1) };
-            let same = waited == 1 && ioas_alloc(fd).is_ok();
-            unsafe { libc::_exit(c_int::from(!same)) };
+            let before = ioas_alloc(fd).is_ok() && tell(done[1]) == 1;
+            let after = wait(go[0]) == 1 && ioas_alloc(fd).is_ok();
+            unsafe { libc::_exit(c_int::from(!(before && after))) };
         }
+        assert_eq!(wait(done[0]), 1);
         for other in (3..2000).filter(|other| ![fd, go[1]].contains(other)) {
             unsafe { libc::close(other) };
         }
-        assert_eq!(unsafe { libc::write(go[1], c"x".as_ptr().cast(), 1) }, 1);
+        assert_eq!(tell(go[1]), 1);
         let mut status = 0;
         assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
         assert_eq!(status, 0);

@@ -5,10 +5,14 @@
 //! memory, either such as both have, or such as `/proc/PID/fd` or `/proc/PID/map_files` lets us open. Pages that are pinned are mapped here
 //! and outlive the other process; before that, they are gone with it.
 
+use core::fmt;
 use std::{
     fs::{self, File},
     io::{IoSlice, IoSliceMut},
-    os::{fd::OwnedFd, unix::fs::MetadataExt},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
     path::PathBuf,
     sync::{
         Arc, Weak,
@@ -37,11 +41,13 @@ use crate::{
     iova::PAGE_SIZE,
 };
 
+/// A pidfd, and whatever keeps it.
+type PidFd = Box<dyn AsFd + Send + Sync>;
+
 /// Another process.
-#[derive(Debug)]
 pub struct RemoteProcess {
     pid: Pid,
-    pidfd: OwnedFd,
+    pidfd: PidFd,
     gone: AtomicBool,
     user: AtomicU32,
     /// RLIMIT_MEMLOCK in bytes; all ones for none.
@@ -49,17 +55,28 @@ pub struct RemoteProcess {
     usage: Usage,
 }
 
+impl fmt::Debug for RemoteProcess {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RemoteProcess").field("pid", &self.pid).finish_non_exhaustive()
+    }
+}
+
 impl RemoteProcess {
     /// The process with this number. ESRCH when there is none.
     pub fn new(pid: Pid) -> Result<Arc<Self>> {
-        Ok(Arc::new(Self {
+        Ok(Self::with_pidfd(pid, Box::new(pidfd_open(pid, PidfdFlags::empty())?)))
+    }
+
+    /// The process with this number, which `pidfd` is of: for who has descriptors in a place of their own.
+    pub fn with_pidfd(pid: Pid, pidfd: PidFd) -> Arc<Self> {
+        Arc::new(Self {
             pid,
-            pidfd: pidfd_open(pid, PidfdFlags::empty())?,
+            pidfd,
             gone: AtomicBool::new(false),
             user: AtomicU32::new(0),
             locked_limit: AtomicU64::new(0),
             usage: Usage::default(),
-        }))
+        })
     }
 
     /// Its number.

@@ -14,6 +14,7 @@ use iommufd::{
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair, sockopt};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use vfio::doors::{self, DeviceFile, Opened};
 
 use super::wire::{self, Kind, MOST, Message};
@@ -133,7 +134,7 @@ impl Server {
         while let Ok(Some((message, from))) = wire::receive(self.socket.as_fd()) {
             let process = match (&self.process, from) {
                 (Some(process), _) => Arc::clone(process),
-                (None, Some(from)) => match RemoteProcess::new(from) {
+                (None, Some(from)) => match remote(from) {
                     Ok(process) => {
                         super::usage::add(&process);
                         Arc::clone(self.process.insert(process))
@@ -310,6 +311,12 @@ impl doors::Caller for RemoteCaller<'_> {
     fn install_device(&self, device: Arc<DeviceFile>) -> Result<i32> {
         self.give(calls::stand_in()?, crate::nodes::vfio::device(device))
     }
+}
+
+/// A process that shares our files.
+fn remote(pid: Pid) -> Result<Arc<RemoteProcess>> {
+    let pidfd = Kept::new(pidfd_open(pid, PidfdFlags::empty())?);
+    Ok(RemoteProcess::with_pidfd(pid, Box::new(pidfd)))
 }
 
 /// The files of `descriptions` for a process to share, and their numbers in the same order.
