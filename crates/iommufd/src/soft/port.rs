@@ -223,7 +223,12 @@ impl<P: BorrowMut<PortReader>> PortSection<P> {
     /// As [`Section::translate`], [`FaultReason::Detached`], and what can be wrong with a guest's page table.
     #[inline]
     pub fn translate(&self, iova: Iova, access: Access) -> core::result::Result<Translation, Fault> {
-        Ok(self.look(iova, access)?.0)
+        // What was found is not passed on through memory: it would be written in parts and read back as a whole, which costs
+        // as much as finding it.
+        match self.cached(iova, access) {
+            Ok((found, _)) => Ok(found),
+            Err(fault) => self.walk_only(fault),
+        }
     }
 
     /// Copies from the memory at `iova`, as much as lies together: how many bytes, at least one unless `to` is empty.
@@ -246,24 +251,27 @@ impl<P: BorrowMut<PortReader>> PortSection<P> {
 
     #[inline]
     fn look(&self, iova: Iova, access: Access) -> core::result::Result<(Translation, bool), Fault> {
-        let Some(section) = &self.section else {
-            return Err(Fault { iova, access, reason: FaultReason::Detached });
-        };
-        match section.look(iova, access) {
-            Err(fault) => self.walk(section, fault),
+        match self.cached(iova, access) {
+            Err(fault) => self.walk(fault),
             found => found,
+        }
+    }
+
+    /// What is there without looking into a guest's table.
+    #[inline]
+    fn cached(&self, iova: Iova, access: Access) -> core::result::Result<(Translation, bool), Fault> {
+        match &self.section {
+            Some(section) => section.look(iova, access),
+            None => Err(Fault { iova, access, reason: FaultReason::Detached }),
         }
     }
 
     /// What the IOTLB has not, the guest's table may have.
     #[cold]
-    fn walk(
-        &self,
-        section: &Section<Reader>,
-        fault: Fault,
-    ) -> core::result::Result<(Translation, bool), Fault> {
+    fn walk(&self, fault: Fault) -> core::result::Result<(Translation, bool), Fault> {
         let port: Option<&PortReader> = self.port.as_ref().map(|port| port.borrow());
-        let Some((table, parent)) = port.and_then(|port| port.guest.as_ref()) else { return Err(fault) };
+        let guest = port.and_then(|port| port.guest.as_ref());
+        let (Some((table, parent)), Some(section)) = (guest, &self.section) else { return Err(fault) };
         let Fault { iova, access, .. } = fault;
         // It is borrowed in this function only, which nothing below calls.
         let found = table.walk(section, &mut parent.borrow_mut(), iova, access);
@@ -271,6 +279,11 @@ impl<P: BorrowMut<PortReader>> PortSection<P> {
             self.walked.set(self.walked.get() + 1);
         }
         found.map_err(|reason| Fault { iova, access, reason })
+    }
+
+    #[cold]
+    fn walk_only(&self, fault: Fault) -> core::result::Result<Translation, Fault> {
+        Ok(self.walk(fault)?.0)
     }
 
     /// The memory at `iova`, at most `most` bytes of it, which is only used for `access`.
