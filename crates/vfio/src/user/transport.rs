@@ -4,7 +4,7 @@
 //!
 //! A small message costs one system call on each side. To send it is one sendmsg(2). To receive it is one recvmsg(2), which
 //! waits for itself: the socket has a time for that (SO_RCVTIMEO), so that poll(2) is only needed for what is left of a
-//! deadline that is nearer. Each read takes what has come, up to [`READ_AHEAD`] bytes, so header and payload come together,
+//! deadline that is nearer. Each read takes what has come, up to `READ_AHEAD` bytes, so header and payload come together,
 //! and posted writes many at a time. What is behind a message is kept for who reads next. The rest of a message that is
 //! longer than what has come is read to where it belongs, and not beyond.
 //!
