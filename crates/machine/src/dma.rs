@@ -138,6 +138,23 @@ pub(crate) struct Place {
     pub(crate) len: u64,
 }
 
+impl Place {
+    /// The address in this process of a guest-physical range, if all of it lies here.
+    pub(crate) fn host(&self, physical: u64, length: u64) -> Option<u64> {
+        Some(self.host + self.offset(self.physical, physical, length)?)
+    }
+
+    /// The guest-physical address of a range in this process, if all of it lies here.
+    pub(crate) fn physical(&self, host: u64, length: u64) -> Option<u64> {
+        Some(self.physical + self.offset(self.host, host, length)?)
+    }
+
+    fn offset(&self, base: u64, at: u64, length: u64) -> Option<u64> {
+        let offset = at.checked_sub(base)?;
+        (offset.checked_add(length)? <= self.len).then_some(offset)
+    }
+}
+
 /// Where guest RAM is.
 pub(crate) fn places(ram: &GuestRam) -> Vec<Place> {
     ram.iter()
@@ -172,10 +189,7 @@ impl Translated {
 
     /// The guest-physical address of one of this process.
     fn physical(&self, host: u64) -> Option<u64> {
-        self.places.iter().find_map(|place| {
-            let offset = host.checked_sub(place.host)?;
-            (offset < place.len).then(|| place.physical + offset)
-        })
+        self.places.iter().find_map(|place| place.physical(host, 1))
     }
 }
 

@@ -293,10 +293,7 @@ impl GuestIommu {
 
     /// Where the guest-physical range is in this process, if it is RAM as a whole.
     fn host(&self, physical: u64, length: u64) -> Option<UserAddr> {
-        self.places.iter().find_map(|place| {
-            let offset = physical.checked_sub(place.physical)?;
-            (offset.checked_add(length)? <= place.len).then(|| UserAddr(place.host + offset))
-        })
+        self.places.iter().find_map(|place| place.host(physical, length)).map(UserAddr)
     }
 
     /// A domain that translates: its IOAS and mappings.

@@ -39,11 +39,8 @@ impl GuestProcess {
 
     /// Where `length` bytes at `at` are in the guest. EFAULT when they are not RAM.
     fn find(&self, at: UserAddr, length: u64) -> Result<GuestAddress> {
-        let found = self.places.iter().find_map(|place| {
-            let offset = at.0.checked_sub(place.host)?;
-            (offset.checked_add(length)? <= place.len).then(|| GuestAddress(place.physical + offset))
-        });
-        found.ok_or(Errno::FAULT)
+        let found = self.places.iter().find_map(|place| place.physical(at.0, length));
+        found.map(GuestAddress).ok_or(Errno::FAULT)
     }
 }
 

@@ -240,11 +240,9 @@ impl Shadows {
         if shadow.mapped.len() >= MOST_ENTRIES {
             return Err(Errno::NOSPC);
         }
-        let place = self.places.iter().find_map(|place| {
-            let offset = leaf.address.checked_sub(place.physical)?;
-            (offset < place.len).then(|| UserAddr(place.host + offset))
-        });
-        let (from, range) = (place.ok_or(Errno::FAULT)?, IovaRange::with_length(Iova(at), leaf.size)?);
+        let from = self.places.iter().find_map(|place| place.host(leaf.address, leaf.size));
+        let from = from.map(UserAddr).ok_or(Errno::FAULT)?;
+        let range = IovaRange::with_length(Iova(at), leaf.size)?;
         if interrupts()?.intersection(range).is_some() {
             return Ok(());
         }
