@@ -6,6 +6,7 @@
 // `tun::ioctl` alone allows it.
 #![deny(unsafe_code)]
 
+pub mod observed;
 pub mod pcap;
 pub mod ring;
 pub mod stream;

@@ -1,7 +1,7 @@
 //! Recording a link's frames in a file, in the classic pcap format (draft-ietf-opsawg-pcap).
 //!
-//! A [`Recorded`] tap stands between the engine and another tap and writes down every frame that crosses it. The queues of one
-//! link share a [`Capture`]. Frames are kept in memory until the engine has done a turn ([`Tap::flush`]) or there
+//! A [`Capture`] writes down every frame that crosses an [`Observed`](crate::observed::Observed) tap. The queues of one link
+//! share it. Frames are kept in memory until the engine has done a turn ([`Observer::flush`]) or there
 //! are `BUFFERED` bytes of them, so the file is never more than a turn behind.
 //!
 //! Frames are recorded as the engine handles them: those to be cut into segments by the receiver are longer than the
@@ -13,13 +13,14 @@
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
-use std::os::fd::BorrowedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use usernet::tap::{Abilities, Offload, Sent, Tap};
+use usernet::tap::Sent;
+
+use crate::observed::Observer;
 
 /// Microseconds in time stamps, and the byte order of the rest.
 const MAGIC: u32 = 0xa1b2_c3d4;
@@ -141,60 +142,29 @@ impl<W: Write> Drop for Capture<W> {
     }
 }
 
-/// A tap whose frames are recorded.
-pub struct Recorded<W: Write = File> {
-    tap: Box<dyn Tap>,
-    capture: Arc<Capture<W>>,
-}
-
-impl<W: Write> Recorded<W> {
-    /// Records what crosses `tap`.
-    #[must_use]
-    pub fn new(tap: Box<dyn Tap>, capture: Arc<Capture<W>>) -> Self {
-        Self { tap, capture }
-    }
-}
-
-impl<W: Write + Send> Tap for Recorded<W> {
-    fn readiness(&self) -> BorrowedFd<'_> {
-        self.tap.readiness()
+impl<W: Write + Send> Observer for Arc<Capture<W>> {
+    fn received(&self, frame: &[u8]) {
+        self.record(frame, &[]);
     }
 
-    fn acknowledge(&mut self) {
-        self.tap.acknowledge();
-    }
-
-    fn abilities(&self) -> Abilities {
-        self.tap.abilities()
-    }
-
-    fn receive(&mut self, buffer: &mut [u8]) -> io::Result<Option<(usize, Offload)>> {
-        let received = self.tap.receive(buffer)?;
-        if let Some((length, _)) = received {
-            self.capture.record(buffer.get(..length).unwrap_or_default(), &[]);
-        }
-        Ok(received)
-    }
-
-    fn send(&mut self, header: &[u8], payload: &[u8], offload: Offload) -> io::Result<Sent> {
-        let sent = self.tap.send(header, payload, offload)?;
+    fn sent(&self, header: &[u8], payload: &[u8], sent: Sent) {
         if sent == Sent::Yes {
-            self.capture.record(header, payload);
+            self.record(header, payload);
         }
-        Ok(sent)
     }
 
-    fn flush(&mut self) -> io::Result<()> {
-        self.capture.flush();
-        self.tap.flush()
+    fn flush(&self) {
+        Capture::flush(self);
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use usernet::tap::{Offload, Tap};
     use usernet::testing;
 
     use super::*;
+    use crate::observed::Observed;
 
     /// A file that takes `room` bytes, in small pieces.
     #[derive(Debug, Default)]
@@ -248,7 +218,7 @@ mod tests {
     fn both_directions_are_in_the_file() {
         let path = std::env::temp_dir().join(format!("taps-pcap-{}", std::process::id()));
         let (tap, guest) = testing::tap(testing::PLAIN, 16).unwrap();
-        let mut recorded = Recorded::new(Box::new(tap), Capture::create(&path).unwrap());
+        let mut recorded = Observed::new(Box::new(tap), Capture::create(&path).unwrap());
         guest.send([1; 60]);
         let mut buffer = vec![0; usernet::tap::LONGEST_FRAME];
         recorded.acknowledge();

@@ -1,64 +1,26 @@
 //! A link whose packets are logged, one line each, at `tracing`'s level of traces.
 
 use std::fmt;
-use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::BorrowedFd;
 
 use etherparse::{IpNumber, LaxPacketHeaders, NetHeaders, TransportHeader};
-use usernet::tap::{Abilities, Offload, Sent, Tap};
+use usernet::tap::Sent;
 
-/// A link that logs what crosses it.
-pub struct Traced {
-    tap: Box<dyn Tap>,
-}
+use crate::observed::Observer;
 
-impl fmt::Debug for Traced {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Traced").finish_non_exhaustive()
-    }
-}
+/// Logs the packets of an [`Observed`](crate::observed::Observed) link.
+#[derive(Debug)]
+pub struct PacketLog;
 
-impl Traced {
-    /// Logs what crosses `tap`.
-    #[must_use]
-    pub fn new(tap: Box<dyn Tap>) -> Self {
-        Self { tap }
-    }
-}
-
-impl Tap for Traced {
-    fn readiness(&self) -> BorrowedFd<'_> {
-        self.tap.readiness()
+impl Observer for PacketLog {
+    fn received(&self, frame: &[u8]) {
+        tracing::trace!("from the guest: {}", Line { headers: frame, length: frame.len() });
     }
 
-    fn acknowledge(&mut self) {
-        self.tap.acknowledge();
-    }
-
-    fn abilities(&self) -> Abilities {
-        self.tap.abilities()
-    }
-
-    fn receive(&mut self, buffer: &mut [u8]) -> io::Result<Option<(usize, Offload)>> {
-        let received = self.tap.receive(buffer)?;
-        if let Some((length, _)) = received {
-            let frame = buffer.get(..length).unwrap_or_default();
-            tracing::trace!("from the guest: {}", Line { headers: frame, length });
-        }
-        Ok(received)
-    }
-
-    fn send(&mut self, header: &[u8], payload: &[u8], offload: Offload) -> io::Result<Sent> {
-        let sent = self.tap.send(header, payload, offload)?;
+    fn sent(&self, header: &[u8], payload: &[u8], sent: Sent) {
         let full = if sent == Sent::Full { ", which has no room for it" } else { "" };
         let line = Line { headers: header, length: header.len() + payload.len() };
         tracing::trace!("to the guest{full}: {line}");
-        Ok(sent)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.tap.flush()
     }
 }
 

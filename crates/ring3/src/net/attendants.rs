@@ -6,8 +6,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use taps::pcap::{Capture, Recorded};
-use taps::trace::Traced;
+use taps::observed::Observed;
+use taps::pcap::Capture;
+use taps::trace::PacketLog;
 use usernet::Handle;
 use usernet::tap::Tap;
 
@@ -58,9 +59,9 @@ impl Prepared {
     /// The tap for the engine: one that is logged and recorded, if asked for.
     #[must_use]
     pub fn tap(&self, tap: Box<dyn Tap>) -> Box<dyn Tap> {
-        let tap = if self.traced { Box::new(Traced::new(tap)) } else { tap };
+        let tap = if self.traced { Box::new(Observed::new(tap, PacketLog)) } else { tap };
         match &self.capture {
-            Some(capture) => Box::new(Recorded::new(tap, Arc::clone(capture))),
+            Some(capture) => Box::new(Observed::new(tap, Arc::clone(capture))),
             None => tap,
         }
     }
