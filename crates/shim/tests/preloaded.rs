@@ -651,3 +651,116 @@ fn a_descriptor_that_did_not_survive_exec_is_explained() {
     assert!(output.status.success(), "{output:?}");
     assert_eq!(problems.matches("descriptor 5 is of a device").count(), 1, "{problems}");
 }
+
+unsafe extern "C" {
+    fn scandir(
+        path: *const libc::c_char,
+        list: *mut *mut *mut libc::dirent,
+        select: Option<extern "C" fn(*const libc::dirent) -> c_int>,
+        compare: Option<unsafe extern "C" fn(*mut *const libc::dirent, *mut *const libc::dirent) -> c_int>,
+    ) -> c_int;
+    fn alphasort(a: *mut *const libc::dirent, b: *mut *const libc::dirent) -> c_int;
+}
+
+fn name_of(entry: *const libc::dirent) -> String {
+    unsafe { CStr::from_ptr((*entry).d_name.as_ptr()) }.to_str().unwrap().to_owned()
+}
+
+/// What `scandir` lists, in its order: names, and what they are.
+fn scanned(path: &CStr) -> Vec<(String, u8)> {
+    extern "C" fn is_shown(entry: *const libc::dirent) -> c_int {
+        c_int::from(!name_of(entry).starts_with('.'))
+    }
+    let mut list = ptr::null_mut();
+    let count = unsafe { scandir(path.as_ptr(), &raw mut list, Some(is_shown), Some(alphasort)) };
+    let count = usize::try_from(count).unwrap_or_else(|_| panic!("{path:?}: {}", errno()));
+    (0..count)
+        .map(|index| unsafe {
+            let entry = *list.add(index);
+            let found = (name_of(entry), (*entry).d_type);
+            libc::free(entry.cast());
+            found
+        })
+        .collect()
+}
+
+/// What `readdir` lists until the end.
+fn rest_of(stream: *mut libc::DIR) -> Vec<(String, u8)> {
+    unsafe { *libc::__errno_location() = 0 };
+    let mut entries = Vec::new();
+    loop {
+        let entry = unsafe { libc::readdir(stream) };
+        if entry.is_null() {
+            assert_eq!(errno(), 0);
+            return entries;
+        }
+        entries.push((name_of(entry), unsafe { (*entry).d_type }));
+    }
+}
+
+fn globbed(pattern: &CStr, flags: c_int) -> Vec<String> {
+    let mut found = unsafe { core::mem::zeroed::<libc::glob_t>() };
+    let result = unsafe { libc::glob(pattern.as_ptr(), flags, None, &raw mut found) };
+    if result == libc::GLOB_NOMATCH {
+        return Vec::new();
+    }
+    assert_eq!(result, 0, "{pattern:?}");
+    let path = |index| unsafe { CStr::from_ptr(*found.gl_pathv.add(index)) }.to_str().unwrap().to_owned();
+    let paths = (0..found.gl_pathc).map(path).collect();
+    unsafe { libc::globfree(&raw mut found) };
+    paths
+}
+
+#[test]
+fn directories_list_what_is_served() {
+    serving("directories_list_what_is_served", CARD, || {
+        let device = |name: &str| (name.to_owned(), libc::DT_CHR);
+        let directory = |name: &str| (name.to_owned(), libc::DT_DIR);
+        assert_eq!(scanned(c"/dev/vfio"), [device("1000"), directory("devices"), device("vfio")]);
+        assert_eq!(scanned(c"/dev/vfio/devices/"), [device("vfio0")]);
+        assert!(scanned(c"/sys/bus/pci/devices").contains(&directory("0000:7f:05.0")));
+        assert!(scanned(c"/sys/class").contains(&directory("vfio-dev")));
+        let dev = scanned(c"/dev");
+        for (entry, count) in [(device("iommu"), 1), (directory("vfio"), 1), (device("null"), 1)] {
+            assert_eq!(dev.iter().filter(|other| **other == entry).count(), count, "{entry:?} in {dev:?}");
+        }
+        assert!(dev.is_sorted(), "{dev:?}");
+
+        // However the directory was opened, and as often as it is read.
+        let fd = unsafe { libc::openat(open(c"/", libc::O_PATH), c"dev".as_ptr(), libc::O_RDONLY) };
+        for stream in unsafe { [libc::opendir(c"/dev/".as_ptr()), libc::fdopendir(fd)] } {
+            let mut first = rest_of(stream);
+            assert_eq!(rest_of(stream), []);
+            unsafe { libc::rewinddir(stream) };
+            assert_eq!(rest_of(stream), first);
+            assert_eq!(unsafe { libc::closedir(stream) }, 0);
+            first.retain(|(name, _)| !name.starts_with('.'));
+            first.sort();
+            assert_eq!(first, dev);
+        }
+        // More of them than are kept in mind show what the machine has; those after them show all again.
+        let streams: Vec<_> = (0..40).map(|_| unsafe { libc::opendir(c"/dev".as_ptr()) }).collect();
+        for stream in streams {
+            assert!(rest_of(stream).contains(&device("null")));
+            unsafe { libc::closedir(stream) };
+        }
+        assert_eq!(scanned(c"/dev"), dev);
+
+        let none: [&str; 0] = [];
+        assert_eq!(globbed(c"/dev/iomm[u]", 0), ["/dev/iommu"]);
+        assert_eq!(globbed(c"/dev/iommu", 0), ["/dev/iommu"]);
+        assert_eq!(globbed(c"/dev/vfio/devices/vfio*", 0), ["/dev/vfio/devices/vfio0"]);
+        assert_eq!(
+            globbed(c"/dev/vf*/*", libc::GLOB_MARK),
+            ["/dev/vfio/1000", "/dev/vfio/devices/", "/dev/vfio/vfio"]
+        );
+        assert_eq!(
+            globbed(c"/sys/bus/p[c]i/devices/0000:7f:*/vendor", 0),
+            ["/sys/bus/pci/devices/0000:7f:05.0/vendor"]
+        );
+        assert_eq!(globbed(c"/dev/iommu/*", 0), none);
+        assert_eq!(globbed(c"/dev/nul[l]", 0), ["/dev/null"]);
+        assert_eq!(unsafe { scandir(c"/dev/iommu".as_ptr(), &mut ptr::null_mut(), None, None) }, -1);
+        assert_eq!(errno(), libc::ENOTDIR);
+    });
+}

@@ -14,6 +14,7 @@
 )]
 
 mod descriptors;
+mod directories;
 mod memory;
 mod open;
 mod paths;
