@@ -159,6 +159,7 @@ functions! {
     statx: fn(c_int, *const c_char, c_int, c_uint, *mut libc::statx) -> c_int;
     readlink: fn(*const c_char, *mut c_char, size_t) -> ssize_t;
     readlinkat: fn(c_int, *const c_char, *mut c_char, size_t) -> ssize_t;
+    daemon: fn(c_int, c_int) -> c_int;
     _exit: fn(c_int) -> ();
     _Exit: fn(c_int) -> ();
     chdir: fn(*const c_char) -> c_int;

@@ -653,6 +653,7 @@ fn a_descriptor_that_did_not_survive_exec_is_explained() {
 }
 
 unsafe extern "C" {
+    fn daemon(stay: c_int, keep: c_int) -> c_int;
     fn scandir(
         path: *const libc::c_char,
         list: *mut *mut *mut libc::dirent,
@@ -762,5 +763,77 @@ fn directories_list_what_is_served() {
         assert_eq!(globbed(c"/dev/nul[l]", 0), ["/dev/null"]);
         assert_eq!(unsafe { scandir(c"/dev/iommu".as_ptr(), &mut ptr::null_mut(), None, None) }, -1);
         assert_eq!(errno(), libc::ENOTDIR);
+    });
+}
+
+/// A process becomes a daemon after it has opened a device, and mapped memory for it: its child goes on with it.
+#[test]
+fn a_daemon_keeps_what_it_opened() {
+    serving("a_daemon_keeps_what_it_opened", "mock-iommu", || {
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let goes_on = |mut said: std::os::unix::net::UnixStream| {
+            let parent = unsafe { libc::getpid() };
+            let fd = open(IOMMU, libc::O_RDWR);
+            let ioas = ioas_alloc(fd).unwrap();
+            let at = unsafe {
+                let (prot, flags) =
+                    (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+                libc::mmap(ptr::null_mut(), 8192, prot, flags, -1, 0)
+            };
+            unsafe { at.cast::<u8>().write(7) };
+            ioas_map(fd, ioas, at, 8192).unwrap();
+            assert_eq!(unsafe { daemon(1, 1) }, 0, "{}", errno());
+            assert_ne!(unsafe { libc::getpid() }, parent);
+            // The parent is gone, or is about to be: nobody waits for it.
+            assert_eq!(destroy(fd, 77), Err(libc::ENOENT));
+            let other = ioas_alloc(fd).unwrap();
+            assert_eq!(destroy(fd, other), Ok(()));
+            ioas_map(fd, ioas, at, 4096).unwrap();
+            assert_eq!(destroy(fd, ioas), Ok(()));
+            // And a child of its own uses what it has.
+            in_child(|| {
+                assert!(ioas_alloc(fd).is_ok());
+                0
+            });
+            unsafe { libc::close(fd) };
+            assert_eq!(ioas_alloc(fd), Err(libc::EBADF));
+            io::Write::write_all(&mut said, b"it works").unwrap();
+        };
+        in_child(|| {
+            drop(ours.try_clone());
+            goes_on(theirs.try_clone().unwrap());
+            0
+        });
+        drop(theirs);
+        assert_eq!(io::read_to_string(ours).unwrap(), "it works");
+    });
+}
+
+/// What another thread has begun does not go on in a child: there the device is gone, as the library says.
+#[test]
+fn a_daemon_of_several_threads_loses_what_it_opened() {
+    serving("a_daemon_of_several_threads_loses_what_it_opened", "", || {
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        in_child(|| {
+            let fd = open(IOMMU, libc::O_RDWR);
+            let (release, wait) = std::sync::mpsc::channel::<()>();
+            let thread = std::thread::spawn(move || wait.recv());
+            // Of a thread that has ended nothing is left.
+            let ended = std::thread::spawn(|| ());
+            ended.join().unwrap();
+            assert_eq!(unsafe { daemon(1, 1) }, 0, "{}", errno());
+            let mut answer = ioas_alloc(fd);
+            // Until the parent has ended.
+            while answer.is_ok() {
+                answer = ioas_alloc(fd);
+            }
+            io::Write::write_all(&mut &theirs, &answer.unwrap_err().to_ne_bytes()).unwrap();
+            core::mem::forget((release, thread));
+            0
+        });
+        drop(theirs);
+        let mut answer = [0; size_of::<c_int>()];
+        io::Read::read_exact(&mut &ours, &mut answer).unwrap();
+        assert_eq!(c_int::from_ne_bytes(answer), libc::EIO);
     });
 }

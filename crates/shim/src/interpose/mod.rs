@@ -18,6 +18,7 @@ mod directories;
 mod memory;
 mod open;
 mod paths;
+mod processes;
 mod signals;
 mod transfer;
 

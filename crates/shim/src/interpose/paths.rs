@@ -201,21 +201,6 @@ unsafe extern "C" fn getcwd(to: *mut c_char, size: size_t) -> *mut c_char {
     as_the_program_knows(unsafe { real::getcwd()(to, size) })
 }
 
-/// Defines the functions that end the process at once, without what the loader would call.
-macro_rules! exits {
-    ($($name:ident)*) => {$(
-        #[unsafe(no_mangle)]
-        unsafe extern "C" fn $name(status: c_int) -> ! {
-            tree::remove();
-            // SAFETY: the caller's argument, for the function that it meant to call.
-            unsafe { real::$name()(status) };
-            std::process::abort()
-        }
-    )*};
-}
-
-exits!(_exit _Exit);
-
 #[unsafe(no_mangle)]
 unsafe extern "C" fn chdir(path: *const c_char) -> c_int {
     let refuse = |_| {
