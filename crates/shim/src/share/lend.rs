@@ -43,10 +43,13 @@ fn share(start: u64, length: u64) -> Result<()> {
         start.checked_add(length).and_then(|end| end.checked_next_multiple_of(PAGE)).ok_or(Errno::FAULT)?;
     let start = start - start % PAGE;
     let maps = std::fs::read_to_string("/proc/self/maps").map_err(|_| Errno::FAULT)?;
+    // A mapping that grows while the file is read comes twice. Its first part is not private any more then.
+    let mut done = start;
     for (from, to) in maps.lines().filter_map(private) {
-        let (from, to) = (from.max(start), to.min(end));
+        let (from, to) = (from.max(done), to.min(end));
         if from < to {
             replace(from, to - from)?;
+            done = to;
         }
     }
     Ok(())

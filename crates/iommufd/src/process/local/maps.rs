@@ -1,4 +1,9 @@
 //! What is mapped where in this process: proc_pid_maps(5).
+//!
+//! The kernel writes the file by the page and lets go of the address space in between. When a mapping grows meanwhile,
+//! because it is joined with what lies behind it, it comes again as a whole. So of each line only what lies behind the
+//! lines before it counts ([`disjoint`]): who moves memory by this list must not come to an address twice. What is mapped all
+//! the time is never left out.
 
 use std::fs;
 
@@ -99,7 +104,19 @@ pub(crate) fn of(pid: i32) -> Result<Vec<Mapping>> {
 fn read(path: &str) -> Result<Vec<Mapping>> {
     let text = fs::read(path).map_err(|_| Errno::FAULT)?;
     // Paths may be anything.
-    Ok(String::from_utf8_lossy(&text).lines().filter_map(Mapping::parse).collect())
+    Ok(disjoint(String::from_utf8_lossy(&text).lines().filter_map(Mapping::parse)))
+}
+
+/// The mappings in order, each without what lies in those before it.
+fn disjoint(mappings: impl Iterator<Item = Mapping>) -> Vec<Mapping> {
+    let mut end = 0;
+    let mut rest = |mapping: Mapping| {
+        let start = mapping.start.max(end);
+        end = end.max(mapping.end);
+        let offset = mapping.offset.wrapping_add(start - mapping.start);
+        (start < mapping.end).then_some(Mapping { start, offset, ..mapping })
+    };
+    mappings.filter_map(|mapping| rest(mapping)).collect()
 }
 
 /// The mappings that have a part of `start..end`, in order.
@@ -144,6 +161,24 @@ mod tests {
         assert_eq!(mapping.find(PageId::File { dev: 1, ino: 1234, index: 4 }), None);
         assert_eq!(mapping.find(PageId::File { dev: 1, ino: 1234, index: 1 }), None);
         assert_eq!(mapping.find(PageId::Private(0x7_f000_0002)), None);
+    }
+
+    /// As the kernel writes it when `2000-3000` and what is behind it are joined between two pages of the file.
+    #[test]
+    fn a_mapping_that_grew_while_it_was_read_is_not_there_twice() {
+        let lines = [
+            "1000-2000 r--s 00000000 fe:01 77 /a",
+            "2000-3000 rw-s 00005000 fe:01 78 /b",
+            "2000-6000 rw-s 00005000 fe:01 78 /b",
+            "4000-5000 rw-s 00007000 fe:01 78 /b",
+            "6000-7000 r--s 00000000 fe:01 77 /a",
+        ];
+        let mappings = disjoint(lines.into_iter().filter_map(Mapping::parse));
+        let ranges: Vec<_> = mappings.iter().map(|mapping| (mapping.start, mapping.end)).collect();
+        assert_eq!(ranges, [(0x1000, 0x2000), (0x2000, 0x3000), (0x3000, 0x6000), (0x6000, 0x7000)]);
+        let page = PageId::File { dev: 0xfe_0000_0001, ino: 78, index: 6 };
+        assert_eq!(mappings.iter().filter_map(|mapping| mapping.find(page)).collect::<Vec<_>>(), [0x3000]);
+        assert_eq!(mappings[2].page(0x3000), page);
     }
 
     #[test]
