@@ -33,14 +33,25 @@ fn free_port() -> u16 {
     TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port()
 }
 
-/// `ring3 passt` in the foreground with these options, when its socket is there.
+/// `ring3 passt` in the foreground with these options, when somebody listens on its socket.
 fn passt(socket: &Path, options: &[&str]) -> Running {
     let mut command = ring3();
     command.args(["passt", "-f", "-s"]).arg(socket).args(options);
     let running = Running::start_quiet(command);
-    running.wait_until(|| socket.exists());
-    assert!(socket.exists(), "passt ended early: {:?}", running.finish(PATIENCE));
+    running.wait_until(|| is_listened_on(socket));
+    assert!(is_listened_on(socket), "passt ended early: {:?}", running.finish(PATIENCE));
     running
+}
+
+/// Whether connections to a socket of this name are taken: it has the name a little before that. To connect would be
+/// to be passt's client.
+fn is_listened_on(socket: &Path) -> bool {
+    let sockets = std::fs::read_to_string("/proc/net/unix").unwrap();
+    // Flags, with __SO_ACCEPTCON (1 << 16), stand fourth, and the name at the end.
+    sockets.lines().any(|line| {
+        let flags = line.split_whitespace().nth(3);
+        flags == Some("00010000") && line.ends_with(&format!(" {}", socket.display()))
+    })
 }
 
 /// The loopback of IPv6, or of IPv4 where there is no other.

@@ -102,9 +102,9 @@ fn the_exit_status_is_the_commands() {
     let options = with(&[&NETWORK, &CLOSED]);
     finish(pasta(&options, &["sh", "-c", "exit 7"]), PATIENCE).expect(7);
     finish(pasta(&options, &["true"]), PATIENCE).expect(0);
-    let missing = finish(pasta(&options, &["/nonexistent/program"]), PATIENCE);
+    let missing = finish(pasta(&options, &["/usr/nonexistent-program"]), PATIENCE);
     missing.expect(127);
-    assert!(missing.stderr.contains("/nonexistent/program"), "{}", missing.stderr);
+    assert!(missing.stderr.contains("/usr/nonexistent-program"), "{}", missing.stderr);
     finish(pasta(&options, &["/"]), PATIENCE).expect(126);
 }
 

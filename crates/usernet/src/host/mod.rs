@@ -96,8 +96,8 @@ impl HostNetwork {
     /// Asks the kernel what there is of `template` now.
     ///
     /// # Errors
-    /// The kernel does not tell, or an interface that the template names does not exist or has no address of any
-    /// family that the guest is to have.
+    /// The kernel does not tell, or an interface that the template names does not exist or has no address of the
+    /// family that it is named for; of neither, if that is both.
     pub fn of(template: &Template) -> io::Result<Self> {
         Self::chosen(&Netlink::open(0, SocketFlags::empty())?.tables()?, template)
     }
@@ -108,6 +108,11 @@ impl HostNetwork {
     }
 
     fn chosen(tables: &Tables, template: &Template) -> io::Result<Self> {
+        Self::found(tables, template)?.checked(template)
+    }
+
+    /// What there is of `template`.
+    fn found(tables: &Tables, template: &Template) -> io::Result<Self> {
         let family = |v6, wanted: bool, name: &Option<String>| {
             if !wanted {
                 return Ok(None);
@@ -115,19 +120,31 @@ impl HostNetwork {
             let index = name.as_deref().map(|name| tables.index_of(name)).transpose()?;
             Ok::<_, io::Error>(tables.interface(v6, index))
         };
-        let network = Self {
+        Ok(Self {
             ipv4: family(false, template.ipv4, &template.interface_v4)?,
             ipv6: family(true, template.ipv6, &template.interface_v6)?,
+        })
+    }
+
+    /// Refuses to do without what the template names.
+    fn checked(self, template: &Template) -> io::Result<Self> {
+        let named_v4 = template.interface_v4.as_ref().filter(|_| template.ipv4);
+        let named_v6 = template.interface_v6.as_ref().filter(|_| template.ipv6);
+        let missing_v4 = named_v4.filter(|_| self.ipv4.is_none());
+        let missing_v6 = named_v6.filter(|_| self.ipv6.is_none());
+        // One that is named for both families may have one of them alone.
+        let missing = match (missing_v4, missing_v6) {
+            (Some(name), None) if named_v6 == Some(name) => None,
+            (None, Some(name)) if named_v4 == Some(name) => None,
+            (v4, v6) => v4.map(|name| (name, "IPv4 ")).or(v6.map(|name| (name, "IPv6 "))),
         };
-        let named = |wanted: bool, name: &Option<String>| name.clone().filter(|_| wanted);
-        let names =
-            named(template.ipv4, &template.interface_v4).or(named(template.ipv6, &template.interface_v6));
-        match names {
-            Some(name) if network == Self::default() => Err(io::Error::new(
-                io::ErrorKind::AddrNotAvailable,
-                format!("interface {name} has no address that a guest could take over"),
-            )),
-            _ => Ok(network),
+        match missing {
+            Some((name, family)) => {
+                let family = if named_v4 == named_v6 { "" } else { family };
+                let why = format!("interface {name} has no {family}address that a guest could take over");
+                Err(io::Error::new(io::ErrorKind::AddrNotAvailable, why))
+            }
+            None => Ok(self),
         }
     }
 }
@@ -329,7 +346,7 @@ impl Host {
         template: &Template,
         before: &HostNetwork,
     ) -> io::Result<(HostNetwork, Config)> {
-        let network = HostNetwork::chosen(&self.netlink.tables()?, template)?.or(before);
+        let network = HostNetwork::found(&self.netlink.tables()?, template)?.or(before).checked(template)?;
         match self.resolv.read() {
             Ok(resolvers) if resolvers.servers.is_empty() && !self.resolvers.servers.is_empty() => {}
             Ok(resolvers) => self.resolvers = resolvers,

@@ -151,6 +151,10 @@ fn what_a_template_names_must_be_there() {
     let error = HostNetwork::chosen(&two_ways_out(), &template).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::AddrNotAvailable);
     assert!(error.to_string().contains("interface tun0"), "{error}");
+    // The other family, by another interface, does not make good for it.
+    let template = Template { interface_v6: Some("eth0".to_owned()), ..Template::default() };
+    let error = HostNetwork::chosen(&two_ways_out(), &template).unwrap_err();
+    assert_eq!(error.to_string(), "interface eth0 has no IPv6 address that a guest could take over");
 }
 
 #[test]
