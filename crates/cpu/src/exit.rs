@@ -98,6 +98,12 @@ pub trait Platform: Send {
     /// Whether [`Self::acknowledge_interrupt`] would return a vector.
     fn interrupt_pending(&mut self) -> bool;
 
+    /// The machine's time-stamp counter, in ticks: what the guest reads while its IA32_TSC_ADJUST is 0 (SDM vol. 3,
+    /// 19.17.3). Whoever keeps the guest's clocks and timers, which count these ticks too, answers; a counter of the
+    /// processor's own could be another one. It is asked amid guest code, so it neither waits nor computes with
+    /// floating point: MXCSR is the guest's.
+    fn tsc(&self) -> u64;
+
     /// The guest moved its TSC, by a write to IA32_TSC or IA32_TSC_ADJUST; `adjust` is what the latter is now. Clocks
     /// and deadlines in terms of this vCPU's TSC move with it.
     fn tsc_adjusted(&mut self, adjust: u64) {

@@ -326,8 +326,6 @@ impl Vcpu {
     }
 
     fn write_tsc_adjust(&mut self, value: u64) {
-        let delta = value.wrapping_sub(self.state.msrs.tsc_adjust);
-        self.state.tsc_offset = self.state.tsc_offset.wrapping_add(delta);
         self.state.msrs.tsc_adjust = value;
         self.outside(|vcpu| vcpu.platform.tsc_adjusted(value));
     }

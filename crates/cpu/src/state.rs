@@ -289,8 +289,6 @@ pub struct CpuState {
     pub(crate) unhalted: bool,
     /// PKRU.
     pub pkru: u32,
-    /// What is added to the host's TSC to give the guest's.
-    pub tsc_offset: u64,
     /// Model-specific registers.
     pub msrs: Msrs,
     /// x87, MMX, SSE and AVX state.
@@ -339,7 +337,6 @@ impl Default for CpuState {
             pending_dr6: 0,
             unhalted: false,
             pkru: 0,
-            tsc_offset: 0,
             msrs: Msrs::default(),
             fpu: Fpu::default(),
         };

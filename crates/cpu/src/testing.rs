@@ -66,6 +66,10 @@ impl Platform for Anything {
         false
     }
 
+    fn tsc(&self) -> u64 {
+        0
+    }
+
     fn init(&mut self) {}
 }
 
@@ -135,7 +139,7 @@ fn vcpu(pvm: Option<pvm::Config>) -> std::io::Result<Vcpu> {
     if pvm.is_some() {
         cpuid.offer_pvm();
     }
-    let config = VcpuConfig { cpuid, tsc_offset: 0, pvm };
+    let config = VcpuConfig { cpuid, pvm };
     let attention = Arc::new(Attention::new());
     let platform = Box::new(Anything { attention: Arc::clone(&attention), exits: 0, interrupt });
     Vcpu::new(config, Arc::new(Ram::new(memory)), platform, attention)

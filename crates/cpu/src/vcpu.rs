@@ -22,8 +22,6 @@ use crate::tlb::Tlb;
 pub struct VcpuConfig {
     /// What CPUID answers, and with it which features exist.
     pub cpuid: Cpuid,
-    /// Added to the host's TSC to give the guest's.
-    pub tsc_offset: u64,
     /// For a guest of the PVM ABI: once the vCPU is in 64-bit supervisor mode it enters PVM mode.
     pub pvm: Option<pvm::Config>,
 }
@@ -67,7 +65,7 @@ impl Vcpu {
     ) -> std::io::Result<Self> {
         let membership = Membership::new(&ram, Arc::clone(&attention));
         let mut vcpu = Self {
-            state: CpuState { tsc_offset: config.tsc_offset, ..CpuState::default() },
+            state: CpuState::default(),
             stats: VcpuStats::default(),
             tlb: Tlb::new(),
             walk: PageWalk::new(&PagingState::default()),

@@ -7,8 +7,8 @@
 //! changes speed with the processor's state, or the kernel distrusts it) the guest's counter is
 //! CLOCK_MONOTONIC at 1 GHz instead.
 //!
-//! Everything else is derived from that counter, so that no two clocks of the guest can disagree:
-//! nanoseconds are ticks times [`Scale`], with the very arithmetic that a guest applies to its
+//! Everything else is derived from that counter, so that no two clocks of the guest can disagree: the processor has none
+//! of its own, RDTSC asks here ([`cpu::Platform::tsc`]); nanoseconds are ticks times [`Scale`], with the very arithmetic that a guest applies to its
 //! paravirtual clock; the APIC timer counts those nanoseconds; a host deadline is the host's
 //! CLOCK_MONOTONIC now plus the nanoseconds still to go, computed anew each time, so an error in the
 //! measured frequency does not add up.
@@ -122,15 +122,6 @@ impl Clock {
     /// Whether guest ticks are host ticks, not nanoseconds.
     pub fn uses_host_tsc(&self) -> bool {
         matches!(self.source, Source::HostTsc { .. })
-    }
-
-    /// What to add (wrapping) to a host RDTSC to get base ticks, when [`Clock::uses_host_tsc`]:
-    /// for translated code.
-    pub fn host_tsc_offset(&self) -> Option<u64> {
-        match self.source {
-            Source::HostTsc { start } => Some(start.wrapping_neg()),
-            _ => None,
-        }
     }
 
     /// Base ticks since the machine started.

@@ -499,14 +499,14 @@ impl Machine {
         for (index, attention) in self.signals.attentions().iter().enumerate() {
             let Some(apic) = self.apics.local(index) else { continue };
             let kvm = Arc::new(Mutex::new(KvmVcpu::new(Arc::clone(&self.kvm), Arc::clone(&self.memory))));
-            let platform =
-                VcpuPlatform { apic: Arc::clone(apic), bus: Arc::clone(&bus), kvm: Arc::clone(&kvm) };
-            let cpuid = self.cpuid(index as u32);
-            let config = VcpuConfig {
-                pvm: self.config.guest_abi.vcpu_config(index as u16, &cpuid),
-                cpuid,
-                tsc_offset: self.clock.host_tsc_offset().unwrap_or(0),
+            let platform = VcpuPlatform {
+                apic: Arc::clone(apic),
+                bus: Arc::clone(&bus),
+                kvm: Arc::clone(&kvm),
+                clock: Arc::clone(&self.clock),
             };
+            let cpuid = self.cpuid(index as u32);
+            let config = VcpuConfig { pvm: self.config.guest_abi.vcpu_config(index as u16, &cpuid), cpuid };
             let mut vcpu = Vcpu::new(config, Arc::clone(&ram), Box::new(platform), Arc::clone(attention))
                 .map_err(MachineError::Vcpu)?;
             match &self.boot {

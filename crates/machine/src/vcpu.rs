@@ -16,7 +16,7 @@ use mmu::Gpa;
 
 use crate::apic::{self, LAPIC_SIZE, LocalApic, MSR_APIC_BASE, MSR_TSC_DEADLINE};
 use crate::bus::Bus;
-use crate::clock::{TscAdjust, monotonic_ns};
+use crate::clock::{Clock, TscAdjust, monotonic_ns};
 use crate::kvm::{self, KvmVcpu};
 use crate::power::{PowerEvent, PowerSignal};
 
@@ -28,6 +28,7 @@ pub(crate) struct VcpuPlatform {
     pub(crate) apic: Arc<LocalApic>,
     pub(crate) bus: Arc<Bus>,
     pub(crate) kvm: Paravirtual,
+    pub(crate) clock: Arc<Clock>,
 }
 
 impl VcpuPlatform {
@@ -98,6 +99,10 @@ impl Platform for VcpuPlatform {
 
     fn interrupt_pending(&mut self) -> bool {
         self.apic.pending_vector().is_some()
+    }
+
+    fn tsc(&self) -> u64 {
+        self.clock.now_tsc()
     }
 
     fn tsc_adjusted(&mut self, adjust: u64) {
@@ -194,8 +199,9 @@ mod tests {
             apic: rig.bus.local(0).unwrap().clone(),
             bus: Arc::new(Bus::new()),
             kvm: Arc::new(Mutex::new(KvmVcpu::new(vm, memory.clone()))),
+            clock: rig.clock.clone(),
         };
-        let config = cpu::VcpuConfig { cpuid: cpu::Cpuid::default(), tsc_offset: 0, pvm: None };
+        let config = cpu::VcpuConfig { cpuid: cpu::Cpuid::default(), pvm: None };
         let ram = Arc::new(cpu::Ram::new((*memory).clone()));
         let vcpu = Vcpu::new(config, ram, Box::new(platform), Arc::new(Attention::new())).unwrap();
         (vcpu, memory)
@@ -211,6 +217,26 @@ mod tests {
         assert_eq!(rig.bus.local(0).unwrap().tsc_adjust().get(), 5000);
         // The clock page's tsc_timestamp.
         assert_eq!(memory.read_obj::<u64>(GuestAddress(0x1008)).unwrap(), 5000);
+    }
+
+    /// On a host whose TSC is unfit the guest's counter is not the host's, and the guest sets its timers by what it reads.
+    #[test]
+    fn a_deadline_is_due_when_the_counter_that_the_guest_reads_is_there() {
+        const LVT_TIMER: u32 = 0x832;
+        const TSC_DEADLINE_MODE: u64 = 2 << 17;
+        const VECTOR: u8 = 0xec;
+        const TICKS: u64 = 8000;
+        let rig = Rig::new(&[0], false).x2apic([0]);
+        let (mut vcpu, _) = vcpu(&rig);
+        rig.clock.advance_ns(1_000_000);
+        vcpu.write_msr(LVT_TIMER, TSC_DEADLINE_MODE | u64::from(VECTOR)).unwrap();
+        vcpu.write_msr(MSR_TSC_DEADLINE, vcpu.tsc() + TICKS).unwrap();
+        let local = rig.bus.local(0).unwrap();
+        assert_eq!(local.timer_tsc(), rig.clock.now_tsc() + TICKS);
+        assert!(!local.fire_timer_if_due());
+        rig.clock.advance_ns(rig.clock.tsc_to_ns(TICKS));
+        assert!(local.fire_timer_if_due());
+        assert_eq!(rig.drain(), [(0, VECTOR)]);
     }
 
     #[test]

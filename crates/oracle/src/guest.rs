@@ -81,6 +81,10 @@ impl Platform for Nothing {
         false
     }
 
+    fn tsc(&self) -> u64 {
+        0
+    }
+
     fn init(&mut self) {}
 }
 
@@ -98,7 +102,7 @@ impl Guest {
             GuestRam::from_ranges(&[(GuestAddress(0), (page::COUNT * PAGE) as usize)]).map_err(host)?;
         build(&memory).map_err(host)?;
         let ram = Arc::new(Ram::new(memory));
-        let config = VcpuConfig { cpuid: Cpuid::host_supported(), tsc_offset: 0, pvm: None };
+        let config = VcpuConfig { cpuid: Cpuid::host_supported(), pvm: None };
         let mut vcpu = Vcpu::new(config, Arc::clone(&ram), Box::new(Nothing), Arc::new(Attention::new()))
             .map_err(host)?;
         let state = &mut vcpu.state;

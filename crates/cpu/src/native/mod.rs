@@ -21,7 +21,6 @@
 
 mod arena;
 mod class;
-pub(crate) mod clock;
 mod masked;
 mod moves;
 mod mxcsr;

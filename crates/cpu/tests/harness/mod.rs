@@ -109,6 +109,8 @@ pub struct Script {
     pub interrupts: VecDeque<u8>,
     /// An interrupt that arrives with the next exit.
     pub interrupt_at_exit: Option<u8>,
+    /// The machine's time-stamp counter, which stands still.
+    pub tsc: u64,
 }
 
 /// A [`Script`] as a platform and a test share it.
@@ -178,6 +180,10 @@ impl Platform for TestPlatform {
 
     fn interrupt_pending(&mut self) -> bool {
         !self.0.lock().unwrap().interrupts.is_empty()
+    }
+
+    fn tsc(&self) -> u64 {
+        self.0.lock().unwrap().tsc
     }
 
     fn tsc_adjusted(&mut self, adjust: u64) {
@@ -456,7 +462,7 @@ impl Guest {
             cpuid.offer_pvm();
             cpuid.set_leaf(0x4000_0000, 0, [0x4000_0002, 0, 0, 0]);
         }
-        let config = VcpuConfig { cpuid, tsc_offset: 0, pvm: offer.pvm };
+        let config = VcpuConfig { cpuid, pvm: offer.pvm };
         let platform = platform(Arc::clone(&script), Arc::clone(&attention));
         let vcpu = Vcpu::new(config, Arc::clone(&ram), platform, Arc::clone(&attention)).unwrap();
         let guest = Self { vcpu, engine: Interpreter::new(), script, attention, ram };

@@ -257,6 +257,10 @@ impl Platform for Handover {
     fn interrupt_pending(&mut self) -> bool {
         false
     }
+
+    fn tsc(&self) -> u64 {
+        0
+    }
 }
 
 /// Nothing takes this long unless it hangs.
@@ -355,6 +359,10 @@ impl<F: FnOnce() + Send> Platform for AtRead<F> {
 
     fn interrupt_pending(&mut self) -> bool {
         false
+    }
+
+    fn tsc(&self) -> u64 {
+        0
     }
 }
 

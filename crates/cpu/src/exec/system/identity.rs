@@ -3,16 +3,15 @@
 use crate::exit::{Answer, Exit};
 use crate::fault::{Exec, Fault, fault};
 use crate::insn::Insn;
-use crate::native::clock;
 use crate::state::{CodeMode, cr4, reg};
 use crate::vcpu::Vcpu;
 
 use super::operand;
 
 impl Vcpu {
-    /// The guest's time-stamp counter.
+    /// The guest's time-stamp counter: the platform's, moved by IA32_TSC_ADJUST.
     pub fn tsc(&self) -> u64 {
-        clock::host_tsc().wrapping_add(self.state.tsc_offset)
+        self.platform.tsc().wrapping_add(self.state.msrs.tsc_adjust)
     }
 
     /// EDX:EAX.

@@ -42,6 +42,10 @@ impl Platform for Nothing {
         None
     }
 
+    fn tsc(&self) -> u64 {
+        0
+    }
+
     fn init(&mut self) {}
 
     fn interrupt_pending(&mut self) -> bool {
@@ -52,7 +56,7 @@ impl Platform for Nothing {
 /// A vCPU in 64-bit mode, without paging, all vector state enabled.
 pub(super) fn vcpu() -> Vcpu {
     let memory = GuestRam::from_ranges(&[(GuestAddress(0), RAM as usize)]).unwrap();
-    let config = VcpuConfig { cpuid: Cpuid::default(), tsc_offset: 0, pvm: None };
+    let config = VcpuConfig { cpuid: Cpuid::default(), pvm: None };
     let ram = Arc::new(Ram::new(memory));
     let mut vcpu = Vcpu::new(config, ram, Box::new(Nothing), Arc::new(Attention::new())).unwrap();
     let state = &mut vcpu.state;

@@ -46,6 +46,10 @@ impl Platform for Nothing {
         false
     }
 
+    fn tsc(&self) -> u64 {
+        0
+    }
+
     fn init(&mut self) {}
 }
 
@@ -53,7 +57,7 @@ impl Platform for Nothing {
 /// unpaged with flat segments.
 fn vcpu(mode: CodeMode) -> Vcpu {
     let memory = GuestRam::from_ranges(&[(GuestAddress(0), RAM_SIZE)]).unwrap();
-    let config = VcpuConfig { cpuid: Cpuid::default(), tsc_offset: 0, pvm: None };
+    let config = VcpuConfig { cpuid: Cpuid::default(), pvm: None };
     let mut vcpu =
         Vcpu::new(config, Arc::new(Ram::new(memory)), Box::new(Nothing), Arc::new(Attention::new())).unwrap();
     let state = &mut vcpu.state;
