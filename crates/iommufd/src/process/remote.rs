@@ -7,7 +7,7 @@
 
 use core::fmt;
 use std::{
-    fs::{self, File},
+    fs::{self, File, Metadata},
     io::{IoSlice, IoSliceMut},
     os::{
         fd::{AsFd, OwnedFd},
@@ -115,12 +115,29 @@ impl RemoteProcess {
     fn open_behind(&self, mapping: &Mapping) -> Option<File> {
         let pid = self.pid.as_raw_nonzero();
         let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
-        let same =
-            |path: &PathBuf| fs::metadata(path).is_ok_and(|about| mapping.is_of(about.dev(), about.ino()));
+        let is_it = |about: Metadata| mapping.is_of(about.dev(), about.ino());
+        let same = |path: &PathBuf| fs::metadata(path).is_ok_and(is_it);
         let by_descriptor = descriptors.map(|entry| entry.path()).filter(same);
         let by_mapping = format!("/proc/{pid}/map_files/{:x}-{:x}", mapping.start, mapping.end).into();
         let open = |path| File::options().read(true).write(mapping.writable()).open(path).ok();
-        by_descriptor.chain([by_mapping]).find_map(open)
+        // The process may have put another file under the number since it was looked at.
+        let still = |file: &File| file.metadata().is_ok_and(is_it);
+        by_descriptor.filter_map(open).find(still).or_else(|| open(by_mapping))
+    }
+
+    /// Maps pages here that are mapped here already, from `page` on. None where they are not, or not any more.
+    fn map_again(page: PageId, length: u64, writable: bool) -> Result<Option<Region>> {
+        let place = |own: &Mapping| {
+            let at = own.find(page)?;
+            (own.writable() >= writable && length <= own.end - at).then_some(at)
+        };
+        let Some(at) = maps::all()?.iter().find_map(place) else { return Ok(None) };
+        let Ok(start) = hostmem::duplicate(HostAddr(at), length) else { return Ok(None) };
+        let region = Region { start, length };
+        // Another thread may have mapped something else there before it was duplicated.
+        let there = maps::mappings(start, start.0 + length)?;
+        let is_whole = |own: &Mapping| own.find(page) == Some(start.0) && length <= own.end - start.0;
+        Ok(there.iter().any(is_whole).then_some(region))
     }
 
     /// Maps a part of the other process's `mapping` here.
@@ -129,18 +146,12 @@ impl RemoteProcess {
         if mapping.private() {
             return Err(Errno::FAULT);
         }
-        let twin = maps::all()?.into_iter().find_map(|own| {
-            let at = own.find(page)?;
-            (own.writable() >= mapping.writable() && length <= own.end - at).then_some(at)
-        });
-        let at = match twin {
-            Some(at) => hostmem::duplicate(HostAddr(at), length)?,
-            None => {
-                let file = self.open_behind(mapping).ok_or(Errno::FAULT)?;
-                hostmem::map_shared(file, mapping.offset_of(start), length, mapping.writable())?
-            }
-        };
-        Ok(Region { start: at, length })
+        if let Some(region) = Self::map_again(page, length, mapping.writable())? {
+            return Ok(region);
+        }
+        let file = self.open_behind(mapping).ok_or(Errno::FAULT)?;
+        let start = hostmem::map_shared(file, mapping.offset_of(start), length, mapping.writable())?;
+        Ok(Region { start, length })
     }
 }
 

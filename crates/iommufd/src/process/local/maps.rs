@@ -110,13 +110,13 @@ fn read(path: &str) -> Result<Vec<Mapping>> {
 /// The mappings in order, each without what lies in those before it.
 fn disjoint(mappings: impl Iterator<Item = Mapping>) -> Vec<Mapping> {
     let mut end = 0;
-    let mut rest = |mapping: Mapping| {
+    let rest = |mapping: Mapping| {
         let start = mapping.start.max(end);
         end = end.max(mapping.end);
         let offset = mapping.offset.wrapping_add(start - mapping.start);
         (start < mapping.end).then_some(Mapping { start, offset, ..mapping })
     };
-    mappings.filter_map(|mapping| rest(mapping)).collect()
+    mappings.filter_map(rest).collect()
 }
 
 /// The mappings that have a part of `start..end`, in order.
