@@ -8,6 +8,7 @@ use std::sync::Arc;
 use iommufd::Context;
 
 use crate::{
+    listing,
     nodes::{faults, iommu::IommuNode, vfio},
     served::{self, Served},
     tree::{self, Place, Plan},
@@ -60,9 +61,11 @@ pub(crate) fn apply() {
         faults::plan(&mut plan);
     }
     vfio::set(configuration.devices, &mut plan);
+    let iommu = "/dev/iommu";
+    listing::set([iommu].into_iter(), &plan.tops);
     tree::set(plan);
     served::set(Served {
-        nodes: vec![("/dev/iommu".to_owned(), Arc::new(IommuNode { context }))],
+        nodes: vec![(iommu.to_owned(), Arc::new(IommuNode { context }))],
         fail_nth: configuration.mock_iommu,
     });
 }

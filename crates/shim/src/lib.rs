@@ -35,6 +35,7 @@ mod inside;
 #[cfg(not(test))]
 mod interpose;
 mod kept;
+mod listing;
 mod mapped;
 mod moving;
 mod node;

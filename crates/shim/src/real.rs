@@ -11,7 +11,16 @@ use core::{
     sync::atomic::{AtomicPtr, Ordering},
 };
 
-use libc::{DIR, FILE, iovec, off_t, size_t, ssize_t};
+use libc::{DIR, FILE, dirent64, iovec, off_t, size_t, ssize_t};
+
+/// Which entries `scandir` lists.
+pub(crate) type Select = Option<unsafe extern "C" fn(*const dirent64) -> c_int>;
+
+/// In which order it does.
+pub(crate) type Compare = Option<unsafe extern "C" fn(*mut *const dirent64, *mut *const dirent64) -> c_int>;
+
+/// What `glob` calls for a directory that it cannot read.
+pub(crate) type GlobError = Option<unsafe extern "C" fn(*const c_char, c_int) -> c_int>;
 
 /// One function's address, null until it was looked up.
 struct Symbol(AtomicPtr<c_void>);
@@ -125,6 +134,20 @@ functions! {
     access: fn(*const c_char, c_int) -> c_int;
     faccessat: fn(c_int, *const c_char, c_int, c_int) -> c_int;
     opendir: fn(*const c_char) -> *mut DIR;
+    fdopendir: fn(c_int) -> *mut DIR;
+    closedir: fn(*mut DIR) -> c_int;
+    rewinddir: fn(*mut DIR) -> ();
+    seekdir: fn(*mut DIR, c_long) -> ();
+    readdir: fn(*mut DIR) -> *mut dirent64;
+    readdir64: fn(*mut DIR) -> *mut dirent64;
+    readdir_r: fn(*mut DIR, *mut dirent64, *mut *mut dirent64) -> c_int;
+    readdir64_r: fn(*mut DIR, *mut dirent64, *mut *mut dirent64) -> c_int;
+    scandir: fn(*const c_char, *mut *mut *mut dirent64, Select, Compare) -> c_int;
+    scandir64: fn(*const c_char, *mut *mut *mut dirent64, Select, Compare) -> c_int;
+    scandirat: fn(c_int, *const c_char, *mut *mut *mut dirent64, Select, Compare) -> c_int;
+    scandirat64: fn(c_int, *const c_char, *mut *mut *mut dirent64, Select, Compare) -> c_int;
+    glob: fn(*const c_char, c_int, GlobError, *mut c_void) -> c_int;
+    glob64: fn(*const c_char, c_int, GlobError, *mut c_void) -> c_int;
     stat: fn(*const c_char, *mut libc::stat) -> c_int;
     stat64: fn(*const c_char, *mut libc::stat) -> c_int;
     lstat: fn(*const c_char, *mut libc::stat) -> c_int;
@@ -136,6 +159,7 @@ functions! {
     statx: fn(c_int, *const c_char, c_int, c_uint, *mut libc::statx) -> c_int;
     readlink: fn(*const c_char, *mut c_char, size_t) -> ssize_t;
     readlinkat: fn(c_int, *const c_char, *mut c_char, size_t) -> ssize_t;
+    daemon: fn(c_int, c_int) -> c_int;
     _exit: fn(c_int) -> ();
     _Exit: fn(c_int) -> ();
     chdir: fn(*const c_char) -> c_int;

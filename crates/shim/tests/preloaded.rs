@@ -651,3 +651,189 @@ fn a_descriptor_that_did_not_survive_exec_is_explained() {
     assert!(output.status.success(), "{output:?}");
     assert_eq!(problems.matches("descriptor 5 is of a device").count(), 1, "{problems}");
 }
+
+unsafe extern "C" {
+    fn daemon(stay: c_int, keep: c_int) -> c_int;
+    fn scandir(
+        path: *const libc::c_char,
+        list: *mut *mut *mut libc::dirent,
+        select: Option<extern "C" fn(*const libc::dirent) -> c_int>,
+        compare: Option<unsafe extern "C" fn(*mut *const libc::dirent, *mut *const libc::dirent) -> c_int>,
+    ) -> c_int;
+    fn alphasort(a: *mut *const libc::dirent, b: *mut *const libc::dirent) -> c_int;
+}
+
+fn name_of(entry: *const libc::dirent) -> String {
+    unsafe { CStr::from_ptr((*entry).d_name.as_ptr()) }.to_str().unwrap().to_owned()
+}
+
+/// What `scandir` lists, in its order: names, and what they are.
+fn scanned(path: &CStr) -> Vec<(String, u8)> {
+    extern "C" fn is_shown(entry: *const libc::dirent) -> c_int {
+        c_int::from(!name_of(entry).starts_with('.'))
+    }
+    let mut list = ptr::null_mut();
+    let count = unsafe { scandir(path.as_ptr(), &raw mut list, Some(is_shown), Some(alphasort)) };
+    let count = usize::try_from(count).unwrap_or_else(|_| panic!("{path:?}: {}", errno()));
+    (0..count)
+        .map(|index| unsafe {
+            let entry = *list.add(index);
+            let found = (name_of(entry), (*entry).d_type);
+            libc::free(entry.cast());
+            found
+        })
+        .collect()
+}
+
+/// What `readdir` lists until the end.
+fn rest_of(stream: *mut libc::DIR) -> Vec<(String, u8)> {
+    unsafe { *libc::__errno_location() = 0 };
+    let mut entries = Vec::new();
+    loop {
+        let entry = unsafe { libc::readdir(stream) };
+        if entry.is_null() {
+            assert_eq!(errno(), 0);
+            return entries;
+        }
+        entries.push((name_of(entry), unsafe { (*entry).d_type }));
+    }
+}
+
+fn globbed(pattern: &CStr, flags: c_int) -> Vec<String> {
+    let mut found = unsafe { core::mem::zeroed::<libc::glob_t>() };
+    let result = unsafe { libc::glob(pattern.as_ptr(), flags, None, &raw mut found) };
+    if result == libc::GLOB_NOMATCH {
+        return Vec::new();
+    }
+    assert_eq!(result, 0, "{pattern:?}");
+    let path = |index| unsafe { CStr::from_ptr(*found.gl_pathv.add(index)) }.to_str().unwrap().to_owned();
+    let paths = (0..found.gl_pathc).map(path).collect();
+    unsafe { libc::globfree(&raw mut found) };
+    paths
+}
+
+#[test]
+fn directories_list_what_is_served() {
+    serving("directories_list_what_is_served", CARD, || {
+        let device = |name: &str| (name.to_owned(), libc::DT_CHR);
+        let directory = |name: &str| (name.to_owned(), libc::DT_DIR);
+        assert_eq!(scanned(c"/dev/vfio"), [device("1000"), directory("devices"), device("vfio")]);
+        assert_eq!(scanned(c"/dev/vfio/devices/"), [device("vfio0")]);
+        assert!(scanned(c"/sys/bus/pci/devices").contains(&directory("0000:7f:05.0")));
+        assert!(scanned(c"/sys/class").contains(&directory("vfio-dev")));
+        let dev = scanned(c"/dev");
+        for (entry, count) in [(device("iommu"), 1), (directory("vfio"), 1), (device("null"), 1)] {
+            assert_eq!(dev.iter().filter(|other| **other == entry).count(), count, "{entry:?} in {dev:?}");
+        }
+        assert!(dev.is_sorted(), "{dev:?}");
+
+        // However the directory was opened, and as often as it is read.
+        let fd = unsafe { libc::openat(open(c"/", libc::O_PATH), c"dev".as_ptr(), libc::O_RDONLY) };
+        for stream in unsafe { [libc::opendir(c"/dev/".as_ptr()), libc::fdopendir(fd)] } {
+            let mut first = rest_of(stream);
+            assert_eq!(rest_of(stream), []);
+            unsafe { libc::rewinddir(stream) };
+            assert_eq!(rest_of(stream), first);
+            assert_eq!(unsafe { libc::closedir(stream) }, 0);
+            first.retain(|(name, _)| !name.starts_with('.'));
+            first.sort();
+            assert_eq!(first, dev);
+        }
+        // More of them than are kept in mind show what the machine has; those after them show all again.
+        let streams: Vec<_> = (0..40).map(|_| unsafe { libc::opendir(c"/dev".as_ptr()) }).collect();
+        for stream in streams {
+            assert!(rest_of(stream).contains(&device("null")));
+            unsafe { libc::closedir(stream) };
+        }
+        assert_eq!(scanned(c"/dev"), dev);
+
+        let none: [&str; 0] = [];
+        assert_eq!(globbed(c"/dev/iomm[u]", 0), ["/dev/iommu"]);
+        assert_eq!(globbed(c"/dev/iommu", 0), ["/dev/iommu"]);
+        assert_eq!(globbed(c"/dev/vfio/devices/vfio*", 0), ["/dev/vfio/devices/vfio0"]);
+        assert_eq!(
+            globbed(c"/dev/vf*/*", libc::GLOB_MARK),
+            ["/dev/vfio/1000", "/dev/vfio/devices/", "/dev/vfio/vfio"]
+        );
+        assert_eq!(
+            globbed(c"/sys/bus/p[c]i/devices/0000:7f:*/vendor", 0),
+            ["/sys/bus/pci/devices/0000:7f:05.0/vendor"]
+        );
+        assert_eq!(globbed(c"/dev/iommu/*", 0), none);
+        assert_eq!(globbed(c"/dev/nul[l]", 0), ["/dev/null"]);
+        assert_eq!(unsafe { scandir(c"/dev/iommu".as_ptr(), &mut ptr::null_mut(), None, None) }, -1);
+        assert_eq!(errno(), libc::ENOTDIR);
+    });
+}
+
+/// A process becomes a daemon after it has opened a device, and mapped memory for it: its child goes on with it.
+#[test]
+fn a_daemon_keeps_what_it_opened() {
+    serving("a_daemon_keeps_what_it_opened", "mock-iommu", || {
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let goes_on = |mut said: std::os::unix::net::UnixStream| {
+            let parent = unsafe { libc::getpid() };
+            let fd = open(IOMMU, libc::O_RDWR);
+            let ioas = ioas_alloc(fd).unwrap();
+            let at = unsafe {
+                let (prot, flags) =
+                    (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+                libc::mmap(ptr::null_mut(), 8192, prot, flags, -1, 0)
+            };
+            unsafe { at.cast::<u8>().write(7) };
+            ioas_map(fd, ioas, at, 8192).unwrap();
+            assert_eq!(unsafe { daemon(1, 1) }, 0, "{}", errno());
+            assert_ne!(unsafe { libc::getpid() }, parent);
+            // The parent is gone, or is about to be: nobody waits for it.
+            assert_eq!(destroy(fd, 77), Err(libc::ENOENT));
+            let other = ioas_alloc(fd).unwrap();
+            assert_eq!(destroy(fd, other), Ok(()));
+            ioas_map(fd, ioas, at, 4096).unwrap();
+            assert_eq!(destroy(fd, ioas), Ok(()));
+            // And a child of its own uses what it has.
+            in_child(|| {
+                assert!(ioas_alloc(fd).is_ok());
+                0
+            });
+            unsafe { libc::close(fd) };
+            assert_eq!(ioas_alloc(fd), Err(libc::EBADF));
+            io::Write::write_all(&mut said, b"it works").unwrap();
+        };
+        in_child(|| {
+            drop(ours.try_clone());
+            goes_on(theirs.try_clone().unwrap());
+            0
+        });
+        drop(theirs);
+        assert_eq!(io::read_to_string(ours).unwrap(), "it works");
+    });
+}
+
+/// What another thread has begun does not go on in a child: there the device is gone, as the library says.
+#[test]
+fn a_daemon_of_several_threads_loses_what_it_opened() {
+    serving("a_daemon_of_several_threads_loses_what_it_opened", "", || {
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        in_child(|| {
+            let fd = open(IOMMU, libc::O_RDWR);
+            let (release, wait) = std::sync::mpsc::channel::<()>();
+            let thread = std::thread::spawn(move || wait.recv());
+            // Of a thread that has ended nothing is left.
+            let ended = std::thread::spawn(|| ());
+            ended.join().unwrap();
+            assert_eq!(unsafe { daemon(1, 1) }, 0, "{}", errno());
+            let mut answer = ioas_alloc(fd);
+            // Until the parent has ended.
+            while answer.is_ok() {
+                answer = ioas_alloc(fd);
+            }
+            io::Write::write_all(&mut &theirs, &answer.unwrap_err().to_ne_bytes()).unwrap();
+            core::mem::forget((release, thread));
+            0
+        });
+        drop(theirs);
+        let mut answer = [0; size_of::<c_int>()];
+        io::Read::read_exact(&mut &ours, &mut answer).unwrap();
+        assert_eq!(c_int::from_ne_bytes(answer), libc::EIO);
+    });
+}

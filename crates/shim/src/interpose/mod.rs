@@ -14,9 +14,11 @@
 )]
 
 mod descriptors;
+mod directories;
 mod memory;
 mod open;
 mod paths;
+mod processes;
 mod signals;
 mod transfer;
 

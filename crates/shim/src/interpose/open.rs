@@ -47,7 +47,7 @@ macro_rules! open {
 macro_rules! openat {
     ($($name:ident)*) => {$(
         #[unsafe(no_mangle)]
-        unsafe extern "C" fn $name(directory: c_int, path: *const c_char, flags: c_int, mode: mode_t) -> c_int {
+        pub(super) unsafe extern "C" fn $name(directory: c_int, path: *const c_char, flags: c_int, mode: mode_t) -> c_int {
             // SAFETY: the caller's arguments, for the function that it meant to call.
             open_or(directory, path, flags, |path| unsafe { real::$name()(directory, path, flags, mode) })
         }

@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// Looks at `path` as the program means it: a node with `served`, any other path with `real`.
-fn look<R>(
+pub(super) fn look<R>(
     path: *const c_char,
     served: impl FnOnce(Arc<dyn Node>) -> R,
     real: impl FnOnce(*const c_char) -> R,
@@ -46,16 +46,6 @@ unsafe extern "C" fn faccessat(directory: c_int, path: *const c_char, mode: c_in
     look(path, |_| allowed(mode), |path| unsafe { real::faccessat()(directory, path, mode, flags) })
 }
 
-#[unsafe(no_mangle)]
-unsafe extern "C" fn opendir(path: *const c_char) -> *mut libc::DIR {
-    let refuse = |_| {
-        errno::set(libc::ENOTDIR);
-        core::ptr::null_mut()
-    };
-    // SAFETY: as above.
-    look(path, refuse, |path| unsafe { real::opendir()(path) })
-}
-
 /// Writes what `stat` tells of a node.
 fn tell(node: &dyn Node, to: *mut libc::stat) -> c_int {
     let Metadata { mode, rdev: (major, minor) } = node.metadata();
@@ -86,7 +76,7 @@ fn write_to<T>(value: &T, to: *mut c_void) -> c_int {
 macro_rules! stat {
     ($($name:ident)*) => {$(
         #[unsafe(no_mangle)]
-        unsafe extern "C" fn $name(path: *const c_char, to: *mut libc::stat) -> c_int {
+        pub(super) unsafe extern "C" fn $name(path: *const c_char, to: *mut libc::stat) -> c_int {
             // SAFETY: the caller's arguments, or a path of ours, for the function that it meant to call.
             look(path, |node| tell(&*node, to), |path| unsafe { real::$name()(path, to) })
         }
@@ -210,21 +200,6 @@ unsafe extern "C" fn getcwd(to: *mut c_char, size: size_t) -> *mut c_char {
     // SAFETY: the caller's arguments, for the function that it meant to call.
     as_the_program_knows(unsafe { real::getcwd()(to, size) })
 }
-
-/// Defines the functions that end the process at once, without what the loader would call.
-macro_rules! exits {
-    ($($name:ident)*) => {$(
-        #[unsafe(no_mangle)]
-        unsafe extern "C" fn $name(status: c_int) -> ! {
-            tree::remove();
-            // SAFETY: the caller's argument, for the function that it meant to call.
-            unsafe { real::$name()(status) };
-            std::process::abort()
-        }
-    )*};
-}
-
-exits!(_exit _Exit);
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn chdir(path: *const c_char) -> c_int {

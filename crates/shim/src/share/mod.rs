@@ -10,6 +10,10 @@
 //! the child has a connection of its own to the same server. When the server ends, what it served is gone, and the
 //! children's calls answer EIO. This is the one thing in which it differs from the kernel.
 //!
+//! A child of `daemon` is different: its parent ends at once, by the same call. So it goes on with the copy, as the owner of what
+//! was served ([`bequeath`]). That takes a parent with one thread: then nothing is missing in the copy, and nothing in it is in
+//! the middle of anything. What was pinned is pinned in the copy, at the same addresses.
+//!
 //! `posix_spawn` and `vfork` share the parent's memory until exec and need none of this ([`crate::owner`]).
 
 mod client;
@@ -18,10 +22,14 @@ mod server;
 mod signals;
 #[cfg(test)]
 mod tests;
+mod threads;
 mod usage;
 mod wire;
 
-use core::{any::Any, cell::RefCell};
+use core::{
+    any::Any,
+    cell::{Cell, RefCell},
+};
 use std::{
     os::fd::{AsFd, BorrowedFd},
     sync::Arc,
@@ -41,6 +49,8 @@ use client::RemoteFile;
 
 /// What is to be done on both sides of a fork that is under way.
 struct Fork {
+    /// The child goes on with what this process serves.
+    heir: bool,
     /// Nobody is in the middle of changing what is pinned, who is served, and on whose behalf.
     quiet: Box<dyn Any>,
     /// The descriptors that this process serves, and their numbers on the new connection.
@@ -68,6 +78,24 @@ struct Upstream {
 thread_local! {
     /// The fork that this thread is making.
     static FORK: RefCell<Option<Fork>> = const { RefCell::new(None) };
+    /// Whether the child is to be its parent's heir.
+    static BEQUEATHS: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Does `daemon`, which forks, and ends this process when there is a child. What this process serves goes on in the child.
+pub(crate) fn bequeath<T>(daemon: impl FnOnce() -> T) -> T {
+    let serves = || table::range(0, i32::MAX).any(|(_, description)| description.file.shared().is_none());
+    let alone = errno::preserved(|| inside::run(|| !serves() || threads::alone()));
+    if !alone {
+        crate::complain(
+            "daemon() in a process that has a device open and several threads, be they its own or the device's: the \
+             device ends with them, and calls on it will answer EIO",
+        );
+    }
+    BEQUEATHS.set(alone);
+    let result = daemon();
+    BEQUEATHS.set(false);
+    result
 }
 
 /// Before a fork.
@@ -107,22 +135,27 @@ pub(crate) fn child() {
     }
     errno::preserved(|| {
         inside::run(|| {
-            process::forget();
             usage::forget();
             server::forget();
-            ShimCaller::renew();
+            if !fork.as_ref().is_some_and(|fork| fork.heir) {
+                process::forget();
+                ShimCaller::renew();
+            }
             become_client(fork);
         });
     });
 }
 
 fn plan() -> Result<Fork> {
+    let heir = BEQUEATHS.get();
     let mut upstream: Vec<Upstream> = Vec::new();
     let (mut numbers, mut own) = (Vec::new(), Vec::new());
     for (fd, description) in table::range(0, i32::MAX) {
         let Some((link, id)) = description.file.shared() else {
-            numbers.push(fd);
-            own.push(description);
+            if !heir {
+                numbers.push(fd);
+                own.push(description);
+            }
             continue;
         };
         match upstream.iter_mut().find(|known| Arc::ptr_eq(&known.link, &link)) {
@@ -138,6 +171,7 @@ fn plan() -> Result<Fork> {
         Some((shared, ours, theirs))
     };
     Ok(Fork {
+        heir,
         quiet: Box::new((process::quiet(), server::quiet(), usage::quiet())),
         served: numbers.into_iter().zip(ids).collect(),
         connection,
@@ -147,11 +181,16 @@ fn plan() -> Result<Fork> {
 
 /// Makes this process's descriptors those of a child. Without `fork` they are not served any more.
 fn become_client(fork: Option<Fork>) {
+    let heir = fork.as_ref().is_some_and(|fork| fork.heir);
     // What was inherited is a copy of another process's state, in the middle of anything. Dropping it would act on it.
-    for (fd, _copy) in
+    for (fd, copy) in
         table::range(0, i32::MAX).map(|(fd, description)| (fd, core::mem::ManuallyDrop::new(description)))
     {
-        core::mem::forget(table::remove(fd));
+        if heir && copy.file.shared().is_none() {
+            drop(core::mem::ManuallyDrop::into_inner(copy));
+        } else {
+            core::mem::forget(table::remove(fd));
+        }
     }
     let Some(fork) = fork else { return };
     if let Some((shared, ours, theirs)) = fork.connection {

@@ -10,7 +10,9 @@
 //! - The guest has that interface's first global address, and the route's gateway, which stands for the host's loopback.
 //! - Without a gateway on that route the guest's is made up. It then stands for nothing, and there is no DHCP, which
 //!   could not tell of a route without one.
-//! - A host that is not connected at all gives addresses that nobody has ([`ALONE`], [`ALONE_V6`]).
+//! - A host that is not connected by IPv4 gives addresses that nobody has ([`ALONE`]), so that programs that know no other
+//!   family work at least with the host's own services, where an option maps an address to them, and with the resolver.
+//!   Without IPv6 the guest has none either, unless it is to have that alone ([`ALONE_V6`]).
 //! - A resolver that the guest could not reach under its own address, on the host's loopback or on the very address
 //!   that the guest takes over, is offered as the gateway's, and forwarded.
 
@@ -31,7 +33,7 @@ use resolv::{ResolvConf, Resolvers};
 /// The gateway's Ethernet address: locally administered.
 pub const GATEWAY_MAC: [u8; 6] = [0x9a, 0x55, 0x9a, 0x55, 0x9a, 0x55];
 
-/// The guest's and the gateway's addresses on a host that has none: link-local ones (RFC 3927).
+/// The guest's and the gateway's addresses on a host that has none of IPv4: link-local ones (RFC 3927).
 pub const ALONE: (Ipv4Addr, Ipv4Addr) = (Ipv4Addr::new(169, 254, 2, 1), Ipv4Addr::new(169, 254, 2, 2));
 
 /// Likewise for a guest that is to have IPv6 alone: a unique local address (RFC 4193), and a link-local router.
@@ -240,14 +242,13 @@ impl Config {
                 host_global: None,
             })
         });
-        if ipv4.is_none() && ipv6.is_none() {
-            if template.ipv4 {
-                let (guest, gateway) = ALONE;
-                ipv4 = Some(Family { guest, prefix: 16, gateway, host_loopback: None, host_global: None });
-            } else if template.ipv6 {
-                let (guest, gateway) = ALONE_V6;
-                ipv6 = Some(Family { guest, prefix: 64, gateway, host_loopback: None, host_global: None });
-            }
+        if ipv4.is_none() && template.ipv4 {
+            let (guest, gateway) = ALONE;
+            ipv4 = Some(Family { guest, prefix: 16, gateway, host_loopback: None, host_global: None });
+        }
+        if ipv6.is_none() && template.ipv6 && !template.ipv4 {
+            let (guest, gateway) = ALONE_V6;
+            ipv6 = Some(Family { guest, prefix: 64, gateway, host_loopback: None, host_global: None });
         }
         let mut config = Self {
             guest_mac: None,

@@ -210,9 +210,13 @@ fn a_host_without_network_gives_addresses_all_the_same() {
 fn one_family_is_enough() {
     let addresses = vec![address("2001:db8::7", 64, 2), address("192.0.2.7", 24, 2)];
     let tables = host(vec![default("::", 2, 0)], addresses);
-    let config = config(&tables, &Template::default(), "");
-    assert_eq!(config.ipv4, None, "no route leads anywhere");
-    assert_eq!(config.ipv6.unwrap().gateway, ALONE_V6.1);
+    let both = config(&tables, &Template::default(), "nameserver 2001:db8::53\nnameserver ::1\n");
+    assert_eq!(both.ipv4, alone_v4(), "no route leads anywhere");
+    assert!(both.services.dhcp);
+    assert_eq!(both.ipv6.unwrap().gateway, ALONE_V6.1);
+    assert_eq!(both.dns_forward, [(IpAddr::from(ALONE.1), "::1".parse().unwrap())]);
+    let v6 = config(&tables, &Template { ipv4: false, ..Template::default() }, "");
+    assert_eq!((v6.ipv4, v6.ipv6), (None, both.ipv6));
 }
 
 #[test]

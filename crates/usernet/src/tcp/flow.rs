@@ -356,28 +356,33 @@ impl Flow {
         if !view.payload.is_empty() {
             self.payload(cx, shared, seq, view.payload);
         }
-        if view.flags.fin && self.rx.fin.is_none() && !payload_end.after(edge) {
-            self.rx.fin = Some(payload_end);
-        }
-        if let Some(fin) = self.rx.fin {
-            let is_new = self.rx.next == fin;
-            if is_new {
-                self.rx.next = fin.plus(1);
-                self.ended_first = self.tx.is_complete();
-            }
-            if is_new && self.tx.fin.is_none() {
-                // The other end's mostly follows at once, and goes with the acknowledgement of this one.
-                self.interactive = true;
-            } else if view.flags.fin {
-                self.ack_now = true;
+        if view.flags.fin {
+            match self.rx.fin {
+                Some(_) => {
+                    self.receive_fin();
+                    self.ack_now = true;
+                }
+                None if payload_end.after(edge) => {}
+                None => {
+                    self.rx.fin = Some(payload_end);
+                    // Else it is when the host has the bytes before it.
+                    self.ack_now |= !self.rx.has_all();
+                }
             }
         }
         Fate::Stays
     }
 
+    /// The guest's FIN is acknowledged from now on.
+    fn receive_fin(&mut self) {
+        if self.rx.take_fin() {
+            self.ended_first = self.tx.is_complete();
+        }
+    }
+
     /// Bytes from the guest.
     fn payload(&mut self, cx: &mut Context<'_>, shared: &mut Shared, seq: Seq, payload: &[u8]) {
-        let place = if self.rx.is_complete() { Place::Nowhere } else { self.rx.place(seq, payload) };
+        let place = if self.rx.has_all() { Place::Nowhere } else { self.rx.place(seq, payload) };
         match place {
             Place::Nowhere => self.ack_now = true,
             Place::Next(bytes) => {
@@ -587,7 +592,8 @@ impl Flow {
                 self.rx.clear(&mut shared.budget);
             }
         }
-        if self.rx.is_complete() && !self.rx.has_backlog() && !self.shut {
+        if self.rx.is_delivered() && !self.shut {
+            self.receive_fin();
             self.shut = true;
             if let Some(socket) = &self.socket {
                 // A connection that is broken is told by reading.
@@ -616,7 +622,9 @@ impl Flow {
         let mss = u32::from(self.own_mss(cx));
         let grown = self.rx.window() - before;
         let opened = grown >= 2 * mss || (before < mss && grown > 0 && self.rx.window() >= mss.min(free));
-        if self.ack_now || opened || unsaid >= 2 * mss || (unsaid > 0 && !self.interactive) {
+        // Nothing comes after a FIN that its acknowledgement could go with, and somebody may wait for it.
+        let at_once = self.shut || !self.interactive;
+        if self.ack_now || opened || unsaid >= 2 * mss || (unsaid > 0 && at_once) {
             self.ack_now = true;
             self.send_ack(cx);
         } else if unsaid > 0 {

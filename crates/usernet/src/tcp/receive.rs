@@ -9,6 +9,10 @@
 //! as soon as there is room. Beyond `next` lie pieces that came out of order, told to the guest by SACK. The edge of
 //! the window is `taken` plus what the socket has free, so the backlog is a few segments at most: the difference
 //! between the kernel's accounting and ours. The edge never moves back.
+//!
+//! The guest's FIN is received when the host's socket has taken everything before it: a guest that lingers after closing
+//! (SO_LINGER) waits for its acknowledgement, and is told by it that its bytes are on their way. One that asks again gets it all
+//! the same, since the bytes are kept, and a kernel that gets none gives up in the end.
 
 use std::collections::VecDeque;
 
@@ -281,9 +285,23 @@ impl Receiver {
         self.ahead = Vec::new();
     }
 
-    /// Whether everything that the guest will ever send is there.
-    pub(super) fn is_complete(&self) -> bool {
-        self.fin.is_some_and(|fin| self.next.after(fin))
+    /// Whether all bytes that the guest will ever send are the host's or kept.
+    pub(super) fn has_all(&self) -> bool {
+        self.fin.is_some_and(|fin| !self.next.before(fin))
+    }
+
+    /// Whether all of them are the host's.
+    pub(super) fn is_delivered(&self) -> bool {
+        self.has_all() && self.backlog.is_empty()
+    }
+
+    /// Receives the guest's FIN, if nothing is missing before it: it is acknowledged from then on. Whether it was not yet.
+    pub(super) fn take_fin(&mut self) -> bool {
+        let is_next = self.fin == Some(self.next);
+        if is_next {
+            self.next = self.next.plus(1);
+        }
+        is_next
     }
 
     /// What has come out of order, for SACK: the stretch that grew last first, at most four.
@@ -369,6 +387,26 @@ mod tests {
         assert_eq!((blocks[0].start, blocks[0].end), (Seq(3000), Seq(3200)));
         receiver.clear(&mut budget);
         assert_eq!(budget.used, 0);
+    }
+
+    #[test]
+    fn a_fin_waits_for_the_bytes_before_it() {
+        let mut budget = Budget { used: 0, limit: 1 << 20 };
+        let mut sink = Sink { got: Vec::new(), room: 3 };
+        let mut receiver = Receiver::new(Seq(5), 0);
+        receiver.allow(100);
+        receiver.fin = Some(Seq(11));
+        arrive(&mut receiver, &mut budget, &mut sink, Seq(8), b"def");
+        assert!(!receiver.has_all() && !receiver.take_fin(), "three bytes are missing");
+        arrive(&mut receiver, &mut budget, &mut sink, Seq(5), b"abc");
+        assert!(receiver.has_all() && !receiver.is_delivered(), "three were not taken");
+        assert_eq!(receiver.next, Seq(11));
+        sink.room = 3;
+        receiver.drain(&mut budget, |bytes| sink.write(bytes)).unwrap();
+        assert!(receiver.is_delivered());
+        assert!(receiver.take_fin() && !receiver.take_fin());
+        assert_eq!((receiver.next, sink.got.as_slice()), (Seq(12), b"abcdef".as_slice()));
+        assert!(receiver.is_delivered());
     }
 
     #[test]

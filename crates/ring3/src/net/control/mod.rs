@@ -28,7 +28,7 @@ use std::str::FromStr;
 use usernet::Handle;
 use usernet::config::{Forward, Transport};
 
-use super::options::ports::{Include, Listen, Mapping, PortList, PortRange, PortSpec, PortTable, Rule};
+use super::options::ports::{Listen, Mapping, PortList, PortRange, PortSpec, PortTable, Rule};
 
 pub use server::{ControlSocket, Server};
 
@@ -217,11 +217,8 @@ fn line((first, length): (Forward, u16)) -> String {
     let ports = PortRange { first: port, last: port.saturating_add(length - 1) };
     let spec = PortSpec::Ports(PortList {
         listen: Listen { address, interface: first.interface },
-        include: Include::Ports(vec![Mapping {
-            ports,
-            to: first.guest_port,
-            to_address: first.guest_address,
-        }]),
+        all: None,
+        named: vec![Mapping { ports, to: first.guest_port, to_address: first.guest_address }],
         exclude: Vec::new(),
         auto: false,
     });

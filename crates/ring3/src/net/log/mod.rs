@@ -1,8 +1,11 @@
 //! The log of `pasta` and `passt`: where `tracing`'s events go.
 //!
 //! - `--log-file`: to that file, which keeps its newest entries ([`file`]), each with the seconds since the start.
-//! - In the foreground, and with `--debug`: to standard error.
-//! - Else to the system's log, and to standard error as long as the process has one: in the background it is /dev/null.
+//! - In the foreground, and with `--debug`: not to the system's log.
+//! - Else to that.
+//!
+//! And all of it to standard error, which becomes /dev/null when the process goes to the background: what `--debug` says from then
+//! on is in a log file or nowhere, as upstream has it.
 //!
 //! Everything is open before the process isolates itself.
 
@@ -95,12 +98,10 @@ impl Write for Entry<'_> {
         match self.sink {
             // An entry that cannot be written is lost: there is nobody to tell.
             Sink::File(file) => drop(file.lock().unwrap_or_else(PoisonError::into_inner).append(entry)),
-            Sink::System(log) => {
-                log.send(self.level, entry);
-                let _ = io::stderr().write_all(entry);
-            }
-            Sink::Error => drop(io::stderr().write_all(entry)),
+            Sink::System(log) => log.send(self.level, entry),
+            Sink::Error => {}
         }
+        let _ = io::stderr().write_all(entry);
         Ok(entry.len())
     }
 

@@ -31,7 +31,7 @@ Ports (-t, -u, -T, -U): none | [ADDRESS[%INTERFACE]/]ITEM[,ITEM...], and ITEM is
   22-80:32-90        a range that leads to another
   22:192.0.2.5/80    a port that leads to an address of the other side's
   ~25                not this one, whatever else is said (~20-30 for a range)
-  all                every port that is not ephemeral, as far as it can be had
+  all                every other port that is not ephemeral, as far as it can be had
   auto               only while something listens on the port that it leads to;
                      for UDP, on the same port in UDP or TCP
 Several options accumulate. Without ports, `~25` and `auto` mean all ports.
@@ -57,7 +57,7 @@ Ports (-t, -u): none | [ADDRESS[%INTERFACE]/]ITEM[,ITEM...], and ITEM is
   22-80:32-90        a range that leads to another
   22:192.0.2.5/80    a port that leads to an address of the guest's side
   ~25                not this one, whatever else is said (~20-30 for a range)
-  all                every port that is not ephemeral, as far as it can be had
+  all                every other port that is not ephemeral, as far as it can be had
 Several options accumulate. Without ports, `~25` means all other ports.
 
 Exit status:
@@ -117,7 +117,7 @@ pub struct PasstArgs {
 /// The options of both.
 #[derive(Clone, Debug, Args)]
 pub struct CommonArgs {
-    /// Be verbose, and log to standard error, not to the system's log
+    /// Be verbose, and log to standard error, not to the system's log; in the background, only --log-file keeps it
     #[arg(short, long, overrides_with = "quiet")]
     pub debug: bool,
     /// Log single packets; implies --debug
@@ -135,7 +135,7 @@ pub struct CommonArgs {
     /// No effect (deprecated)
     #[arg(short = 'e', long)]
     pub stderr: bool,
-    /// Log to a file [default: standard error in the foreground, else the system's log]
+    /// Log to a file, and to standard error in the foreground [default: that, else the system's log]
     #[arg(short, long, value_name = "PATH")]
     pub log_file: Option<PathBuf>,
     /// Longest log file in bytes; its oldest entries go first [default: 1048576]
@@ -318,7 +318,7 @@ pub struct PastaOnly {
     /// Loopback connections take no short cut past the tap device
     #[arg(long)]
     pub no_splice: bool,
-    /// Only loopback connections, by the short cut; no tap device
+    /// Only loopback connections, by the short cut; no tap device, so --config-net has only the loopback to bring up
     #[arg(long)]
     pub splice_only: bool,
     /// Whether the tap device is driven by the kernel's vhost-net (ring3's own)

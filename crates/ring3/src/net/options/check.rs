@@ -86,7 +86,6 @@ impl TryFrom<PastaArgs> for PastaSettings {
         let splice = splice(&own)?;
         if splice == Splice::Only {
             let unused = [
-                (own.config_net, "--config-net"),
                 (own.ns_ifname.is_some(), "--ns-ifname"),
                 (own.ns_mac_addr.is_some(), "--ns-mac-addr"),
                 (own.vhost == Vhost::On, "--vhost on"),

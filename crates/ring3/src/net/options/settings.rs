@@ -47,7 +47,7 @@ pub struct Common {
 pub struct Log {
     /// How much.
     pub level: Level,
-    /// A file; standard error (in the foreground or with [`Level::Debug`] and above) or syslog if `None`.
+    /// A file besides standard error; syslog if `None`, but not in the foreground or with [`Level::Debug`] and above.
     pub file: Option<PathBuf>,
     /// The file's longest size in bytes.
     pub size: u64,

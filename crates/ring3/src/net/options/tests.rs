@@ -157,6 +157,8 @@ fn an_own_address_or_gateway_ends_the_copying_of_its_family() {
     // What is copied has the host's netmask.
     let settings = pasta(&["--config-net", "-n", "16"]).unwrap();
     assert_eq!(settings.configure.map(|c| c.copy_addresses), Some([false, true]));
+    // Of which there is only the loopback then.
+    assert_eq!(pasta(&["--config-net", "--splice-only"]).unwrap().splice, Splice::Only);
     let settings = pasta(&["--config-net", "--no-copy-routes", "--no-copy-addrs"]).unwrap();
     assert_eq!(settings.configure, Some(Configure { copy_routes: [false; 2], copy_addresses: [false; 2] }));
 }
@@ -184,7 +186,7 @@ fn what_cannot_apply_is_an_error_that_says_why() {
         (&["--no-pidns", "--netns", "x"], "no command is started"),
         (&["--host-lo-to-ns-lo", "--no-splice"], "--host-lo-to-ns-lo cannot be used with --no-splice"),
         (&["--no-splice", "--splice-only"], "nothing would be left"),
-        (&["--splice-only", "--config-net"], "there is no tap device"),
+        (&["--splice-only", "--config-net", "-I", "x"], "--ns-ifname cannot be used with --splice-only"),
         (&["--splice-only", "--vhost", "on"], "there is no tap device"),
         (&["--splice-only", "-c", "/x"], "--conf-path cannot be used with --splice-only"),
         (&["--no-copy-routes"], "needs --config-net"),

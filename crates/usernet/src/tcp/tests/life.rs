@@ -125,6 +125,26 @@ fn world_closes_and_then_refuses() {
     assert_eq!(sim.tcp.flows(), 0);
 }
 
+/// A guest that lingers after closing waits for it, and after a question and its answer nothing else is acknowledged at once.
+#[test]
+fn the_guests_fin_is_acknowledged_without_delay() {
+    let mut sim = Sim::new(Setup::default());
+    let (handle, mut stream) = connected(&mut sim);
+    for _ in 0..3 {
+        sim.guest(handle).send_slice(b"question").unwrap();
+        let mut buffer = [0; 8];
+        sim.run(|_| (stream.read(&mut buffer).is_ok(), false));
+        stream.write_all(b"answer").unwrap();
+        sim.run(|sim| (sim.guest(handle).recv_slice(&mut buffer).unwrap() == 6, false));
+    }
+    sim.pass(Duration::from_secs(1));
+    sim.guest(handle).close();
+    sim.pass(Duration::ZERO);
+    assert_eq!(sim.guest(handle).state(), State::FinWait2, "no time has passed");
+    assert_eq!(stream.read(&mut [0; 1]).unwrap(), 0);
+    assert_eq!(sim.tcp.flows(), 1);
+}
+
 #[test]
 fn half_closed_by_the_guest() {
     let mut sim = Sim::new(Setup::default());

@@ -29,10 +29,10 @@ use crate::user::wire::{self, COMMANDS, Command, Flags, Header};
 struct Raw(UnixStream);
 
 impl Raw {
-    /// One that has been greeted.
-    fn new(capabilities: Capabilities) -> (Served, Self) {
+    /// One that has been greeted by a server that waits for it as long as `patience` says.
+    fn new(capabilities: Capabilities, patience: Patience) -> (Served, Self) {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let served = serve(theirs, Capabilities::OURS, SHORT);
+        let served = serve(theirs, Capabilities::OURS, patience);
         let mut raw = Raw(ours);
         let payload = version::encode(wire::Version { major: 0, minor: 0 }, capabilities);
         raw.send(Header::command(9, Command::Version, payload.len(), false), &payload, &[]);
@@ -42,8 +42,14 @@ impl Raw {
         (served, raw)
     }
 
+    /// One that may be slow: the tests run on machines that have other work.
     fn plain() -> (Served, Self) {
-        Self::new(Capabilities::DEFAULT)
+        Self::new(Capabilities::DEFAULT, LONG)
+    }
+
+    /// One that makes the server wait in vain.
+    fn silent() -> (Served, Self) {
+        Self::new(Capabilities::DEFAULT, SHORT)
     }
 
     fn send(&mut self, header: Header, payload: &[u8], fds: &[BorrowedFd<'_>]) {
@@ -157,7 +163,7 @@ fn answers_are_as_long_as_the_client_has_room() {
 
 #[test]
 fn eventfds_for_writes() {
-    let (served, mut raw) = Raw::new(Capabilities { max_fds: 2, ..Capabilities::DEFAULT });
+    let (served, mut raw) = Raw::new(Capabilities { max_fds: 2, ..Capabilities::DEFAULT }, LONG);
     let mut ask = |argsz, index| {
         raw.ask(
             Command::DeviceGetRegionIoFds,
@@ -235,17 +241,17 @@ fn a_client_that_goes_or_stops_in_the_middle() {
         raw.0.write_all(&message[..length]).unwrap();
         drop(raw);
         assert_eq!(served.thread.join().unwrap(), Broken::Closed, "{length} bytes, gone");
-        let (served, mut raw) = Raw::plain();
+        let (served, mut raw) = Raw::silent();
         raw.0.write_all(&message[..length]).unwrap();
         assert_eq!(served.thread.join().unwrap(), Broken::TimedOut, "{length} bytes, silent");
     }
     // One that does not take what it is sent.
-    let (served, mut raw) = Raw::plain();
+    let (served, mut raw) = Raw::silent();
     let access = wire::RegionAccess { offset: 0, region: REGISTERS, count: 1 << 20 };
     raw.send(Header::command(1, Command::RegionRead, 16, false), access.as_bytes(), &[]);
     assert_eq!(served.thread.join().unwrap(), Broken::TimedOut);
     // One that does not answer the device.
-    let (served, mut raw) = Raw::plain();
+    let (served, mut raw) = Raw::silent();
     let map = wire::DmaMap { argsz: 32, flags: 3, size: 1 << 30, ..Default::default() };
     raw.ask(Command::DmaMap, map.as_bytes()).unwrap();
     let mut write = access.as_bytes().to_vec();
@@ -284,7 +290,7 @@ fn versions_that_are_not_served() {
         ("another command", Command::DeviceReset, &[]),
     ] {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let served = serve(theirs, Capabilities::OURS, SHORT);
+        let served = serve(theirs, Capabilities::OURS, LONG);
         let mut raw = Raw(ours);
         assert_eq!(raw.ask(command, payload), Err(Errno::INVAL), "{what}");
         assert!(matches!(served.thread.join().unwrap(), Broken::Protocol(_)), "{what}");

@@ -15,7 +15,9 @@
 //!
 //! - Exclusions win over whatever else the same value says. A value that says only what to exclude, or only
 //!   `auto`, means `all` besides.
-//! - Several options accumulate ([`PortTable`]), and `none` may come before them, but not after. What is asked for by number must work; `all` takes what it can get.
+//! - What is asked for by number must work. `all` takes what it can get, and what is left: ports that are named, in the same
+//!   value or in another, are theirs.
+//! - Several options accumulate ([`PortTable`]), and `none` may come before them, but not after.
 //!
 //! [`PortTable::rules`] turns a table into [`Rule`]s: ranges that do not overlap, each with one meaning.
 
@@ -171,26 +173,23 @@ impl fmt::Display for Target {
     }
 }
 
-/// Which ports a value names.
-#[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub enum Include {
-    /// All that are not ephemeral, as many as can be had.
-    All {
-        /// The other side's address; that side's own if `None`.
-        to_address: Option<IpAddr>,
-    },
-    /// These.
-    Ports(Vec<Mapping>),
+/// All ports that are not ephemeral, as many as can be had.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct AllPorts {
+    /// The other side's address that they lead to; that side's own if `None`.
+    pub to_address: Option<IpAddr>,
 }
 
-/// Ports of one value.
+/// Ports of one value: `all`, or some that are named, or both.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct PortList {
     /// Where is listened.
     pub listen: Listen,
-    /// Which ports are forwarded.
-    pub include: Include,
-    /// Which are not, whatever `include` says.
+    /// `all`, if that is said or follows.
+    pub all: Option<AllPorts>,
+    /// Those that are named.
+    pub named: Vec<Mapping>,
+    /// Which are not forwarded, whatever the rest says.
     pub exclude: Vec<PortRange>,
     /// Whether each is forwarded only while something listens on the port that it leads to.
     pub auto: bool,
@@ -209,21 +208,27 @@ impl PortSpec {
     /// The value `auto`: what is bound on the other side, as long as it is.
     #[must_use]
     pub fn auto() -> Self {
-        let include = Include::All { to_address: None };
-        Self::Ports(PortList { listen: Listen::default(), include, exclude: Vec::new(), auto: true })
+        let all = Some(AllPorts { to_address: None });
+        let (named, exclude) = (Vec::new(), Vec::new());
+        Self::Ports(PortList { listen: Listen::default(), all, named, exclude, auto: true })
     }
 }
 
 impl fmt::Display for PortSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self::Ports(list) = self else { return f.write_str("none") };
-        let mut items: Vec<String> = match &list.include {
+        let mut items: Vec<String> = match list.all {
             // Said by the rest, unless there is none.
-            Include::All { to_address: None } if list.auto || !list.exclude.is_empty() => Vec::new(),
-            Include::All { to_address: None } => vec!["all".to_owned()],
-            Include::All { to_address: Some(address) } => vec![format!("all:{}", Target(*address))],
-            Include::Ports(mappings) => mappings.iter().map(ToString::to_string).collect(),
+            Some(AllPorts { to_address: None })
+                if list.named.is_empty() && (list.auto || !list.exclude.is_empty()) =>
+            {
+                Vec::new()
+            }
+            Some(AllPorts { to_address: None }) => vec!["all".to_owned()],
+            Some(AllPorts { to_address: Some(address) }) => vec![format!("all:{}", Target(address))],
+            None => Vec::new(),
         };
+        items.extend(list.named.iter().map(ToString::to_string));
         items.extend(list.exclude.iter().map(|range| format!("~{range}")));
         if list.auto {
             items.push("auto".to_owned());
@@ -266,11 +271,9 @@ pub enum BadPorts {
     /// `none` is not alone.
     #[error("'none' means no port at all, and so cannot stand beside '{0}'")]
     NoneAndMore(String),
-    /// `all` beside ports.
-    #[error(
-        "'all' cannot stand beside '{0}' in one value: it includes it; give the option once more for other ports"
-    )]
-    AllAndMore(String),
+    /// `all` with two targets.
+    #[error("'all' leads to two places in '{0}': give one, or ports by their numbers")]
+    AllTwice(String),
     /// An exclusion with a target.
     #[error("'~{0}' leads nowhere: what is excluded cannot have a target")]
     ExcludedTarget(String),
@@ -294,35 +297,36 @@ impl FromStr for PortSpec {
             return Ok(Self::None);
         }
         let (listen, items) = split_listen(text)?;
-        let mut list =
-            PortList { listen, include: Include::Ports(Vec::new()), exclude: Vec::new(), auto: false };
-        let mut all = None;
-        let mut mappings: Vec<Mapping> = Vec::new();
+        let (named, exclude) = (Vec::new(), Vec::new());
+        let mut list = PortList { listen, all: None, named, exclude, auto: false };
         for item in items.split(',') {
             if item == "auto" {
                 list.auto = true;
             } else if item == "none" {
                 return Err(BadPorts::NoneAndMore(text.to_owned()));
-            } else if item == "all" {
-                all = Some(None);
-            } else if let Some(to) = item.strip_prefix("all:") {
-                let address = parse_address(to).ok_or_else(|| BadPorts::NotATarget(to.to_owned()))?;
-                all = Some(Some(address));
+            } else if let Some(to) =
+                item.strip_prefix("all").filter(|to| to.is_empty() || to.starts_with(':'))
+            {
+                let bad = || BadPorts::NotATarget(to.trim_start_matches(':').to_owned());
+                let to_address =
+                    to.strip_prefix(':').map(|to| parse_address(to).ok_or_else(bad)).transpose()?;
+                let all = AllPorts { to_address };
+                if list.all.is_some_and(|other| other != all) {
+                    return Err(BadPorts::AllTwice(text.to_owned()));
+                }
+                list.all = Some(all);
             } else if let Some(excluded) = item.strip_prefix('~') {
                 if excluded.contains(':') {
                     return Err(BadPorts::ExcludedTarget(excluded.to_owned()));
                 }
                 list.exclude.push(parse_range(excluded)?);
             } else {
-                mappings.push(item.parse()?);
+                list.named.push(item.parse()?);
             }
         }
-        list.include = match (all, mappings.as_slice()) {
-            (Some(_), [first, ..]) => return Err(BadPorts::AllAndMore(first.to_string())),
-            (Some(to_address), []) => Include::All { to_address },
-            (None, []) => Include::All { to_address: None },
-            (None, _) => Include::Ports(mappings),
-        };
+        if list.named.is_empty() {
+            list.all.get_or_insert(AllPorts { to_address: None });
+        }
         Ok(Self::Ports(list))
     }
 }
@@ -513,18 +517,14 @@ impl PortTable {
     /// What follows: rules that do not overlap where they listen, those for named ports first.
     #[must_use]
     pub fn rules(&self, ephemeral: PortRange) -> Vec<Rule> {
-        let mut rules: Vec<Rule> = Vec::new();
-        let mut lists: Vec<&PortList> = self.lists().collect();
-        lists.sort_by_key(|list| matches!(list.include, Include::All { .. }));
-        for list in lists {
-            for rule in list.rules(ephemeral) {
-                // Named ports were checked not to meet; `all` takes what is left.
-                let mut left = vec![rule.mapping.ports];
-                for other in rules.iter().filter(|other| other.listen.meets(&rule.listen)) {
-                    left = left.into_iter().flat_map(|range| range.without(other.mapping.ports)).collect();
-                }
-                rules.extend(left.into_iter().map(|range| rule.narrowed(range)));
+        // Those were checked not to meet.
+        let mut rules: Vec<Rule> = self.lists().flat_map(PortList::named_rules).collect();
+        for rule in self.lists().flat_map(|list| list.all_rules(ephemeral)) {
+            let mut left = vec![rule.mapping.ports];
+            for other in rules.iter().filter(|other| other.listen.meets(&rule.listen)) {
+                left = left.into_iter().flat_map(|range| range.without(other.mapping.ports)).collect();
             }
+            rules.extend(left.into_iter().map(|range| rule.narrowed(range)));
         }
         rules
     }
@@ -537,12 +537,9 @@ impl PortTable {
         let mut named: Vec<Rule> = Vec::new();
         for spec in &self.specs {
             let PortSpec::Ports(list) = spec else { continue };
-            let rules = list.rules(DEFAULT_EPHEMERAL);
-            if rules.is_empty() {
+            let rules = list.named_rules();
+            if rules.is_empty() && list.all_rules(DEFAULT_EPHEMERAL).is_empty() {
                 return Err(BadPorts::NothingLeft(spec.to_string()));
-            }
-            if matches!(list.include, Include::All { .. }) {
-                continue;
             }
             for rule in rules {
                 for other in named.iter().filter(|other| other.listen.meets(&rule.listen)) {
@@ -558,26 +555,30 @@ impl PortTable {
 }
 
 impl PortList {
-    fn rules(&self, ephemeral: PortRange) -> Vec<Rule> {
-        let (mappings, best_effort) = match &self.include {
-            Include::Ports(mappings) => (mappings.clone(), false),
-            Include::All { to_address } => {
-                let mapping = |ports: PortRange| Mapping { ports, to: ports.first, to_address: *to_address };
-                (ALL.without(ephemeral).map(mapping).collect(), true)
-            }
-        };
-        let mut rules = Vec::new();
-        for mapping in mappings {
-            let rule = Rule { listen: self.listen.clone(), mapping, auto: self.auto, best_effort };
-            let mut left = vec![mapping.ports];
-            for excluded in &self.exclude {
-                left = left.into_iter().flat_map(|range| range.without(*excluded)).collect();
-            }
-            rules.extend(left.into_iter().map(|range| rule.narrowed(range)));
+    /// The rules for ports that are named.
+    fn named_rules(&self) -> Vec<Rule> {
+        self.named.iter().flat_map(|mapping| self.rules(*mapping, false)).collect()
+    }
+
+    /// The rules for `all`, if that is said.
+    fn all_rules(&self, ephemeral: PortRange) -> Vec<Rule> {
+        let Some(AllPorts { to_address }) = self.all else { return Vec::new() };
+        let mapping = |ports: PortRange| Mapping { ports, to: ports.first, to_address };
+        ALL.without(ephemeral).flat_map(|ports| self.rules(mapping(ports), true)).collect()
+    }
+
+    /// What is left of a mapping without the ports that are excluded.
+    fn rules(&self, mapping: Mapping, best_effort: bool) -> Vec<Rule> {
+        let rule = Rule { listen: self.listen.clone(), mapping, auto: self.auto, best_effort };
+        let mut left = vec![mapping.ports];
+        for excluded in &self.exclude {
+            left = left.into_iter().flat_map(|range| range.without(*excluded)).collect();
         }
-        rules
+        left.into_iter().map(|range| rule.narrowed(range)).collect()
     }
 }
 
+#[cfg(test)]
+mod peer;
 #[cfg(test)]
 mod tests;

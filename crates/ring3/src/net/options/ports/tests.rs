@@ -61,6 +61,10 @@ fn targets_are_addresses_or_ports() {
 #[test]
 fn options_accumulate_and_all_takes_what_is_left() {
     assert_eq!(rules(&["all,~1-1000", "2000:80"]), ["2000:80", "1001-1999!", "2001-32767!", "61000-65535!"]);
+    // In one value, too.
+    let both = rules(&["all,~1-1000,2000:80"]);
+    assert_eq!(both, ["2000:80", "1001-1999!", "2001-32767!", "61000-65535!"]);
+    assert_eq!(rules(&["all:192.0.2.5,~1-60999,61000"]), ["61000", "61001-65535:192.0.2.5!"]);
     assert_eq!(rules(&["22", "%eth0/23", "192.0.2.1/24"]), ["22", "%eth0/23", "192.0.2.1/24"]);
     // Elsewhere the port is still free.
     assert_eq!(
@@ -118,7 +122,7 @@ fn mistakes_are_named() {
         (&["%/22"], "'' cannot be the name of an interface"),
         (&["%much-too-long-name/22"], "cannot be the name"),
         (&["192.0.2.1%a:b/22"], "'a:b' cannot be the name"),
-        (&["all,22"], "'all' cannot stand beside '22'"),
+        (&["all,all:192.0.2.5"], "'all' leads to two places"),
         (&["none,22"], "'none' means no port"),
         (&["22", "none"], "cannot stand beside '22'"),
         (&["none", "22", "none"], "cannot stand beside '22'"),
@@ -163,11 +167,11 @@ fn mapping() -> impl Strategy<Value = Mapping> {
     })
 }
 
-fn include() -> impl Strategy<Value = Include> {
-    prop_oneof![
-        proptest::option::of(address()).prop_map(|to_address| Include::All { to_address }),
-        proptest::collection::vec(mapping(), 1..4).prop_map(Include::Ports),
-    ]
+/// `all`, or ports that are named, or both.
+fn include() -> impl Strategy<Value = (Option<AllPorts>, Vec<Mapping>)> {
+    let all = || proptest::option::of(address()).prop_map(|to_address| AllPorts { to_address });
+    let named = proptest::collection::vec(mapping(), 1..4);
+    prop_oneof![all().prop_map(|all| (Some(all), Vec::new())), (proptest::option::of(all()), named),]
 }
 
 fn spec() -> impl Strategy<Value = PortSpec> {
@@ -176,8 +180,8 @@ fn spec() -> impl Strategy<Value = PortSpec> {
     let list = (listen, include(), proptest::collection::vec(range(), 0..3), any::<bool>());
     prop_oneof![
         1 => Just(PortSpec::None),
-        9 => list.prop_map(|(listen, include, exclude, auto)| {
-            PortSpec::Ports(PortList { listen, include, exclude, auto })
+        9 => list.prop_map(|(listen, (all, named), exclude, auto)| {
+            PortSpec::Ports(PortList { listen, all, named, exclude, auto })
         }),
     ]
 }
@@ -220,13 +224,11 @@ fn rules_forward_what_the_values_say() {
         let rules = table.rules(DEFAULT_EPHEMERAL);
         let edges = list.exclude.iter().flat_map(|r| [r.first, r.last, r.first.saturating_sub(1), r.last]);
         for port in probes.into_iter().chain(edges).filter(|port| *port > 0) {
-            let leads_to = match &list.include {
+            let by_number = list.named.iter().find(|mapping| mapping.ports.contains(port));
+            let leads_to = match by_number {
                 _ if list.exclude.iter().any(|range| range.contains(port)) => None,
-                Include::All { .. } => (!DEFAULT_EPHEMERAL.contains(port)).then_some(port),
-                Include::Ports(mappings) => mappings
-                    .iter()
-                    .find(|mapping| mapping.ports.contains(port))
-                    .map(|mapping| mapping.to + (port - mapping.ports.first)),
+                Some(mapping) => Some(mapping.to + (port - mapping.ports.first)),
+                None => (list.all.is_some() && !DEFAULT_EPHEMERAL.contains(port)).then_some(port),
             };
             let found: Vec<&Rule> = rules.iter().filter(|rule| rule.mapping.ports.contains(port)).collect();
             prop_assert!(found.len() <= 1, "{}: {} is in several rules", spec, port);
