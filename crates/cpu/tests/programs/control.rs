@@ -191,6 +191,8 @@ fn the_time_stamp_counter_is_the_platforms_and_can_be_moved() {
     });
     g.finish();
     assert_eq!((g.reg(reg::RSI), g.reg(reg::RDI)), (5, 7));
+
+    let mut g = Guest::long();
     g.vcpu.write_msr(0x10, 1 << 40).unwrap();
     g.code(|a| {
         a.rdtscp()?;
