@@ -11,12 +11,17 @@
 //! it had in the arena becomes waste. When the arena is full, everything is forgotten. The table is larger than
 //! the host's nearer caches, so the blocks found last are also in a small direct-mapped one before it.
 //!
+//! The bytes that a block was decoded from are kept. A page may be written to, or a device may have written to it for all that
+//! is known, and a block of it be what it was: a kernel patches one branch of a page, code and data share one, an interrupt
+//! comes from a device that writes unseen. So before a block is decoded again its bytes are compared
+//! ([`BlockCache::find_again`]), which costs a small part of that.
+//!
 //! An instruction that crosses into another page is a block of its own, in a small table: its validity
 //! depends on both pages' stamps, and on which page is mapped behind the first.
 
 use mmu::Gpa;
 
-use crate::insn::Insn;
+use crate::insn::{INSTRUCTION_LENGTH, Insn};
 use crate::state::CodeMode;
 
 /// The longest block, in instructions.
@@ -35,6 +40,13 @@ struct Slot {
     stamp: u32,
     /// The index of the first instruction, and in the low bits the number of instructions.
     place: u32,
+}
+
+/// What the block in a slot was decoded from: which of the kept bytes.
+#[derive(Clone, Copy, Default)]
+struct Origin {
+    start: u32,
+    length: u32,
 }
 
 const LENGTH_BITS: u32 = 6;
@@ -67,6 +79,8 @@ pub(crate) struct Crossing {
     pub(crate) second: Gpa,
     /// That page's stamp.
     pub(crate) second_stamp: u32,
+    /// What it was decoded from.
+    pub(crate) bytes: [u8; INSTRUCTION_LENGTH],
     /// The instruction.
     pub(crate) insn: Insn,
 }
@@ -77,6 +91,9 @@ pub(crate) struct BlockCache {
     recent: Box<[Slot; RECENT]>,
     blocks: usize,
     arena: Vec<Insn>,
+    /// By slots. Apart from them, because it is seldom looked at.
+    origins: Box<[Origin]>,
+    bytes: Vec<u8>,
     /// Direct-mapped by the page in which they start.
     crossings: Box<[Option<Crossing>]>,
 }
@@ -89,7 +106,15 @@ impl BlockCache {
         // The host gives memory for the arena as it is touched.
         let arena = Vec::with_capacity(ARENA);
         let recent = Box::new([EMPTY; RECENT]);
-        Self { slots, recent, blocks: 0, arena, crossings: vec![None; CROSSINGS].into_boxed_slice() }
+        Self {
+            slots,
+            recent,
+            blocks: 0,
+            arena,
+            origins: vec![Origin::default(); SLOTS].into_boxed_slice(),
+            bytes: Vec::new(),
+            crossings: vec![None; CROSSINGS].into_boxed_slice(),
+        }
     }
 
     #[inline(always)]
@@ -156,22 +181,60 @@ impl BlockCache {
         self.recent.fill(EMPTY);
         self.blocks = 0;
         self.arena.clear();
+        self.bytes.clear();
         self.crossings.fill(None);
     }
 
-    /// Makes the instructions in the arena from `start` on, at least one, a block.
-    pub(crate) fn keep(&mut self, gpa: Gpa, mode: CodeMode, stamp: u32, start: usize) -> &[Insn] {
+    /// Makes the instructions in the arena from `start` on, at least one, a block. Nothing but `bytes`, from the block's
+    /// address on, has decided what they are.
+    pub(crate) fn keep(
+        &mut self,
+        gpa: Gpa,
+        mode: CodeMode,
+        stamp: u32,
+        start: usize,
+        bytes: &[u8],
+    ) -> &[Insn] {
         let key = Self::key(gpa, mode);
         let insns = self.arena.get(start..).unwrap_or_default();
         let n = self.probe(key);
         self.blocks += usize::from(self.slots[n].key == NO_KEY);
         self.slots[n] = Slot { key, stamp, place: (start << LENGTH_BITS | insns.len()) as u32 };
+        // Both fit: the arena is full long before so many bytes are kept.
+        self.origins[n] = Origin { start: self.bytes.len() as u32, length: bytes.len() as u32 };
+        self.bytes.extend_from_slice(bytes);
         insns
     }
+
+    /// The block that was decoded at `gpa` when its page had another stamp, if it was decoded from what `bytes` begins with.
+    /// It is valid by `stamp` from now on.
+    pub(crate) fn find_again(&mut self, gpa: Gpa, mode: CodeMode, stamp: u32, bytes: &[u8]) -> Option<Place> {
+        let key = Self::key(gpa, mode);
+        let n = self.probe(key);
+        let Origin { start, length } = self.origins[n];
+        let from = self.bytes.get(start as usize..)?.get(..length as usize)?;
+        if self.slots[n].key != key || !bytes.starts_with(from) {
+            return None;
+        }
+        self.slots[n].stamp = stamp;
+        Some(Place(self.slots[n].place))
+    }
+
     /// The instruction that crosses a page from `gpa`, valid as far as the first page goes.
     pub(crate) fn crossing(&self, gpa: Gpa, mode: CodeMode, stamp: u32) -> Option<&Crossing> {
         let crossing = self.crossings[Self::crossing_slot(gpa)].as_ref();
         crossing.filter(|c| c.gpa == gpa && c.mode == mode && c.stamp == stamp)
+    }
+
+    /// The instruction at `gpa` if it was decoded from these bytes before, whatever the stamps were.
+    pub(crate) fn crossing_again(
+        &self,
+        gpa: Gpa,
+        mode: CodeMode,
+        bytes: &[u8; INSTRUCTION_LENGTH],
+    ) -> Option<Insn> {
+        let crossing = self.crossings[Self::crossing_slot(gpa)].as_ref();
+        crossing.filter(|c| c.gpa == gpa && c.mode == mode && c.bytes == *bytes).map(|c| c.insn)
     }
 
     /// Keeps an instruction that crosses a page.

@@ -7,6 +7,9 @@ use crate::fault::Exec;
 use crate::state::{CodeMode, REG_RIP, REG_ZERO, reg, seg};
 use crate::vcpu::Vcpu;
 
+/// The longest instruction, in bytes.
+pub(crate) const INSTRUCTION_LENGTH: usize = 15;
+
 /// What executes an instruction.
 ///
 /// RIP has been advanced past the instruction when it is called. On `Err(Stop::Fault)` without `trap`, and

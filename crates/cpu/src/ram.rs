@@ -4,12 +4,15 @@
 //! Decoded blocks are valid as long as the bytes they came from. Each 4 KiB page of RAM has a *stamp*:
 //! bit 0 says that the page is watched, because some vCPU decodes code from it, bit 1 that every vCPU knows
 //! it, and the other bits count how often the page was written while watched. A block is made only from a page
-//! with both bits set; it remembers the stamp and is dropped when they differ.
+//! with both bits set; it remembers the stamp, and when they differ its bytes are looked at again.
 //!
 //! Writers are made to notice: a vCPU never has a writable TLB entry for a watched page, so that its
 //! stores to it take the slow path, which calls [`PageStamps::note_write`]; devices write through
 //! `vm-memory`, whose dirty-bitmap hook does the same. When a page becomes watched, other vCPUs may still
 //! hold writable TLB entries for it; `group` makes them drop these before the page is decoded.
+//!
+//! Who writes past both, as hardware does, has [`PageStamps::suspect`] called before the guest can know. That counts as a
+//! write, but the page stays watched: the vCPUs have no writable entries for it still, and it is most likely code still.
 
 use std::fmt;
 use std::sync::Arc;
@@ -51,6 +54,24 @@ impl PageStamps {
     pub fn note_write(&self, page: usize) {
         if let Some(stamp) = self.stamps.get(page) {
             note_write(stamp);
+        }
+    }
+
+    /// Notes that `len` bytes at `offset` of the region may have been written to unseen, before this: what was decoded from
+    /// their pages is compared with what is there before it runs again.
+    pub fn suspect(&self, offset: usize, len: usize) {
+        if len == 0 {
+            return;
+        }
+        // As in `mark_dirty`.
+        fence(Ordering::SeqCst);
+        let pages =
+            offset / PAGE..=(offset.saturating_add(len - 1) / PAGE).min(self.stamps.len().saturating_sub(1));
+        for stamp in self.stamps.get(pages).unwrap_or_default() {
+            // The count wraps around into nothing.
+            if stamp.load(Ordering::Acquire) & WATCHED != 0 {
+                stamp.fetch_add(COUNT, Ordering::AcqRel);
+            }
         }
     }
 }
@@ -288,5 +309,30 @@ mod tests {
         assert_eq!(page.ready(), None, "watched by the second, which is not over");
         page.set_ready(second);
         assert_eq!(page.ready(), Some(second | READY));
+    }
+
+    #[test]
+    fn a_suspected_page_stays_watched_and_has_another_stamp() {
+        let ram = ram();
+        let stamps = ram.regions[0].stamps.clone();
+        let [before, page, after] = [1, 2, 3].map(|n| ram.page(Gpa(n * PAGE as u64)).unwrap());
+        for page in [before, page, after] {
+            page.set_ready(page.watch());
+        }
+        let stamp = page.ready().unwrap();
+        stamps.suspect(2 * PAGE + 17, PAGE - 17);
+        assert!(page.ready().is_some_and(|now| now != stamp));
+        assert_eq!((before.ready(), after.ready()), (Some(stamp), Some(stamp)));
+        // What is past the end is nobody's, and what nobody watches has nothing to lose.
+        stamps.suspect((PAGES - 1) * PAGE, usize::MAX);
+        stamps.suspect(PAGES * PAGE, 1);
+        stamps.suspect(0, 0);
+        assert_eq!(ram.page(Gpa(((PAGES - 1) * PAGE) as u64)).unwrap().stamp(), 0);
+        // A hand-shake that it comes into does not count.
+        page.note_write();
+        let stamp = page.watch();
+        stamps.suspect(2 * PAGE, 1);
+        page.set_ready(stamp);
+        assert_eq!(page.ready(), None);
     }
 }

@@ -20,13 +20,10 @@ use crate::event::Event;
 use crate::exit::Exit;
 use crate::fault::{Exec, Fault, Stop, fault};
 use crate::flags;
-use crate::insn::Insn;
+use crate::insn::{INSTRUCTION_LENGTH, Insn};
 use crate::ram::RamPage;
 use crate::state::{CodeMode, Segment, seg, slow};
 use crate::vcpu::Vcpu;
-
-/// The longest instruction, in bytes.
-const INSTRUCTION_LENGTH: usize = 15;
 
 /// Why [`Interpreter::run`] returned.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -201,6 +198,11 @@ impl Interpreter {
         if !ram.copy_from(gpa, bytes) {
             return Ok(None);
         }
+        if let Some(place) = self.blocks.find_again(gpa, mode, stamp, bytes) {
+            vcpu.stats.blocks_kept += 1;
+            // A later write has given the page a later stamp, by which the block is not found.
+            return Ok((page.stamp() == stamp).then(|| self.blocks.insns(place)));
+        }
         // Relative to the page, so that nothing in a block depends on where the page is mapped.
         let mut decoder = Decoder::with_ip(mode.bitness(), bytes, offset as u64, DecoderOptions::NONE);
         let insns = self.blocks.arena();
@@ -227,7 +229,9 @@ impl Interpreter {
             // Written while it was decoded: run what is there now, once.
             return Ok(None);
         }
-        Ok(Some(self.blocks.keep(gpa, mode, stamp, start)))
+        // What an instruction is may depend on bytes behind it, if they make it too long.
+        let seen = &bytes[..len.min(decoder.position() + INSTRUCTION_LENGTH)];
+        Ok(Some(self.blocks.keep(gpa, mode, stamp, start, seen)))
     }
 
     /// The instruction at `gpa`, which goes on in the next page.
@@ -250,14 +254,20 @@ impl Interpreter {
         if !ram.copy_from(gpa, head) || !ram.copy_from(second, tail) {
             return Ok(None);
         }
-        let mut i = Instruction::default();
-        Decoder::with_ip(mode.bitness(), &bytes, gpa.page_offset(), DecoderOptions::NONE).decode_out(&mut i);
-        let insn = lower(vcpu, &i, mode, &bytes);
-        vcpu.stats.blocks_decoded += 1;
+        let insn = if let Some(insn) = self.blocks.crossing_again(gpa, mode, &bytes) {
+            vcpu.stats.blocks_kept += 1;
+            insn
+        } else {
+            let mut i = Instruction::default();
+            Decoder::with_ip(mode.bitness(), &bytes, gpa.page_offset(), DecoderOptions::NONE)
+                .decode_out(&mut i);
+            vcpu.stats.blocks_decoded += 1;
+            lower(vcpu, &i, mode, &bytes)
+        };
         if page.stamp() != stamp || second_page.stamp() != second_stamp {
             return Ok(None);
         }
-        let crossing = Crossing { gpa, mode, stamp, second, second_stamp, insn };
+        let crossing = Crossing { gpa, mode, stamp, second, second_stamp, bytes, insn };
         Ok(Some(std::slice::from_ref(self.blocks.keep_crossing(crossing))))
     }
 

@@ -10,6 +10,8 @@ pub struct VcpuStats {
     pub instructions: u64,
     /// Blocks decoded.
     pub blocks_decoded: u64,
+    /// Blocks that were not decoded again though their page was, or may have been, written to: their bytes are the same.
+    pub blocks_kept: u64,
     /// TLB misses that walked page tables.
     pub tlb_misses: u64,
     /// Stores that hit pages with decoded code.
@@ -61,6 +63,7 @@ impl AddAssign<&VcpuStats> for VcpuStats {
     fn add_assign(&mut self, other: &VcpuStats) {
         self.instructions += other.instructions;
         self.blocks_decoded += other.blocks_decoded;
+        self.blocks_kept += other.blocks_kept;
         self.tlb_misses += other.tlb_misses;
         self.code_writes += other.code_writes;
         self.split_locks += other.split_locks;

@@ -5,7 +5,8 @@
 //! The processor keeps decoded code, and must see who writes to it (`cpu::ram`). A device of the host, or one in a process that has
 //! the memory mapped, is not seen. But the guest cannot know that data has come before something tells it: an interrupt, a
 //! register that it reads, or that a buffer is not the device's any more. So before each of these, all pages that the device
-//! may have written to are noted as written.
+//! may have written to are suspected: what was decoded from them is compared with what is there now, and runs again if it is
+//! the same.
 //!
 //! Without an IOMMU of the guest's that is all of memory. Behind one it is what the guest has mapped for the device, and
 //! lets it write to: little, most of the time, and nothing of it is code.
@@ -14,8 +15,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use cpu::GuestRam;
-use vm_memory::bitmap::Bitmap;
-use vm_memory::{GuestAddress, GuestMemory, GuestMemoryRegion};
+use vm_memory::{GuestAddress, GuestMemory, GuestMemoryRegion, MmapRegion};
 
 use crate::vcpu::lock;
 
@@ -92,7 +92,7 @@ impl Exposed {
         match what {
             What::All => {
                 for region in self.ram.iter() {
-                    region.bitmap().mark_dirty(0, region.len() as usize);
+                    MmapRegion::bitmap(region).suspect(0, region.len() as usize);
                 }
             }
             What::Runs(runs) => runs.values().for_each(|run| self.note_run(*run)),
@@ -101,7 +101,7 @@ impl Exposed {
 
     fn note_run(&self, run: Run) {
         if let Some((region, at)) = self.ram.to_region_addr(GuestAddress(run.physical)) {
-            region.bitmap().mark_dirty(at.0 as usize, run.length as usize);
+            MmapRegion::bitmap(region).suspect(at.0 as usize, run.length as usize);
         }
     }
 }

@@ -1,8 +1,13 @@
 //! Accessed and dirty bits, INVLPG, PCID and INVPCID, SMEP and SMAP, self-modifying code.
 
-use cpu::Outcome;
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
+use std::sync::Arc;
+
 use cpu::state::{cr4, efer, reg};
+use cpu::{GuestRam, Outcome, Ram};
 use iced_x86::code_asm::*;
+use vm_memory::{FileOffset, GuestAddress, GuestMemory as _, MmapRegion};
 
 use crate::harness::*;
 
@@ -233,6 +238,77 @@ fn a_write_by_a_device_invalidates_decoded_code() {
     g.resume_at(CODE);
     g.finish();
     assert_eq!(g.reg(reg::RAX), 2);
+}
+
+#[test]
+fn code_beside_data_is_not_decoded_again() {
+    const ROUNDS: u32 = 1000;
+    const COUNTER: u64 = CODE + 0xf00;
+    let mut g = Guest::long();
+    // A function that crosses into the next page, called between stores to the page where it begins.
+    g.code_at(CODE + 0xffd, 64, |a| {
+        a.add(ebx, 0x100)?;
+        a.ret()
+    });
+    g.code(|a| {
+        let mut again = a.create_label();
+        a.mov(ecx, ROUNDS)?;
+        a.set_label(&mut again)?;
+        a.inc(qword_ptr(COUNTER))?;
+        a.mov(rdx, CODE + 0xffd)?;
+        a.call(rdx)?;
+        a.dec(ecx)?;
+        a.jne(again)
+    });
+    g.finish();
+    assert_eq!(g.peek::<u64>(COUNTER), u64::from(ROUNDS));
+    assert_eq!(g.reg(reg::RBX), u64::from(ROUNDS) * 0x100);
+    let stats = &g.vcpu.stats;
+    assert!(stats.blocks_decoded < 10, "{} decoded", stats.blocks_decoded);
+    assert!(stats.blocks_kept >= u64::from(ROUNDS), "{} kept", stats.blocks_kept);
+}
+
+#[test]
+fn a_block_that_was_changed_back_is_what_it_was() {
+    let mut g = Guest::long();
+    for (value, decoded) in [(1_u32, 1), (2, 2), (1, 3), (1, 3)] {
+        // As a device writes it: HLT follows at once, and is a part of the block.
+        g.code(|a| a.mov(eax, value));
+        g.resume_at(CODE);
+        g.finish();
+        assert_eq!(g.reg(reg::RAX), u64::from(value));
+        assert_eq!(g.vcpu.stats.blocks_decoded, decoded);
+    }
+    assert_eq!(g.vcpu.stats.blocks_kept, 1);
+}
+
+#[test]
+fn code_that_was_written_to_unseen_runs_as_changed_when_it_is_suspected() {
+    let file = File::from(rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+    file.set_len(RAM as u64).unwrap();
+    let unseen = file.try_clone().unwrap();
+    let region = (GuestAddress(0), RAM, Some(FileOffset::new(file, 0)));
+    let memory = GuestRam::from_ranges_with_files([region]).unwrap();
+    let mut g = Guest::long_on(Arc::new(Ram::new(memory.clone())));
+    let suspect = |at: u64, length| {
+        let (region, at) = memory.to_region_addr(GuestAddress(at)).unwrap();
+        MmapRegion::bitmap(region).suspect(at.0 as usize, length);
+    };
+    g.code(|a| a.mov(eax, 1));
+    g.finish();
+    // The immediate operand.
+    for (value, kept) in [(1_u32, 1), (2, 1), (2, 2)] {
+        unseen.write_all_at(&value.to_le_bytes(), CODE + 1).unwrap();
+        suspect(CODE & !0xfff, 0x1000);
+        g.resume_at(CODE);
+        g.finish();
+        assert_eq!(g.reg(reg::RAX), u64::from(value));
+        assert_eq!(g.vcpu.stats.blocks_kept, kept);
+    }
+    suspect(CODE + 0x1000, 0x1000);
+    g.resume_at(CODE);
+    g.finish();
+    assert_eq!(g.vcpu.stats.blocks_kept, 2, "another page was suspected");
 }
 
 /// Goes from protected mode to 32-bit or PAE paging with the tables at `TABLES`.

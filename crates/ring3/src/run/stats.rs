@@ -72,6 +72,7 @@ pub(super) fn report(run: &Run<'_>) -> String {
     line("guest instructions", total.instructions.to_string());
     line("instructions per second", format!("{:.1} M", total.instructions as f64 / seconds / 1e6));
     line("blocks decoded", total.blocks_decoded.to_string());
+    line("blocks found unchanged", total.blocks_kept.to_string());
     line("stores to decoded code", total.code_writes.to_string());
     line("TLB misses", total.tlb_misses.to_string());
     line("exceptions", total.exceptions.to_string());
