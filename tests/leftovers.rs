@@ -54,8 +54,8 @@ fn what_a_killed_program_left_goes_with_the_next() {
         names.filter(|name| name.to_string_lossy().starts_with("ring3-shim-")).count()
     };
     let looks = "cat /sys/bus/pci/devices/0000:00:10.0/vendor";
-    let end = shim(&format!("{looks}; kill -INT $$"));
-    assert_eq!((end.text().trim(), end.signal), ("0x1234", Some(2)), "{end:?}");
+    let end = shim(&format!("{looks}; kill -KILL $$"));
+    assert_eq!((end.text().trim(), end.signal), ("0x1234", Some(9)), "{end:?}");
     assert_eq!(trees(), 1);
     let end = shim(&format!("{looks}; ls -d $TMPDIR/ring3-shim-* | wc -l; exit 3"));
     assert_eq!((&*end.text(), end.code), ("0x1234\n1\n", Some(3)), "{end:?}");
