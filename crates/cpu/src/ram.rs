@@ -7,7 +7,7 @@
 //! with both bits set; it remembers the stamp, and when they differ its bytes are looked at again.
 //!
 //! Writers are made to notice: a vCPU never has a writable TLB entry for a watched page, so that its
-//! stores to it take the slow path, which calls [`PageStamps::note_write`]; devices write through
+//! stores to it take the slow path, which notes the write; devices write through
 //! `vm-memory`, whose dirty-bitmap hook does the same. When a page becomes watched, other vCPUs may still
 //! hold writable TLB entries for it; `group` makes them drop these before the page is decoded.
 //!
@@ -49,25 +49,19 @@ impl fmt::Debug for PageStamps {
 }
 
 impl PageStamps {
-    /// Notes that page `page` of the region was written: decoded code from it is invalid from now on.
-    #[inline]
-    pub fn note_write(&self, page: usize) {
-        if let Some(stamp) = self.stamps.get(page) {
-            note_write(stamp);
-        }
+    /// The stamps of the pages that `len` bytes at `offset` are in, as far as the region goes.
+    fn of_bytes(&self, offset: usize, len: usize) -> &[AtomicU32] {
+        let end = offset.saturating_add(len).div_ceil(PAGE).min(self.stamps.len());
+        let first = if len == 0 { end } else { offset / PAGE };
+        self.stamps.get(first..end).unwrap_or_default()
     }
 
     /// Notes that `len` bytes at `offset` of the region may have been written to unseen, before this: what was decoded from
     /// their pages is compared with what is there before it runs again.
     pub fn suspect(&self, offset: usize, len: usize) {
-        if len == 0 {
-            return;
-        }
         // As in `mark_dirty`.
         fence(Ordering::SeqCst);
-        let pages =
-            offset / PAGE..=(offset.saturating_add(len - 1) / PAGE).min(self.stamps.len().saturating_sub(1));
-        for stamp in self.stamps.get(pages).unwrap_or_default() {
+        for stamp in self.of_bytes(offset, len) {
             // The count wraps around into nothing.
             if stamp.load(Ordering::Acquire) & WATCHED != 0 {
                 stamp.fetch_add(COUNT, Ordering::AcqRel);
@@ -93,15 +87,11 @@ impl<'a> WithBitmapSlice<'a> for PageStamps {
 
 impl Bitmap for PageStamps {
     fn mark_dirty(&self, offset: usize, len: usize) {
-        if len > 0 {
-            // The bytes, written before this, must be visible before the stamp is read: a vCPU that marks
-            // the page later than that then decodes the new bytes. (vCPUs need no fence: they take part in
-            // the hand-shake.)
-            fence(Ordering::SeqCst);
-            for page in offset / PAGE..=offset.saturating_add(len - 1) / PAGE {
-                self.note_write(page);
-            }
-        }
+        // The bytes, written before this, must be visible before the stamp is read: a vCPU that marks
+        // the page later than that then decodes the new bytes. (vCPUs need no fence: they take part in
+        // the hand-shake.)
+        fence(Ordering::SeqCst);
+        self.of_bytes(offset, len).iter().for_each(note_write);
     }
 
     fn dirty_at(&self, offset: usize) -> bool {
@@ -139,7 +129,7 @@ impl RamPage<'_> {
         self.stamp() & WATCHED != 0
     }
 
-    /// Notes a write, see [`PageStamps::note_write`].
+    /// Notes that the page was written: decoded code from it is invalid from now on.
     pub(crate) fn note_write(&self) {
         note_write(self.stamp);
     }
